@@ -1,0 +1,559 @@
+#!/usr/bin/env python
+"""Draw with an LCM-LoRA: few steps, no guidance, any number of prompts, or a grid against its teacher.
+
+    python infer.py --lora runs/my-lora --prompt "a red apple, Noto style" --output apple.png
+    python infer.py --lora runs/my-lora --prompt "a red apple" "a house" --compare --output grid.png
+
+The base model and the number of DDIM steps come from the header of the LoRA file. After loading, every matrix and every
+scaling in the UNet is compared with the file: a LoRA that is only partly applied stops the program.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER = "lcm"
+HERE = Path(__file__).resolve().parent
+
+
+def fail(message):
+    """End the program with one line on stderr and exit code 1."""
+    raise SystemExit("error: " + " ".join(str(message).split()))
+
+
+def warn(message):
+    """Say on stderr what probably is not meant that way."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Arguments
+
+
+def number(kind, low, high):
+    """An argparse type: a number of `kind` between `low` and `high`, both included."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            span = f"{low} or more" if high in (math.inf, 2**63 - 1) else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {span}")
+        return value
+
+    return convert
+
+
+def parse_args(argv=None):
+    """Read the command line; what can be judged without a model is judged here."""
+    count, scale = number(int, 1, math.inf), number(float, 0, 1000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (python infer.py --help lists every flag)")
+
+    group = parser.add_argument_group("Model")
+    group.add_argument(
+        "--lora", required=True, metavar="PATH", help=f"a .safetensors file, or a folder with {WEIGHTS_NAME}"
+    )
+    group.add_argument(
+        "--lora_scale", type=number(float, -1000, 1000), default=1.0, help="strength of the LoRA; 1 as trained"
+    )
+    group.add_argument("--base_model", metavar="FOLDER_OR_HUB_ID", help="default: the one named in the LoRA's header")
+    group.add_argument("--variant", help="weight files to take from the base model, e.g. fp16")
+    group.add_argument("--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or e.g. cuda:1")
+    group.add_argument(
+        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="auto: fp16 on cuda, else fp32"
+    )
+
+    group = parser.add_argument_group("Picture")
+    group.add_argument("--prompt", required=True, nargs="+", help="one or more, each in quotes")
+    group.add_argument("--negative_prompt", help="has an effect only where guidance is above 1")
+    group.add_argument("--steps", type=count, help="LCM steps (default 4)")
+    group.add_argument(
+        "--guidance_scale",
+        type=scale,
+        default=1.0,
+        help="of the LCM-LoRA: 1 (default) to 2; above 1 each step costs 2 passes",
+    )
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="picture i is drawn from seed + i")
+    group.add_argument("--num_images", type=count, help="pictures per prompt (default 1)")
+    group.add_argument("--height", type=count, help="pixels; default: what the base model was made for")
+    group.add_argument("--width", type=count, help="pixels; default: what the base model was made for")
+    group.add_argument(
+        "--batch_size", type=count, default=4, help="most pictures at a time; changes memory and speed only"
+    )
+
+    group = parser.add_argument_group("Output")
+    group.add_argument(
+        "--output", type=Path, default=Path("lcm.png"), help="a .png; several pictures become x-0.png, x-1.png ..."
+    )
+    group.add_argument(
+        "--compare", action="store_true", help="one grid: teacher in 50 and in 1/2/4 steps, LCM-LoRA in 1/2/4/8"
+    )
+    group.add_argument(
+        "--compare_guidance",
+        type=scale,
+        metavar="G",
+        help="of the teacher; default: 1 + the mean omega of training, else 7.5",
+    )
+
+    args = parser.parse_args(argv)
+    if args.output.suffix.lower() != ".png" or args.output.is_dir():
+        fail(f"--output {args.output}: must name a .png file")
+    if args.compare and (args.steps or args.num_images):
+        fail("--steps and --num_images do not go with --compare: its columns are fixed, one picture a cell")
+    if args.compare_guidance is not None and not args.compare:
+        fail("--compare_guidance has no effect without --compare")
+    args.steps, args.num_images = args.steps or 4, args.num_images or 1
+    if args.guidance_scale > 2:
+        warn(
+            f"--guidance_scale {args.guidance_scale:g}: guidance is distilled into the LoRA; above 2 pictures burn out"
+        )
+    if args.negative_prompt and args.guidance_scale <= 1:
+        where = "in the LCM-LoRA columns" if args.compare else "here"
+        warn(f"--negative_prompt does nothing {where}: it needs a --guidance_scale above 1")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The LoRA file
+
+
+def find_lora(name):
+    """The .safetensors file that --lora means."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / WEIGHTS_NAME).is_file():
+            checkpoints = ", ".join(sorted(file.parent.name for file in path.glob(f"*/{WEIGHTS_NAME}")))
+            fail(
+                f"--lora {name}: no {WEIGHTS_NAME} in this folder" + (f", but in {checkpoints}" if checkpoints else "")
+            )
+        return path / WEIGHTS_NAME
+    if not path.is_file():
+        fail(f"--lora {name}: no such file or folder")
+    if path.suffix != ".safetensors":
+        fail(
+            f"--lora {name}: must be a .safetensors file, or a folder with {WEIGHTS_NAME}; pickled weights are not read"
+        )
+    return path
+
+
+def read_lora(path):
+    """All tensors and the header metadata of a safetensors file, every value finite."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        fail(f"--lora {path}: not a whole safetensors file ({error})")
+    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        fail(f"--lora {path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}")
+    if metadata.get("lcm_lora_version", "1") != "1":
+        fail(f"--lora {path}: format version {metadata['lcm_lora_version']}; this infer.py reads version 1")
+    return tensors, metadata
+
+
+def header_number(path, metadata, key, default):
+    """A number from the header metadata, where every value is a string."""
+    try:
+        return float(metadata.get(key, default))
+    except ValueError:
+        fail(f"--lora {path}: header says {key} = {metadata[key]!r}, which is not a number")
+
+
+def group_layers(path, tensors, metadata):
+    """{layer: {"A", "B", "alpha"}}; a layer's name is its module path with _ for every dot, whatever the file's layout."""
+    pattern = re.compile(r"(?:lora_unet_|unet\.)(.+?)(?:[._]lora[._](down|up|A|B)\.weight)?(\.alpha)?")
+    layers = {}
+    for key, tensor in tensors.items():
+        match = pattern.fullmatch(key)
+        if not match or not (match[2] or match[3]):
+            fail(f"--lora {path}: cannot read {key}; only LoRA layers of a UNet are, as lora_unet_* or unet.* keys")
+        name = match[1].replace(".", "_").replace("_processor_", "_")
+        part = "alpha" if match[3] else "A" if match[2] in ("down", "A") else "B"
+        layers.setdefault(name, {})[part] = tensor.item() if part == "alpha" and tensor.numel() == 1 else tensor
+    if not layers:
+        fail(f"--lora {path}: the file holds no LoRA layer")
+    # Files that PEFT or diffusers wrote may carry alpha in the header; without any alpha the scaling is 1.
+    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    for name, layer in layers.items():
+        for part, word in ("A", "down"), ("B", "up"):
+            if part not in layer:
+                fail(f"--lora {path}: layer {name} has no {word} matrix ({part}); the file is incomplete")
+        layer["rank"] = layer["A"].shape[0]
+        layer.setdefault("alpha", config.get("unet.lora_alpha", layer["rank"]))
+    return layers
+
+
+def match_base(path, tensors, metadata, pipe, base):
+    """{module path: layer}: every layer of the file belongs to a module of the base UNet, with fitting shapes."""
+    layers = group_layers(path, tensors, metadata)
+    if any(name.startswith(("input_blocks_", "middle_block_", "output_blocks_")) for name in layers):
+        # Block names of the original SDXL code: diffusers knows the renaming.
+        tensors, alphas = pipe.lora_state_dict(dict(tensors), unet_config=pipe.unet.config)
+        alphas = {key: tensors[next(iter(tensors))].new_tensor(value) for key, value in alphas.items()}
+        layers = group_layers(path, tensors | alphas, metadata)
+
+    # The base's own modules are the dictionary: turning _ back into . by rules would be guesswork.
+    modules = {
+        name: module for name, module in pipe.unet.named_modules() if getattr(module, "weight", None) is not None
+    }
+    paths = {name.replace(".", "_"): name for name in modules}
+    paths |= {name.removesuffix("_0"): full for name, full in paths.items() if name.endswith("_to_out_0")}
+    origin = (
+        " ".join(metadata[key] for key in ("family", "base_model") if metadata.get(key)) or "another base (unnamed)"
+    )
+    matched = {}
+    for name, layer in layers.items():
+        says = f"--lora {path} was trained for {origin}, it does not fit --base_model {base}: layer {name}"
+        if name not in paths:
+            fail(f"{says} has no counterpart there")
+        weight, rank = modules[paths[name]].weight, layer["rank"]
+        down, up = [rank, *weight.shape[1:]], [weight.shape[0], rank] + [1] * (weight.ndim - 2)
+        if [*layer["A"].shape] != down or [*layer["B"].shape] != up:
+            fail(f"{says} is {[*layer['A'].shape]} and {[*layer['B'].shape]}, needed are {down} and {up}")
+        matched[paths[name]] = layer
+    return matched
+
+
+def attach_lora(pipe, path, layers, metadata, scale):
+    """Load the file as any diffusers user would, then prove that all of it arrived: each A, each B, each scaling."""
+    try:
+        pipe.load_lora_weights(str(path), adapter_name=ADAPTER, use_safetensors=True)
+    except Exception as error:
+        fail(f"--lora {path}: diffusers cannot load it ({type(error).__name__}: {error})")
+
+    def arrived(module, layer):
+        same = (
+            bool((live.weight.cpu() == layer[part].to(pipe.unet.dtype)).all())
+            for part, live in (("A", module.lora_A[ADAPTER]), ("B", module.lora_B[ADAPTER]))
+        )
+        return all(same) and math.isclose(module.scaling[ADAPTER], layer["alpha"] / layer["rank"], rel_tol=1e-6)
+
+    live = {name: module for name, module in pipe.unet.named_modules() if ADAPTER in getattr(module, "lora_A", {})}
+    missing = [name for name, layer in layers.items() if name not in live or not arrived(live[name], layer)]
+    if missing or len(live) != len(layers):
+        first = f", first missing or different: {missing[0]}" if missing else ""
+        fail(f"--lora {path}: {len(layers) - len(missing)} of {len(layers)} layers loaded{first}")
+
+    # One number where all layers agree, else the span.
+    facts = []
+    for key in "rank", "alpha":
+        low, high = (pick(layer[key] for layer in layers.values()) for pick in (min, max))
+        facts.append(f"{key} {low:g}" if low == high else f"{key} {low:g} to {high:g}")
+    facts += [f"trained from {metadata['base_model']}"] * ("base_model" in metadata)
+    facts += [f"{metadata['step']} steps"] * ("step" in metadata)
+    print(f"LoRA: {len(layers)} of {len(layers)} layers loaded ({', '.join(facts)})")
+    pipe.set_adapters([ADAPTER], [scale])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The pipeline
+
+
+def pick_device(device, dtype):
+    """Resolve --device and --dtype."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(
+            f"--device {device}: not usable here ({str(error).splitlines()[0]}); valid are auto, cpu, cuda, cuda:N, mps"
+        )
+    if dtype == "auto":
+        dtype = "fp16" if device.startswith("cuda") else "fp32"
+    return device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+
+
+def load_pipeline(base, variant, device, dtype):
+    """The base model as a text-to-image pipeline, from a folder or from the hub."""
+    from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
+
+    # A relative folder is looked for here, then beside this file: a header's "demo/..." works from any directory.
+    folder = next((path for path in (Path(base).expanduser(), HERE / base) if path.is_dir()), None)
+    if folder is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
+        fail(f"base model {base}: no such folder; give --base_model a folder in diffusers' layout or a hub id")
+    try:
+        pipe = AutoPipelineForText2Image.from_pretrained(
+            str(folder or base), torch_dtype=dtype, use_safetensors=True, variant=variant
+        )
+    except Exception as error:
+        place = (
+            "is no folder here or beside infer.py, and the hub did not give it"
+            if folder is None
+            else "cannot be opened"
+        )
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        fail(f"base model {base} {place} ({type(error).__name__}: {reason}); --base_model names another")
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "load_lora_weights"):
+        fail(f"--base_model {base} is a {type(pipe).__name__}; valid are Stable Diffusion 1.x, 2.x and SDXL layouts")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def picture_size(args, pipe):
+    """Height and width in pixels: the flags, else what the UNet was made for."""
+    multiple = math.lcm(8, pipe.vae_scale_factor)
+    sample = pipe.unet.config.sample_size
+    for flag, default in zip(("height", "width"), (sample, sample) if isinstance(sample, int) else sample):
+        value = getattr(args, flag) or default * pipe.vae_scale_factor
+        if value % multiple:
+            fail(f"--{flag} {value}: must be a multiple of {multiple}, e.g. {-(-value // multiple) * multiple}")
+        setattr(args, flag, value)
+
+
+def draw(pipe, args, prompts, seeds, steps, guidance):
+    """Pictures and seconds an image, text encoding and VAE included; each picture has its own generator."""
+    import torch
+
+    images, start = [], time.perf_counter()
+    for first in range(0, len(prompts), args.batch_size):
+        part = slice(first, first + args.batch_size)
+        # Noise drawn on the CPU is the same on every device, and one generator a picture the same in every batch.
+        generators = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds[part]]
+        negative = [args.negative_prompt] * len(generators) if args.negative_prompt else None
+        images += pipe(
+            prompts[part],
+            negative_prompt=negative,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=args.height,
+            width=args.width,
+            generator=generators,
+        ).images
+    return images, (time.perf_counter() - start) / len(prompts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The comparison
+
+
+def compare(pipe, args, schedulers, lcm_steps, teacher_guidance):
+    """All columns of the grid, each a dict with its pictures (a row a prompt), UNet passes and seconds an image."""
+    seeds = [args.seed + row for row in range(len(args.prompt))]
+    plan = [("Teacher, DDIM", "ddim", 50, teacher_guidance)]
+    plan += [("Teacher, DPM-Solver++", "dpm", steps, teacher_guidance) for steps in (1, 2, 4)]
+    plan += [("LCM-LoRA", "lcm", steps, args.guidance_scale) for steps in lcm_steps]
+
+    # The first call of a process pays for allocations and kernel choice: it is not timed.
+    pipe.scheduler = schedulers["dpm"]
+    draw(pipe, args, args.prompt[: args.batch_size], seeds[: args.batch_size], 1, teacher_guidance)
+    columns = []
+    for group, scheduler, steps, guidance in plan:
+        pipe.scheduler = schedulers[scheduler]
+        # Switched off, a LoRA layer calls its base layer and nothing else: this is the teacher, to the bit.
+        pipe.enable_lora() if scheduler == "lcm" else pipe.disable_lora()
+        images, seconds = draw(pipe, args, args.prompt, seeds, steps, guidance)
+        column = dict(group=group, steps=steps, guidance=guidance, passes=steps * (2 if guidance > 1 else 1))
+        columns.append(column | dict(seconds=seconds, images=images))
+        print(f"{group}, {plural(steps, 'step')}: {plural(column['passes'], 'UNet pass')}, {seconds:.3g} s/image")
+    return columns
+
+
+def plural(count, noun):
+    """1 step, 2 steps, 2 passes."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def wrap(text, font, width, limit):
+    """Lines no wider than `width` pixels, at most `limit` of them; what is left out shows as three dots."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:  # a word wider than the line
+            cut = next(
+                end for end in range(len(lines[-1]) - 1, 0, -1) if end == 1 or font.getlength(lines[-1][:end]) <= width
+            )
+            lines[-1:] = [lines[-1][:cut], lines[-1][cut:]]
+    if len(lines) > limit:
+        last = lines[limit - 1]
+        while last and font.getlength(last + "...") > width:
+            last = last[:-1]
+        lines[limit - 1 :] = [last + "..."]
+    return lines
+
+
+def grid(columns, prompts, title):
+    """One picture of all columns: title, a band for each group, a header for each column, prompts at the left."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    # Small pictures grow by a whole factor to 128 px or more; large ones shrink to 512 so that the grid fits a screen.
+    width, height = columns[0]["images"][0].size
+    factor = -(-128 // min(width, height)) if min(width, height) < 128 else min(1, 512 / max(width, height))
+    width, height = round(width * factor), round(height * factor)
+    font, large = (ImageFont.load_default(size=max(13, round(width / divisor))) for divisor in (11, 9))
+    line, gap, label = round(font.size * 1.4), max(6, width // 20), round(width * 1.35)
+    ink, faint = "#1f2328", "#656d76"
+    colours = {"Teacher, DDIM": "#57606a", "Teacher, DPM-Solver++": "#bc4c00", "LCM-LoRA": "#0969da"}
+
+    # Columns of one group stand close, groups apart.
+    lefts, left = [], label + 2 * gap
+    for before, column in zip([None, *columns], columns):
+        left += 2 * gap if before and before["group"] != column["group"] else 0
+        lefts.append(left)
+        left += width + gap
+    top = 2 * gap + 2 * line + 6 * line  # title, band, column header
+    sheet = Image.new("RGB", (left + gap, top + len(prompts) * (height + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((2 * gap, 2 * gap), wrap(title, large, sheet.width - 4 * gap, 1)[0], ink, large)
+
+    band = 2 * gap + 2 * line
+    for group, colour in colours.items():
+        members = [(x, column) for x, column in zip(lefts, columns) if column["group"] == group]
+        (first, column), last = members[0], members[-1][0]
+        pen.text((first, band), group, colour, font)
+        pen.text((first, band + line), f"guidance {column['guidance']:g}", faint, font)
+        pen.rectangle((first, band + 2.2 * line, last + width - 1, band + 2.2 * line + max(2, gap // 3)), colour)
+    for x, column in zip(lefts, columns):
+        texts = (
+            plural(column["steps"], "step"),
+            plural(column["passes"], "UNet pass"),
+            f"{column['seconds']:.3g} s/image",
+        )
+        for row, text in enumerate(texts):
+            place = (x + width / 2, band + round((2.6 + row) * line))
+            pen.text(place, text, ink if row == 0 else faint, font, anchor="ma")
+        for row, image in enumerate(column["images"]):
+            image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(image, (x, top + row * (height + gap)))
+    for row, prompt in enumerate(prompts):
+        lines = wrap(prompt, font, label - gap, max(1, height // line))
+        y = top + row * (height + gap) + (height - len(lines) * line) // 2
+        for index, text in enumerate(lines):
+            pen.text((2 * gap, y + index * line), text, ink, font)
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Output
+
+
+def parameters(settings):
+    """The settings in the words that A1111, Forge and their relatives read back from a PNG."""
+    quote = lambda value: json.dumps(str(value)) if re.search(r"[,:\n]", str(value)) else str(value)  # noqa: E731
+    pairs = {
+        "Steps": settings["steps"],
+        "Sampler": "LCM",
+        "CFG scale": f"{settings['guidance_scale']:g}",
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model": Path(settings["base_model"]).name,
+        "Lora": f"{lora_name(settings['lora'])} {settings['lora_scale']:g}",
+    }
+    negative = f"Negative prompt: {settings['negative_prompt']}\n" if settings["negative_prompt"] else ""
+    return f"{settings['prompt']}\n{negative}" + ", ".join(f"{key}: {quote(value)}" for key, value in pairs.items())
+
+
+def lora_name(path):
+    """What a user calls this LoRA: the file, or its folder where all files have one name."""
+    path = Path(path).resolve()
+    return path.parent.name if path.name == WEIGHTS_NAME else path.stem
+
+
+def save(image, path, settings, chunks):
+    """Write a PNG with its settings: `infer_args` as JSON, and further text chunks."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, text in {**chunks, "infer_args": json.dumps(settings)}.items():
+        info.add_text(key, text)
+    try:
+        image.save(path, pnginfo=info)
+    except OSError as error:
+        fail(f"--output {path}: cannot be written ({error})")
+
+
+def import_quietly():
+    """Import the libraries without their chatter about optional parts; errors still show."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # before diffusers, which imports the rest of transformers
+    transformers.utils.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def main(argv=None):
+    """Load, check, draw, save."""
+    args = parse_args(argv)
+    path = find_lora(args.lora)
+    import_quietly()
+    import diffusers
+
+    tensors, metadata = read_lora(path)
+    group_layers(path, tensors, metadata)  # an incomplete file is refused before a base model is fetched
+    base = args.base_model or metadata.get("base_model")
+    if not base:
+        fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
+    original_steps = int(header_number(path, metadata, "num_ddim_timesteps", 50))
+    if args.steps > original_steps:
+        fail(f"--steps {args.steps}: must be from 1 to {original_steps}, the DDIM steps this LoRA was distilled over")
+    mean_omega = sum(header_number(path, metadata, key, 6.5) for key in ("w_min", "w_max")) / 2
+    teacher_guidance = 1 + mean_omega if args.compare_guidance is None else args.compare_guidance
+
+    device, dtype = pick_device(args.device, args.dtype)
+    pipe = load_pipeline(base, args.variant, device, dtype)
+    picture_size(args, pipe)
+    attach_lora(pipe, path, match_base(path, tensors, metadata, pipe, base), metadata, args.lora_scale)
+
+    config = pipe.scheduler.config
+    schedulers = {
+        "lcm": diffusers.LCMScheduler.from_config(config, original_inference_steps=original_steps),
+        # 999, 979 ... 19: the grid that the LoRA was distilled on. Latents are not pictures: never clip them to [-1, 1].
+        "ddim": diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False),
+        # Trailing spacing starts at t = 999, where the latent really is noise: with "leading", SD's usual setting, one
+        # step would start at t = 1 and return noise. Second order, the last step first order (the library's default
+        # below 15 steps) and down to sigma = 0, so one step is the teacher's own prediction of the clean latent.
+        "dpm": diffusers.DPMSolverMultistepScheduler.from_config(
+            config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+        ),
+    }
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {args.output}: its folder cannot be made ({error})")
+    # From here on the libraries' warnings are about the user's input, such as a prompt that is cut at 77 tokens.
+    diffusers.utils.logging.set_verbosity_warning()
+
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("prompt", "output", "num_images", "compare")
+    }
+    settings |= dict(lora=str(path), base_model=base, device=device, dtype=str(dtype).removeprefix("torch."))
+    settings |= dict(original_inference_steps=original_steps, diffusers=diffusers.__version__)
+    if args.compare:
+        columns = compare(pipe, args, schedulers, [k for k in (1, 2, 4, 8) if k <= original_steps], teacher_guidance)
+        title = f"{lora_name(path)} on {Path(base).name}, {args.width} x {args.height} px, seed {args.seed}"
+        sheet = grid(columns, args.prompt, title)
+        facts = [{key: value for key, value in column.items() if key != "images"} for column in columns]
+        settings |= dict(prompts=args.prompt, columns=facts, compare_guidance=teacher_guidance)
+        save(sheet, args.output, settings, {})
+        print(f"{args.output} ({sum(column['seconds'] for column in columns):.3g} s a row)")
+        return
+
+    pipe.scheduler = schedulers["lcm"]
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    seeds = [args.seed + index for index in range(len(prompts))]
+    images, seconds = draw(pipe, args, prompts, seeds, args.steps, args.guidance_scale)
+    for index, (image, prompt, seed) in enumerate(zip(images, prompts, seeds)):
+        output = args.output.with_stem(f"{args.output.stem}-{index}") if len(images) > 1 else args.output
+        one = settings | dict(prompt=prompt, seed=seed)
+        save(image, output, one, dict(parameters=parameters(one)))
+        print(f"{output} ({seconds:.3g} s/image)")
+
+
+if __name__ == "__main__":
+    main()
