@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw with an LCM-LoRA: few steps, no guidance, any number of prompts, or a grid against its teacher.
 
     python infer.py --lora runs/my-lora --prompt "a red apple, Noto style" --output apple.png
@@ -13,11 +12,14 @@ import json
 import math
 import re
 import sys
+import textwrap
 import time
+import warnings
 from pathlib import Path
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "lcm"
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 HERE = Path(__file__).resolve().parent
 
 
@@ -36,7 +38,7 @@ def warn(message):
 
 
 def number(kind, low, high):
-    """An argparse type: a number of `kind` between `low` and `high`, both included."""
+    """An argparse type: a number of `kind` from `low` to `high`."""
 
     def convert(text):
         try:
@@ -44,8 +46,7 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            span = f"{low} or more" if high in (math.inf, 2**63 - 1) else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {span}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low} to {high}")
         return value
 
     return convert
@@ -53,55 +54,38 @@ def number(kind, low, high):
 
 def parse_args(argv=None):
     """Read the command line; what can be judged without a model is judged here."""
-    count, scale = number(int, 1, math.inf), number(float, 0, 1000)
+    count, seed = number(int, 1, 10**6), number(int, 0, 2**32 - 1)
+    scale, strength = number(float, 0, 1000), number(float, -10, 10)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (python infer.py --help lists every flag)")
 
     group = parser.add_argument_group("Model")
     group.add_argument(
-        "--lora", required=True, metavar="PATH", help=f"a .safetensors file, or a folder with {WEIGHTS_NAME}"
+        "--lora", required=True, metavar="PATH", help=f"a .safetensors file, or a folder of {WEIGHTS_NAME}"
     )
-    group.add_argument(
-        "--lora_scale", type=number(float, -1000, 1000), default=1.0, help="strength of the LoRA; 1 as trained"
-    )
-    group.add_argument("--base_model", metavar="FOLDER_OR_HUB_ID", help="default: the one named in the LoRA's header")
-    group.add_argument("--variant", help="weight files to take from the base model, e.g. fp16")
-    group.add_argument("--device", default="auto", help="auto (cuda, mps or cpu, the first there is), or e.g. cuda:1")
-    group.add_argument(
-        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="auto: fp16 on cuda, else fp32"
-    )
+    group.add_argument("--lora_scale", type=strength, default=1.0, help="1 (default): as strong as trained")
+    group.add_argument("--base_model", metavar="FOLDER_OR_ID", help="default: what the LoRA's header names")
+    group.add_argument("--variant", help="kind of weight files to take from the base model, e.g. fp16")
+    group.add_argument("--device", default="auto", help="auto (default: cuda, else mps, else cpu), or e.g. cuda:1")
+    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: fp16 on cuda, else fp32")
 
     group = parser.add_argument_group("Picture")
     group.add_argument("--prompt", required=True, nargs="+", help="one or more, each in quotes")
     group.add_argument("--negative_prompt", help="has an effect only where guidance is above 1")
-    group.add_argument("--steps", type=count, help="LCM steps (default 4)")
-    group.add_argument(
-        "--guidance_scale",
-        type=scale,
-        default=1.0,
-        help="of the LCM-LoRA: 1 (default) to 2; above 1 each step costs 2 passes",
-    )
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="picture i is drawn from seed + i")
-    group.add_argument("--num_images", type=count, help="pictures per prompt (default 1)")
-    group.add_argument("--height", type=count, help="pixels; default: what the base model was made for")
-    group.add_argument("--width", type=count, help="pixels; default: what the base model was made for")
-    group.add_argument(
-        "--batch_size", type=count, default=4, help="most pictures at a time; changes memory and speed only"
-    )
+    group.add_argument("--steps", type=count, help="LCM steps, one UNet pass each (default 4)")
+    group.add_argument("--guidance_scale", type=scale, default=1.0, help="1 (default) to 2; above 1 passes double")
+    group.add_argument("--seed", type=seed, default=0, help="picture i is drawn from seed + i")
+    group.add_argument("--num_images", type=count, help="pictures for each prompt (default 1)")
+    group.add_argument("--height", type=count, help="in pixels; default: what the base model was made for")
+    group.add_argument("--width", type=count, help="in pixels; default: what the base model was made for")
+    group.add_argument("--batch_size", type=count, default=4, help="most pictures at a time: memory and speed only")
 
     group = parser.add_argument_group("Output")
+    group.add_argument("--output", type=Path, default=Path("lcm.png"), help="a .png; x-0.png, x-1.png ... if several")
     group.add_argument(
-        "--output", type=Path, default=Path("lcm.png"), help="a .png; several pictures become x-0.png, x-1.png ..."
+        "--compare", action="store_true", help="one grid: teacher in 50, 1, 2, 4 steps, LoRA in 1, 2, 4, 8"
     )
-    group.add_argument(
-        "--compare", action="store_true", help="one grid: teacher in 50 and in 1/2/4 steps, LCM-LoRA in 1/2/4/8"
-    )
-    group.add_argument(
-        "--compare_guidance",
-        type=scale,
-        metavar="G",
-        help="of the teacher; default: 1 + the mean omega of training, else 7.5",
-    )
+    group.add_argument("--compare_guidance", type=scale, metavar="G", help="of the teacher (1 + mean omega, else 7.5)")
 
     args = parser.parse_args(argv)
     if args.output.suffix.lower() != ".png" or args.output.is_dir():
@@ -112,9 +96,7 @@ def parse_args(argv=None):
         fail("--compare_guidance has no effect without --compare")
     args.steps, args.num_images = args.steps or 4, args.num_images or 1
     if args.guidance_scale > 2:
-        warn(
-            f"--guidance_scale {args.guidance_scale:g}: guidance is distilled into the LoRA; above 2 pictures burn out"
-        )
+        warn(f"--guidance_scale {args.guidance_scale:g}: guidance is distilled in already; above 2 pictures burn out")
     if args.negative_prompt and args.guidance_scale <= 1:
         where = "in the LCM-LoRA columns" if args.compare else "here"
         warn(f"--negative_prompt does nothing {where}: it needs a --guidance_scale above 1")
@@ -150,7 +132,7 @@ def read_lora(path):
 
     try:
         with safe_open(path, "pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         fail(f"--lora {path}: not a whole safetensors file ({error})")
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
@@ -160,16 +142,16 @@ def read_lora(path):
     return tensors, metadata
 
 
-def header_number(path, metadata, key, default):
-    """A number from the header metadata, where every value is a string."""
+def header(path, metadata, key, default, read=float):
+    """A value of the header metadata, where all are strings."""
     try:
-        return float(metadata.get(key, default))
+        return read(metadata.get(key, default))
     except ValueError:
-        fail(f"--lora {path}: header says {key} = {metadata[key]!r}, which is not a number")
+        fail(f"--lora {path}: the header's {key} is {metadata[key]!r}, which cannot be read")
 
 
 def group_layers(path, tensors, metadata):
-    """{layer: {"A", "B", "alpha"}}; a layer's name is its module path with _ for every dot, whatever the file's layout."""
+    """{layer: {A, B, alpha, rank}}; a layer is named by its module path with _ for every dot, in whatever layout."""
     pattern = re.compile(r"(?:lora_unet_|unet\.)(.+?)(?:[._]lora[._](down|up|A|B)\.weight)?(\.alpha)?")
     layers = {}
     for key, tensor in tensors.items():
@@ -182,7 +164,7 @@ def group_layers(path, tensors, metadata):
     if not layers:
         fail(f"--lora {path}: the file holds no LoRA layer")
     # Files that PEFT or diffusers wrote may carry alpha in the header; without any alpha the scaling is 1.
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    config = header(path, metadata, "lora_adapter_metadata", "{}", json.loads)
     for name, layer in layers.items():
         for part, word in ("A", "down"), ("B", "up"):
             if part not in layer:
@@ -227,7 +209,7 @@ def attach_lora(pipe, path, layers, metadata, scale):
     """Load the file as any diffusers user would, then prove that all of it arrived: each A, each B, each scaling."""
     try:
         pipe.load_lora_weights(str(path), adapter_name=ADAPTER, use_safetensors=True)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (its converters raise whatever a strange layout leads to)
         fail(f"--lora {path}: diffusers cannot load it ({type(error).__name__}: {error})")
 
     def arrived(module, layer):
@@ -248,8 +230,8 @@ def attach_lora(pipe, path, layers, metadata, scale):
     for key in "rank", "alpha":
         low, high = (pick(layer[key] for layer in layers.values()) for pick in (min, max))
         facts.append(f"{key} {low:g}" if low == high else f"{key} {low:g} to {high:g}")
-    facts += [f"trained from {metadata['base_model']}"] * ("base_model" in metadata)
-    facts += [f"{metadata['step']} steps"] * ("step" in metadata)
+    facts += [f"trained from {metadata['base_model']}"] if "base_model" in metadata else []
+    facts += [f"{metadata['step']} steps"] if "step" in metadata else []
     print(f"LoRA: {len(layers)} of {len(layers)} layers loaded ({', '.join(facts)})")
     pipe.set_adapters([ADAPTER], [scale])
 
@@ -267,12 +249,11 @@ def pick_device(device, dtype):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(
-            f"--device {device}: not usable here ({str(error).splitlines()[0]}); valid are auto, cpu, cuda, cuda:N, mps"
-        )
+        reason = str(error).splitlines()[0]
+        fail(f"--device {device}: not usable here ({reason}); valid are auto, cpu, cuda, cuda:N, mps")
     if dtype == "auto":
         dtype = "fp16" if device.startswith("cuda") else "fp32"
-    return device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    return device, getattr(torch, DTYPES[dtype])
 
 
 def load_pipeline(base, variant, device, dtype):
@@ -283,16 +264,13 @@ def load_pipeline(base, variant, device, dtype):
     folder = next((path for path in (Path(base).expanduser(), HERE / base) if path.is_dir()), None)
     if folder is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
         fail(f"base model {base}: no such folder; give --base_model a folder in diffusers' layout or a hub id")
+    if folder is None:
+        print(f"{base} is no folder here or beside infer.py: asking the model hub")
     try:
-        pipe = AutoPipelineForText2Image.from_pretrained(
-            str(folder or base), torch_dtype=dtype, use_safetensors=True, variant=variant
-        )
-    except Exception as error:
-        place = (
-            "is no folder here or beside infer.py, and the hub did not give it"
-            if folder is None
-            else "cannot be opened"
-        )
+        kinds = {"dtype": dtype, "variant": variant, "use_safetensors": True}
+        pipe = AutoPipelineForText2Image.from_pretrained(str(folder or base), **kinds)
+    except Exception as error:  # noqa: BLE001 (hub, network, configs, weights: each library has its own; none is swallowed)
+        place = "cannot be opened" if folder else "is no folder here or beside infer.py, and not to be had from the hub"
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         fail(f"base model {base} {place} ({type(error).__name__}: {reason}); --base_model names another")
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "load_lora_weights"):
@@ -320,11 +298,10 @@ def draw(pipe, args, prompts, seeds, steps, guidance):
     for first in range(0, len(prompts), args.batch_size):
         part = slice(first, first + args.batch_size)
         # Noise drawn on the CPU is the same on every device, and one generator a picture the same in every batch.
-        generators = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds[part]]
-        negative = [args.negative_prompt] * len(generators) if args.negative_prompt else None
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
         images += pipe(
             prompts[part],
-            negative_prompt=negative,
+            negative_prompt=[args.negative_prompt] * len(generators) if args.negative_prompt else None,
             num_inference_steps=steps,
             guidance_scale=guidance,
             height=args.height,
@@ -354,8 +331,8 @@ def compare(pipe, args, schedulers, lcm_steps, teacher_guidance):
         # Switched off, a LoRA layer calls its base layer and nothing else: this is the teacher, to the bit.
         pipe.enable_lora() if scheduler == "lcm" else pipe.disable_lora()
         images, seconds = draw(pipe, args, args.prompt, seeds, steps, guidance)
-        column = dict(group=group, steps=steps, guidance=guidance, passes=steps * (2 if guidance > 1 else 1))
-        columns.append(column | dict(seconds=seconds, images=images))
+        column = {"group": group, "steps": steps, "guidance": guidance, "passes": steps * (2 if guidance > 1 else 1)}
+        columns.append(column | {"seconds": seconds, "images": images})
         print(f"{group}, {plural(steps, 'step')}: {plural(column['passes'], 'UNet pass')}, {seconds:.3g} s/image")
     return columns
 
@@ -366,23 +343,9 @@ def plural(count, noun):
 
 
 def wrap(text, font, width, limit):
-    """Lines no wider than `width` pixels, at most `limit` of them; what is left out shows as three dots."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:  # a word wider than the line
-            cut = next(
-                end for end in range(len(lines[-1]) - 1, 0, -1) if end == 1 or font.getlength(lines[-1][:end]) <= width
-            )
-            lines[-1:] = [lines[-1][:cut], lines[-1][cut:]]
-    if len(lines) > limit:
-        last = lines[limit - 1]
-        while last and font.getlength(last + "...") > width:
-            last = last[:-1]
-        lines[limit - 1 :] = [last + "..."]
-    return lines
+    """At most `limit` lines of about `width` pixels; what is left out shows as three dots."""
+    letters = int(26 * width / font.getlength("abcdefghijklmnopqrstuvwxyz"))
+    return textwrap.wrap(text, max(letters, 4), max_lines=limit, placeholder="...") or [""]
 
 
 def grid(columns, prompts, title):
@@ -442,18 +405,19 @@ def grid(columns, prompts, title):
 
 def parameters(settings):
     """The settings in the words that A1111, Forge and their relatives read back from a PNG."""
-    quote = lambda value: json.dumps(str(value)) if re.search(r"[,:\n]", str(value)) else str(value)  # noqa: E731
     pairs = {
-        "Steps": settings["steps"],
+        "Steps": str(settings["steps"]),
         "Sampler": "LCM",
         "CFG scale": f"{settings['guidance_scale']:g}",
-        "Seed": settings["seed"],
+        "Seed": str(settings["seed"]),
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(settings["base_model"]).name,
         "Lora": f"{lora_name(settings['lora'])} {settings['lora_scale']:g}",
     }
-    negative = f"Negative prompt: {settings['negative_prompt']}\n" if settings["negative_prompt"] else ""
-    return f"{settings['prompt']}\n{negative}" + ", ".join(f"{key}: {quote(value)}" for key, value in pairs.items())
+    # A value with a comma or colon would end early: it is quoted.
+    quoted = {key: json.dumps(text) if re.search("[,:]", text) else text for key, text in pairs.items()}
+    negative = [f"Negative prompt: {settings['negative_prompt']}"] if settings["negative_prompt"] else []
+    return "\n".join([settings["prompt"], *negative, ", ".join(f"{key}: {text}" for key, text in quoted.items())])
 
 
 def lora_name(path):
@@ -476,9 +440,12 @@ def save(image, path, settings, chunks):
 
 
 def import_quietly():
-    """Import the libraries without their chatter about optional parts; errors still show."""
+    """Import the libraries without their chatter about optional parts and coming versions; errors still show."""
+    warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|peft|transformers")
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()  # before diffusers, which imports the rest of transformers
     transformers.utils.logging.disable_progress_bar()
     import diffusers
@@ -499,10 +466,10 @@ def main(argv=None):
     base = args.base_model or metadata.get("base_model")
     if not base:
         fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
-    original_steps = int(header_number(path, metadata, "num_ddim_timesteps", 50))
+    original_steps = int(header(path, metadata, "num_ddim_timesteps", 50))
     if args.steps > original_steps:
         fail(f"--steps {args.steps}: must be from 1 to {original_steps}, the DDIM steps this LoRA was distilled over")
-    mean_omega = sum(header_number(path, metadata, key, 6.5) for key in ("w_min", "w_max")) / 2
+    mean_omega = sum(header(path, metadata, key, 6.5) for key in ("w_min", "w_max")) / 2
     teacher_guidance = 1 + mean_omega if args.compare_guidance is None else args.compare_guidance
 
     device, dtype = pick_device(args.device, args.dtype)
@@ -513,7 +480,7 @@ def main(argv=None):
     config = pipe.scheduler.config
     schedulers = {
         "lcm": diffusers.LCMScheduler.from_config(config, original_inference_steps=original_steps),
-        # 999, 979 ... 19: the grid that the LoRA was distilled on. Latents are not pictures: never clip them to [-1, 1].
+        # 999, 979 ... 19: the grid that the LoRA was distilled on. Latents are not pictures: never clip to [-1, 1].
         "ddim": diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False),
         # Trailing spacing starts at t = 999, where the latent really is noise: with "leading", SD's usual setting, one
         # step would start at t = 1 and return noise. Second order, the last step first order (the library's default
@@ -532,14 +499,14 @@ def main(argv=None):
     settings = {
         key: value for key, value in vars(args).items() if key not in ("prompt", "output", "num_images", "compare")
     }
-    settings |= dict(lora=str(path), base_model=base, device=device, dtype=str(dtype).removeprefix("torch."))
-    settings |= dict(original_inference_steps=original_steps, diffusers=diffusers.__version__)
+    settings |= {"lora": str(path), "base_model": base, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+    settings |= {"original_inference_steps": original_steps, "diffusers": diffusers.__version__}
     if args.compare:
         columns = compare(pipe, args, schedulers, [k for k in (1, 2, 4, 8) if k <= original_steps], teacher_guidance)
         title = f"{lora_name(path)} on {Path(base).name}, {args.width} x {args.height} px, seed {args.seed}"
         sheet = grid(columns, args.prompt, title)
         facts = [{key: value for key, value in column.items() if key != "images"} for column in columns]
-        settings |= dict(prompts=args.prompt, columns=facts, compare_guidance=teacher_guidance)
+        settings |= {"prompts": args.prompt, "columns": facts, "compare_guidance": teacher_guidance}
         save(sheet, args.output, settings, {})
         print(f"{args.output} ({sum(column['seconds'] for column in columns):.3g} s a row)")
         return
@@ -550,8 +517,8 @@ def main(argv=None):
     images, seconds = draw(pipe, args, prompts, seeds, args.steps, args.guidance_scale)
     for index, (image, prompt, seed) in enumerate(zip(images, prompts, seeds)):
         output = args.output.with_stem(f"{args.output.stem}-{index}") if len(images) > 1 else args.output
-        one = settings | dict(prompt=prompt, seed=seed)
-        save(image, output, one, dict(parameters=parameters(one)))
+        one = settings | {"prompt": prompt, "seed": seed}
+        save(image, output, one, {"parameters": parameters(one)})
         print(f"{output} ({seconds:.3g} s/image)")
 
 

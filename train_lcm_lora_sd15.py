@@ -62,7 +62,9 @@ TARGET_MODULES = (
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 )
 # Where the results go and how they are shown, not what they are: kept out of the LoRA's header.
-NOT_IN_HEADER = "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint logging_steps".split()
+NOT_IN_HEADER = (
+    "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint logging_steps".split()
+)
 
 
 def fail(message):
@@ -73,19 +75,35 @@ def fail(message):
 # ---------------------------------------------------------------------------------------------------- 1. Arguments
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from `low` to `high`."""
+
+    def check(text):
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: give {limits}")
+        return value
+
+    check.__name__ = kind.__name__  # argparse names it in its own message
+    return check
+
+
 def parse_args(argv=None):
     """The command line, checked as far as it can be without loading anything."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.error = fail
+    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
     add = parser.add_argument_group("Model").add_argument
     add("--pretrained_teacher_model", required=True, help="diffusers folder or hub id of the checkpoint to distil")
     add("--teacher_revision", help="revision of the teacher on the hub")
     add("--variant", help="file variant of the teacher, such as fp16")
     add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's")
-    add("--lora_rank", type=int, default=64, help="rank of the LoRA layers")
-    add("--lora_alpha", type=float, help="strength: the update is scaled by alpha / rank (default: the rank)")
-    add("--lora_dropout", type=float, default=0.0, help="dropout in front of the LoRA layers, 0..1")
+    add("--lora_rank", type=count, default=64, help="rank of the LoRA layers")
+    add("--lora_alpha", type=positive, help="strength: the update is scaled by alpha / rank (default: the rank)")
+    add("--lora_dropout", type=share, default=0.0, help="dropout in front of the LoRA layers, 0..1")
     add("--lora_target_modules", default=TARGET_MODULES, help="name endings of the layers that get a LoRA")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a fifth more time")
 
@@ -95,79 +113,62 @@ def parse_args(argv=None):
     add("--train_data_dir", help="folder of pictures with metadata.jsonl or metadata.csv (file_name, text)")
     add("--image_column", default="image", help="column of the pictures")
     add("--caption_column", default="text", help="column of the captions")
-    add("--max_train_samples", type=int, help="use only the first so many pictures")
-    add("--resolution", type=int, default=512, help="side of the training pictures in pixels")
+    add("--max_train_samples", type=count, help="use only the first so many pictures")
+    add("--resolution", type=count, default=512, help="side of the training pictures in pixels")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the pictures")
-    add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions replaced by the empty one, 0..1")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures (0 = this one)")
+    add("--proportion_empty_prompts", type=share, default=0.0, help="share of captions replaced by the empty one, 0..1")
+    add("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures (0 = this one)")
     add("--cache_dir", help="where downloads are kept")
 
     add = parser.add_argument_group("Distillation").add_argument
-    add("--w_min", type=float, default=3.0, help="least omega (guidance scale minus 1) drawn in training")
-    add("--w_max", type=float, default=15.0, help="largest omega")
-    add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the DDIM solver")
+    add("--w_min", type=number(float, -1), default=3.0, help="least omega (guidance scale minus 1) drawn in training")
+    add("--w_max", type=number(float, -1), default=15.0, help="largest omega")
+    add("--num_ddim_timesteps", type=count, default=50, help="N, steps of the DDIM solver")
     add("--loss_type", choices=["huber", "l2"], default="huber", help="distance d between student and target")
-    add("--huber_c", type=float, default=0.001, help="c of the Huber distance, in units of the latents")
-    add("--timestep_scaling_factor", type=float, default=10.0, help="s of the boundary scalings")
-    add("--vae_encode_batch_size", type=int, default=32, help="pictures that the VAE encodes at once")
+    add("--huber_c", type=positive, default=0.001, help="c of the Huber distance, in units of the latents")
+    add("--timestep_scaling_factor", type=positive, default=10.0, help="s of the boundary scalings")
+    add("--vae_encode_batch_size", type=count, default=32, help="pictures that the VAE encodes at once")
 
     add = parser.add_argument_group("Optimisation").add_argument
-    add("--train_batch_size", type=int, default=16, help="pictures in a batch, for each process")
-    add("--gradient_accumulation_steps", type=int, default=1, help="batches in one optimizer step")
-    add("--max_train_steps", type=int, help="optimizer steps (default: what num_train_epochs gives)")
-    add("--num_train_epochs", type=int, default=100, help="passes over the data, where max_train_steps is not given")
-    add("--learning_rate", type=float, default=1e-4)
+    add("--train_batch_size", type=count, default=16, help="pictures in a batch, for each process")
+    add("--gradient_accumulation_steps", type=count, default=1, help="batches in one optimizer step")
+    add("--max_train_steps", type=count, help="optimizer steps (default: what num_train_epochs gives)")
+    add("--num_train_epochs", type=count, default=100, help="passes over the data, where max_train_steps is not given")
+    add("--learning_rate", type=positive, default=1e-4)
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch")
-    add("--lr_scheduler", default="constant", help="linear, cosine, cosine_with_restarts, polynomial, constant, ...")
-    add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up, for schedulers that have one")
+    add("--lr_scheduler", default="constant", help="constant, constant_with_warmup, linear, cosine, polynomial, ...")
+    add("--lr_warmup_steps", type=number(int, 0), default=0, help="steps of warm-up, for schedulers that have one")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit state")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=0.0)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--adam_beta1", type=share, default=0.9)
+    add("--adam_beta2", type=share, default=0.999)
+    add("--adam_weight_decay", type=number(float, 0), default=0.0)
+    add("--adam_epsilon", type=positive, default=1e-8)
+    add("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
 
     add = parser.add_argument_group("Runtime").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate` is configured for")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs")
-    add("--seed", type=int, default=0, help="everything random is a function of it")
+    add("--seed", type=number(int, 0), default=0, help="everything random is a function of it")
 
     add = parser.add_argument_group("Output & tracking").add_argument
     add("--output_dir", default="lcm-lora", help="the LoRA, log.jsonl, args.json, checkpoints, pictures")
-    add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
-    add("--checkpoints_total_limit", type=int, help="keep only the newest so many checkpoints")
-    add("--resume_from_checkpoint", help="a checkpoint folder, or `latest` in --output_dir")
+    add("--checkpointing_steps", type=count, default=500, help="optimizer steps between checkpoints")
+    add("--checkpoints_total_limit", type=count, help="keep only the newest so many checkpoints")
+    add("--resume_from_checkpoint", metavar="FOLDER", help="a checkpoint folder, or `latest` in --output_dir")
     add("--validation_prompts", nargs="+", metavar="PROMPT", help="prompts drawn during training")
-    add("--validation_steps", type=int, default=200, help="optimizer steps between those pictures")
-    add("--logging_steps", type=int, default=10, help="optimizer steps between writes of the log")
+    add("--validation_steps", type=count, default=200, help="optimizer steps between those pictures")
+    add("--logging_steps", type=count, default=10, help="optimizer steps between writes of the log")
     add("--logging_dir", default="logs", help="folder of the trackers, inside --output_dir")
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+    add("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard", help="trackers")
     add("--tracker_project_name", default="lcm-lora", help="project name shown by the trackers")
 
     args = parser.parse_args(argv)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    for name in (
-        "lora_rank resolution num_ddim_timesteps vae_encode_batch_size train_batch_size gradient_accumulation_steps "
-        "num_train_epochs checkpointing_steps validation_steps logging_steps"
-    ).split():
-        if getattr(args, name) < 1:
-            fail(f"--{name} is {getattr(args, name)}: it must be 1 or more")
-    for name in "max_train_samples max_train_steps checkpoints_total_limit".split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} is {getattr(args, name)}: it must be 1 or more")
-    for name in "lora_alpha huber_c timestep_scaling_factor max_grad_norm learning_rate".split():
-        if not getattr(args, name) > 0:
-            fail(f"--{name} is {getattr(args, name)}: it must be above 0")
-    for name in "lora_dropout proportion_empty_prompts".split():
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name} is {getattr(args, name)}: it must be from 0 to 1")
-    if not -1 <= args.w_min <= args.w_max:
-        fail(f"--w_min {args.w_min} --w_max {args.w_max}: give -1 <= w_min <= w_max (omega is the guidance scale minus 1)")
+    if args.w_min > args.w_max:
+        fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is drawn from w_min to w_max")
     if (args.dataset_name is None) == (args.train_data_dir is None):
         fail("give either --dataset_name (hub id or dataset folder) or --train_data_dir (folder of pictures)")
-    if args.seed < 0:
-        fail(f"--seed is {args.seed}: it must be 0 or more")
     return args
 
 
@@ -185,10 +186,14 @@ class NoiseSchedule:
         self.prediction_type = config.get("prediction_type", "epsilon")
         alpha_bar = DDPMScheduler.from_config(config).alphas_cumprod.double()
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            fail(f"the teacher's scheduler says prediction_type {self.prediction_type!r}: epsilon or v_prediction can be distilled")
+            fail(
+                f"the teacher's prediction_type is {self.prediction_type!r}: epsilon and v_prediction can be distilled"
+            )
         if self.prediction_type == "epsilon" and alpha_bar[-1] <= 0:
-            fail("the teacher's scheduler has rescale_betas_zero_snr = true with prediction_type = 'epsilon': "
-                 "at the last timestep nothing of the picture is left to predict it from; such a teacher needs v_prediction")  # fmt: skip
+            fail(
+                "the teacher's scheduler has prediction_type = 'epsilon' with rescale_betas_zero_snr = true: at the last "
+                "timestep nothing is left of the picture to predict it from; such a teacher needs v_prediction"
+            )
         self.alpha = alpha_bar.sqrt().float().to(device)  # [T]
         self.sigma = (1 - alpha_bar).sqrt().float().to(device)  # [T]
 
@@ -219,7 +224,7 @@ class NoiseSchedule:
 
 
 def ddim_timesteps(steps, total):
-    """The solver's timesteps, ascending int64 [steps]: k-1, 2k-1, ... with k = total // steps; 19, 39, ... 999 for 50."""
+    """The solver's timesteps, ascending int64 [steps]: k-1, 2k-1, ..., k = total // steps; 19, 39, ... 999 for 50."""
     return torch.arange(1, steps + 1) * (total // steps) - 1
 
 
@@ -310,7 +315,7 @@ def open_picture(record):
 
 
 def resize_and_crop(picture, side, place, flip):
-    """The shorter side becomes `side`, then a square is cut out; `place` = (x, y), 0..1, says where; perhaps mirrored."""
+    """The shorter side becomes `side`, then a square is cut out at `place` = (x, y), each 0..1; perhaps mirrored."""
     scale = side / min(picture.size)
     picture = picture.resize([max(side, round(s * scale)) for s in picture.size], Image.Resampling.LANCZOS)
     x, y = (round(p * (s - side)) for p, s in zip(place, picture.size, strict=True))
@@ -346,7 +351,8 @@ class Samples(torch.utils.data.Dataset):
                 name = record[self.args.image_column]["path"] or f"row {row}"
                 unreadable[row] = f"{name} ({first_line(error)})"
         else:
-            fail(f"none of the {len(self.records)} pictures can be read, among them {'; '.join(list(unreadable.values())[:3])}")
+            first = "; ".join(list(unreadable.values())[:3])
+            fail(f"none of the {len(self.records)} pictures can be read, the first of them: {first}")
         draw = [rng(self.args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption")]
         crop = (0.5, 0.5) if self.args.center_crop else draw[0]
         picture = resize_and_crop(picture, self.args.resolution, crop, self.args.random_flip and draw[1][0] < 0.5)
@@ -355,7 +361,12 @@ class Samples(torch.utils.data.Dataset):
             fail(f"--caption_column {self.args.caption_column}: row {row} holds {caption!r}, which is no text")
         if draw[2][0] < self.args.proportion_empty_prompts:
             caption = ""
-        return {"pixels": self.processor.preprocess(picture)[0], "caption": caption, "place": place, "unreadable": unreadable}
+        return {
+            "pixels": self.processor.preprocess(picture)[0],
+            "caption": caption,
+            "place": place,
+            "unreadable": unreadable,
+        }
 
 
 def collate(samples):
@@ -369,7 +380,7 @@ def collate(samples):
 
 
 def make_loader(samples, args, first_step, rank, world):
-    """One batch for each micro-step of this rank, from `first_step` to the end; ranks and micro-steps take contiguous parts."""
+    """One batch for each micro-step of this rank from `first_step` on; ranks and micro-steps take contiguous parts."""
     size, parts = args.train_batch_size, args.gradient_accumulation_steps
     batches = [
         [(step, (rank * parts + micro) * size + i) for i in range(size)]
@@ -446,6 +457,16 @@ def attach_lora(unet, args):
     return unet
 
 
+def vae_factor(vae):
+    """How many pixels a latent is wide."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def count_parameters(parameters):
+    """Their number as text."""
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f}M parameters"
+
+
 @torch.no_grad()
 def encode_prompts(pipe, captions):
     """Captions -> {"prompt": [B,L,D]}, what the UNet is conditioned on."""
@@ -471,6 +492,23 @@ def predict(unet, z_t, t, c):
 
 
 # -------------------------------------------------------------------------------------- 6. The distillation step
+
+
+@torch.no_grad()
+def draw_batch(pipe, batch, c_null, timesteps, step, args):
+    """(x, c) ~ data, z = E(x), n ~ U, omega ~ U[w_min, w_max]; what `distillation_loss` takes, from z to omega."""
+    places, device, vae = batch["places"], pipe.unet.device, pipe.vae
+    torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))  # LoRA dropout draws from torch
+    side = args.resolution // vae_factor(vae)
+    shape = (vae.config.latent_channels, side, side)
+    posterior_noise = normal(args.seed, step, places, "posterior", shape)
+    z = encode_pictures(vae, batch["pixels"], posterior_noise, args.vae_encode_batch_size)
+    c = encode_prompts(pipe, batch["captions"])
+    c_null = {name: value.expand(len(places), *value.shape[1:]) for name, value in c_null.items()}
+    noise = normal(args.seed, step, places, "noise", shape).to(device)
+    t_nk = timesteps[[int(rng(args.seed, step, place, "timestep").integers(len(timesteps))) for place in places]]
+    omega = [rng(args.seed, step, place, "guidance").uniform(args.w_min, args.w_max) for place in places]
+    return z, c, c_null, noise, t_nk, torch.tensor(omega, dtype=torch.float32, device=device)[:, None, None, None]
 
 
 def distillation_loss(teacher, student, target, z, c, c_null, noise, t_nk, omega, schedule, args):
@@ -564,8 +602,10 @@ def save_lora(teacher, student, folder, args, step):
         or not all(torch.equal(x.to(y), y) for x, y in zip((a, b), loaded[path][:2], strict=True))
     ]
     if wrong or len(loaded) != len(layers):
-        fail(f"{folder / LORA_FILE}: {len(loaded)} of {len(layers)} layers are loaded by diffusers, {len(wrong)} of them "
-             f"wrong or missing, the first {wrong[:1]}")  # fmt: skip
+        fail(
+            f"{folder / LORA_FILE}: diffusers loads {len(loaded)} of its {len(layers)} layers, "
+            f"{len(wrong)} are missing or differ, the first {wrong[:1]}"
+        )
     return f"{folder / LORA_FILE}: {len(layers)} of {len(layers)} layers read back equal"
 
 
@@ -599,8 +639,10 @@ def find_checkpoint(args):
         return (checkpoints(args.output_dir) or [None])[-1]
     folder = Path(args.resume_from_checkpoint)
     if not (folder / STATE_FILE).is_file() or not (folder / "unet" / "adapter_model.safetensors").is_file():
-        fail(f"--resume_from_checkpoint {folder}: no checkpoint there (it needs {STATE_FILE} and unet/adapter_model.safetensors); "
-             "give a checkpoint-<step> folder, or `latest`")  # fmt: skip
+        fail(
+            f"--resume_from_checkpoint {folder}: no checkpoint there (no {STATE_FILE} and unet/adapter_model.safetensors); "
+            "give a checkpoint-<step> folder, or `latest`"
+        )
     return folder
 
 
@@ -619,7 +661,7 @@ def load_lora_weights(student, folder):
 
 @torch.no_grad()
 def validate(pipe, accelerator, args, step):
-    """Draw the validation prompts with the live student in 4 LCM steps; keep the pictures and send them to all trackers."""
+    """Draw the validation prompts with the live student in 4 LCM steps, for a file and for all trackers."""
     images = [
         pipe(
             prompt, num_inference_steps=4, guidance_scale=1.0, height=args.resolution, width=args.resolution,
@@ -629,10 +671,12 @@ def validate(pipe, accelerator, args, step):
     ]  # fmt: skip
     folder = Path(args.output_dir, "validation")
     folder.mkdir(exist_ok=True)
-    diffusers.utils.make_image_grid(images, 1, len(images)).save(folder / f"step-{step:06d}.png")
+    path = folder / f"step-{step:06d}.png"
+    diffusers.utils.make_image_grid(images, 1, len(images)).save(path)
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"validation": np.stack([np.asarray(image) for image in images])}, step=step, **layout)
+    return f"{path}: the validation prompts in 4 steps"
 
 
 def peak_memory(device):
@@ -643,26 +687,93 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+class Log:
+    """The status line, its mirror log.jsonl and the trackers. Losses stay on the GPU until `flush`."""
+
+    def __init__(self, accelerator, args, step, keep):
+        """Start the outputs of a run at `step`; `keep` what log.jsonl says of the steps before it."""
+        self.accelerator, self.step, self.pending, self.unreadable = accelerator, step, [], {}
+        main = accelerator.is_main_process
+        self.file = None
+        if main:
+            path = Path(args.output_dir, "log.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
+            versions = {m.__name__: m.__version__ for m in libraries} | {"python": platform.python_version()}
+            about = {"arguments": vars(args), "processes": accelerator.num_processes, "versions": versions}
+            Path(args.output_dir, "args.json").write_text(json.dumps(about, indent=2) + "\n")
+            old = path.read_text().splitlines(keepends=True) if keep and path.exists() else []
+            self.file = path.open("w", buffering=1)
+            self.file.writelines(line for line in old if json.loads(line)["step"] <= step)
+        plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers(args.tracker_project_name, plain)
+        self.bar = tqdm(total=args.max_train_steps, initial=step, disable=not main, unit="step", dynamic_ncols=True)
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Measure the speed from here on; what came before, such as a save, does not count."""
+        self.clock, self.clock_step = time.perf_counter(), self.step
+
+    def say(self, line):
+        """A line above the bar, from the first process."""
+        if self.accelerator.is_main_process:
+            self.bar.write(line)
+
+    def warn_of(self, unreadable):
+        """Count and name the pictures, {row: why}, that were met for the first time and replaced."""
+        new = {row: why for row, why in unreadable.items() if row not in self.unreadable}
+        self.unreadable |= new
+        if new:
+            names = "; ".join(new.values())
+            self.bar.write(f"warning: {len(self.unreadable)} unreadable pictures replaced so far: {names}", sys.stderr)
+
+    def add(self, **values):
+        """The values of one optimizer step, which this ends."""
+        self.step += 1
+        self.pending.append({"step": self.step} | values)
+        self.bar.update()
+
+    def flush(self, global_batch):
+        """Write the pending steps; losses are means over the processes."""
+        losses = self.accelerator.reduce(torch.stack([row["loss"] for row in self.pending]), "mean").tolist()
+        rate = global_batch * (self.step - self.clock_step) / (time.perf_counter() - self.clock)
+        memory = peak_memory(self.accelerator.device)
+        for row, loss in zip(self.pending, losses, strict=True):
+            row |= {"loss": loss, "grad_norm": float(row["grad_norm"]), "images_per_s": rate, "memory_gib": memory}
+            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            if self.file:
+                self.file.write(json.dumps(row) + "\n")
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, grad {row['grad_norm']:.3f}, lr {row['lr']:.1e}, {rate:.1f} img/s, {memory:.1f} GiB"
+        )
+        self.pending = []
+
+    def close(self):
+        """The end of the run."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
 # -------------------------------------------------------------------------------------------------------- 8. main
 
 
 def make_accelerator(args):
     """The accelerator, its trackers named but not yet started."""
-    trackers = None if args.report_to == "none" else args.report_to
-    if trackers not in (None, "tensorboard", "wandb", "all"):
-        fail(f"--report_to {args.report_to}: give tensorboard, wandb, all or none")
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=trackers,
+            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         )
     except ValueError as error:
         fail(f"--mixed_precision {args.mixed_precision}: {first_line(error)}")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        fail(f"{accelerator.distributed_type.value} is not needed here and not supported: the base is frozen and the trained "
-             "state small; launch with --multi_gpu instead")  # fmt: skip
+        fail(
+            f"{accelerator.distributed_type.value} is not supported, nor needed: the base is frozen, what is trained is small; "
+            "launch with --multi_gpu instead"
+        )
     return accelerator
 
 
@@ -701,9 +812,8 @@ def main(argv=None):
     resumed = find_checkpoint(args)
     pipe = load_teacher(args, dtype)
     teacher, vae = pipe.unet, pipe.vae
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution % factor:
-        fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {factor}")
+    if args.resolution % vae_factor(vae):
+        fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {vae_factor(vae)}")
     schedule = NoiseSchedule(pipe.scheduler.config, device)
     if args.num_ddim_timesteps > len(schedule.alpha):
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {len(schedule.alpha)} timesteps")
@@ -739,59 +849,26 @@ def main(argv=None):
         step = state["step"]
 
     # Outputs: nothing is written before this line
-    output_dir, log = Path(args.output_dir), None
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        versions = {m.__name__: m.__version__ for m in (torch, accelerate, diffusers, transformers, peft, datasets)}
-        about = {"arguments": vars(args), "versions": versions | {"python": platform.python_version()}, "processes": world}
-        (output_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-        log_path = output_dir / "log.jsonl"
-        kept = [line for line in log_path.open() if json.loads(line)["step"] <= step] if resumed and log_path.exists() else []
-        log = log_path.open("w", buffering=1)
-        log.writelines(kept)
-    accelerator.init_trackers(
-        args.tracker_project_name, {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-    )
-    validation_pipe = StableDiffusionPipeline(
-        **pipe.components | {"unet": target, "scheduler": LCMScheduler.from_config(
-            pipe.scheduler.config, original_inference_steps=args.num_ddim_timesteps)},
-        requires_safety_checker=False,
-    )  # fmt: skip
+    log = Log(accelerator, args, step, keep=bool(resumed))
+    lcm = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.num_ddim_timesteps)
+    live = pipe.components | {"unet": target, "scheduler": lcm}
+    validation_pipe = StableDiffusionPipeline(**live, requires_safety_checker=False)
     validation_pipe.set_progress_bar_config(disable=True)
-    accelerator.print(
-        f"teacher {args.pretrained_teacher_model}: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M parameters, {dtype}\n"
-        f"LoRA: {len(lora_layers(target))} layers, {sum(p.numel() for p in trained) / 1e6:.2f}M parameters, rank {args.lora_rank}\n"
-        f"data: {len(records)} pictures, {global_batch} in a step ({world} processes)\n"
-        f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else "")
-    )
+    batch_size = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
+    log.say(f"teacher: {args.pretrained_teacher_model}, {count_parameters(teacher.parameters())}, {dtype}")
+    log.say(f"LoRA: {len(lora_layers(target))} layers of rank {args.lora_rank}, {count_parameters(trained)}")
+    log.say(f"data: {len(records)} pictures, in a step {batch_size}")
+    log.say(f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else ""))
 
     # The loop
     c_null = encode_prompts(pipe, [""])
-    timesteps = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha))
-    unreadable, pending, micro_losses = {}, [], []
-    clock, clock_step = time.perf_counter(), step
-    bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
+    timesteps = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device)
+    micro_losses = []
     for batch in make_loader(samples, args, step, rank, world):
-        places = batch["places"]
-        new = {row: why for row, why in batch["unreadable"].items() if row not in unreadable}
-        if new:
-            unreadable |= new
-            bar.write(f"warning: {len(unreadable)} unreadable pictures replaced so far: {'; '.join(new.values())}", file=sys.stderr)
+        log.warn_of(batch["unreadable"])
         with accelerator.accumulate(student):
-            torch.manual_seed(rng(args.seed, step, places[0], "dropout").integers(2**63))  # only LoRA dropout draws from it
-            latent = [vae.config.latent_channels, args.resolution // factor, args.resolution // factor]
-            z = encode_pictures(
-                vae, batch["pixels"], normal(args.seed, step, places, "posterior", latent), args.vae_encode_batch_size
-            )
-            noise = normal(args.seed, step, places, "noise", latent).to(device)
-            n = [rng(args.seed, step, place, "timestep").integers(args.num_ddim_timesteps) for place in places]
-            omega = [rng(args.seed, step, place, "guidance").uniform(args.w_min, args.w_max) for place in places]
-            omega = torch.tensor(omega, dtype=torch.float32, device=device)[:, None, None, None]
-            c = encode_prompts(pipe, batch["captions"])
-            null = {name: value.expand(len(places), *value.shape[1:]) for name, value in c_null.items()}
-            loss = distillation_loss(
-                teacher, student, target, z, c, null, noise, timesteps[n].to(device), omega, schedule, args
-            )
+            drawn = draw_batch(pipe, batch, c_null, timesteps, step, args)
+            loss = distillation_loss(teacher, student, target, *drawn, schedule, args)
             accelerator.backward(loss)
             micro_losses.append(loss.detach())
             if accelerator.sync_gradients:
@@ -800,40 +877,28 @@ def main(argv=None):
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
-        pending.append({"lr": lr_scheduler.get_last_lr()[0], "loss": torch.stack(micro_losses).mean(), "grad_norm": grad_norm})
+        log.add(loss=torch.stack(micro_losses).mean(), grad_norm=grad_norm, lr=lr_scheduler.get_last_lr()[0])
         micro_losses = []
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
         step += 1
-        bar.update()
         last = step == args.max_train_steps
-        save, draw = step % args.checkpointing_steps == 0, args.validation_prompts and (step % args.validation_steps == 0 or last)
+        save = step % args.checkpointing_steps == 0
+        draw = args.validation_prompts and (step % args.validation_steps == 0 or last)
         if step % args.logging_steps == 0 or save or draw or last:
-            losses = accelerator.reduce(torch.stack([p["loss"] for p in pending]), "mean").tolist()  # the only wait for the GPU
-            rate = global_batch * (step - clock_step) / (time.perf_counter() - clock)
-            for i, (p, loss) in enumerate(zip(pending, losses, strict=True)):
-                row = {"step": step - len(pending) + i + 1, "loss": loss, "grad_norm": float(p["grad_norm"]), "lr": p["lr"],
-                       "images_per_s": round(rate, 3), "memory_gib": round(peak_memory(device), 3)}  # fmt: skip
-                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-                if log:
-                    log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.1e} "
-                                f"{rate:.1f} img/s {row['memory_gib']:.1f} GiB")  # fmt: skip
-            pending = []
-            if accelerator.is_main_process:
-                if save:
-                    parts = (optimizer, lr_scheduler, accelerator.scaler)
-                    bar.write(save_checkpoint(teacher, target, *parts, args, step))
-                if draw:
-                    validate(validation_pipe, accelerator, args, step)
+            log.flush(global_batch)
+        if save and accelerator.is_main_process:
+            log.say(save_checkpoint(teacher, target, optimizer, lr_scheduler, accelerator.scaler, args, step))
+        if draw and accelerator.is_main_process:
+            log.say(validate(validation_pipe, accelerator, args, step))
+        if save or draw:
             accelerator.wait_for_everyone()
-            clock, clock_step = time.perf_counter(), step
-    bar.close()
+            log.restart_clock()
 
     # The end
+    log.close()
     if accelerator.is_main_process:
-        accelerator.print(save_lora(teacher, target, output_dir, args, step))
-        log.close()
+        print(save_lora(teacher, target, Path(args.output_dir), args, step))
     accelerator.end_training()
 
 

@@ -29,8 +29,16 @@ SKIPPED_GROUPS = {2, 9}  # emojibase: components (swatches of skin and hair) and
 CAPTIONS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 STYLES = {  # name in the caption: (npm package, sha256 of its tarball, parquet file)
     "noto": ("@iconify-json/noto@1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "train"),
-    "fluent flat": ("@iconify-json/fluent-emoji-flat@1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "train"),
-    "twemoji": ("@iconify-json/twemoji@1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "twemoji"),
+    "fluent flat": (
+        "@iconify-json/fluent-emoji-flat@1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "train",
+    ),
+    "twemoji": (
+        "@iconify-json/twemoji@1.2.5",
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        "twemoji",
+    ),
 }
 
 
