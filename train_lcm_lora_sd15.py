@@ -191,8 +191,8 @@ class NoiseSchedule:
             )
         if self.prediction_type == "epsilon" and alpha_bar[-1] <= 0:
             fail(
-                "the teacher's scheduler has prediction_type = 'epsilon' with rescale_betas_zero_snr = true: at the last "
-                "timestep nothing is left of the picture to predict it from; such a teacher needs v_prediction"
+                "the teacher's scheduler has prediction_type = 'epsilon' with rescale_betas_zero_snr = true: at the "
+                "last timestep nothing is left of the picture to predict it from; such a teacher needs v_prediction"
             )
         self.alpha = alpha_bar.sqrt().float().to(device)  # [T]
         self.sigma = (1 - alpha_bar).sqrt().float().to(device)  # [T]
@@ -382,11 +382,11 @@ def collate(samples):
 def make_loader(samples, args, first_step, rank, world):
     """One batch for each micro-step of this rank from `first_step` on; ranks and micro-steps take contiguous parts."""
     size, parts = args.train_batch_size, args.gradient_accumulation_steps
-    batches = [
+    batches = (
         [(step, (rank * parts + micro) * size + i) for i in range(size)]
         for step in range(first_step, args.max_train_steps)
         for micro in range(parts)
-    ]
+    )
     return torch.utils.data.DataLoader(
         samples, batch_sampler=batches, collate_fn=collate, num_workers=args.dataloader_num_workers
     )
@@ -640,7 +640,7 @@ def find_checkpoint(args):
     folder = Path(args.resume_from_checkpoint)
     if not (folder / STATE_FILE).is_file() or not (folder / "unet" / "adapter_model.safetensors").is_file():
         fail(
-            f"--resume_from_checkpoint {folder}: no checkpoint there (no {STATE_FILE} and unet/adapter_model.safetensors); "
+            f"--resume_from_checkpoint {folder}: no checkpoint there (no {STATE_FILE}, unet/adapter_model.safetensors); "
             "give a checkpoint-<step> folder, or `latest`"
         )
     return folder
@@ -744,7 +744,7 @@ class Log:
             if self.file:
                 self.file.write(json.dumps(row) + "\n")
         self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, grad {row['grad_norm']:.3f}, lr {row['lr']:.1e}, {rate:.1f} img/s, {memory:.1f} GiB"
+            f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.1e} {rate:.1f} img/s {memory:.1f} GiB"
         )
         self.pending = []
 
@@ -771,7 +771,7 @@ def make_accelerator(args):
         fail(f"--mixed_precision {args.mixed_precision}: {first_line(error)}")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         fail(
-            f"{accelerator.distributed_type.value} is not supported, nor needed: the base is frozen, what is trained is small; "
+            f"{accelerator.distributed_type.value} is not supported, nor needed: the base is frozen, the LoRA small; "
             "launch with --multi_gpu instead"
         )
     return accelerator

@@ -62,7 +62,8 @@ def parse_args(argv=None):
 def build_tokenizer(captions, folder):
     """CLIP's byte-pair encoding, less every merge that can never apply to the words of these captions.
 
-    On these captions it splits exactly as CLIP does; other words fall apart into smaller pieces, at worst bytes.
+    ASCII words of these captions split exactly as in CLIP; anything else falls apart into smaller pieces, at worst bytes
+    (a typographic apostrophe, say, stays three byte tokens).
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None:

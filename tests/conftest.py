@@ -1,0 +1,279 @@
+"""Small random models and pictures made on the spot, and helpers that run the programs on them. Nothing is downloaded."""
+
+import atexit
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HF_HOME = tempfile.mkdtemp(prefix="hf-home-")
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HOME": HF_HOME}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact equalities are those of the CPU
+
+# A run of seconds: what `train` gives where a test says nothing else. The learning rate is high so that a few steps show.
+QUICK = {
+    "resolution": 32,
+    "lora_rank": 4,
+    "learning_rate": 1e-2,
+    "train_batch_size": 2,
+    "max_train_steps": 4,
+    "report_to": "none",
+}
+CAPTIONS = (
+    "red apple,green pear,a house,two cats,blue car,old tree,the moon,fish,a boat,one star,cup of tea,rain".split(",")
+)
+
+
+@functools.cache
+def load_script(name):
+    """A script (train_lcm_lora_sd15.py, scripts/evaluate.py ...) as a module, script_<name>: no package is shadowed."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def command_line(flags):
+    """{"seed": 3, "scale_lr": True, "validation_prompts": ["a", "b"]} as words; None and False leave a flag out."""
+    words = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def run(*command, cwd=ROOT, **environment):
+    """A program to its end, on one thread: the completed process with its text."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def launch(*command, flags=("--cpu", "--num_processes", "1"), **kwargs):
+    """`accelerate launch` of a program."""
+    machine = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    return run(sys.executable, "-m", "accelerate.commands.launch", *machine, *flags, *command, **kwargs)
+
+
+def log(folder):
+    """The rows of a run's log.jsonl."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def make_tokenizer(folder):
+    """A CLIP tokenizer whose words are letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(33, 127)]
+    words = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+def make_text_encoder(tokenizer, width=32):
+    """A random CLIP text encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def make_teacher(tmp_path_factory):
+    """A factory of Stable Diffusion 1.5 layouts: make_teacher(prediction_type=..., seed=..., **scheduler settings) -> folder."""
+
+    def make(seed=0, **scheduler):
+        import torch
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp("teacher")
+        tokenizer = make_tokenizer(folder / "tokenizer")
+        pipe = StableDiffusionPipeline(
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(32, 64),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                layers_per_block=1,
+                cross_attention_dim=32,
+                attention_head_dim=2,
+                norm_num_groups=8,
+            ),
+            vae=AutoencoderKL(
+                block_out_channels=(16, 16, 16),
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                latent_channels=4,
+                norm_num_groups=8,
+                sample_size=32,
+            ),
+            text_encoder=make_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            scheduler=DDIMScheduler(
+                **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
+                   "set_alpha_to_one": False, "steps_offset": 1} | scheduler
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher):
+    """The folder of the small epsilon teacher."""
+    return make_teacher()
+
+
+@pytest.fixture(scope="session")
+def v_teacher(make_teacher):
+    """The folder of a small v-prediction teacher with zero terminal SNR."""
+    return make_teacher(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+
+@pytest.fixture(scope="session")
+def sdxl_layout(tmp_path_factory):
+    """A folder that says it is a Stable Diffusion XL pipeline; it holds no weights."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    parts = {
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1"} | parts
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_pictures(tmp_path_factory):
+    """A factory of image folders with metadata.jsonl: make_pictures(count, broken=(indices)) -> folder."""
+
+    def make(count=12, broken=()):
+        import numpy as np
+        from PIL import Image
+
+        folder = tmp_path_factory.mktemp("pictures")
+        rows, random = [], np.random.default_rng(0)
+        for i in range(count):
+            name = f"{i:02}.png"
+            colours = random.integers(0, 256, (4, 4, 3), np.uint8)
+            size = (40 + 3 * (i % 5), 40 + 4 * (i % 3))
+            Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(folder / name)
+            if i in broken:
+                (folder / name).write_bytes(b"no picture at all")
+            rows.append(json.dumps({"file_name": name, "text": CAPTIONS[i % len(CAPTIONS)]}))
+        (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pictures(make_pictures):
+    """A folder of twelve captioned pictures of mixed sizes."""
+    return make_pictures()
+
+
+@pytest.fixture(scope="session")
+def sd15():
+    """train_lcm_lora_sd15.py as a module."""
+    return load_script("train_lcm_lora_sd15.py")
+
+
+@pytest.fixture(scope="session")
+def train(sd15, teacher, pictures, tmp_path_factory):
+    """train(flag=value, ...) -> output folder: the trainer's main() in this process, with QUICK where nothing is said."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    def train(**flags):
+        defaults = {
+            "pretrained_teacher_model": teacher,
+            "train_data_dir": None if "dataset_name" in flags else pictures,
+        }
+        flags = defaults | {"output_dir": tmp_path_factory.mktemp("run") / "out"} | QUICK | flags
+        AcceleratorState._reset_state(True)
+        torch.set_num_threads(1)
+        sd15.main(command_line(flags))
+        return flags["output_dir"]
+
+    return train
+
+
+SEPARATORS = set(";&|()<>")
+BEFORE_A_COMMAND = {"exec", "time", "if", "then", "do", "else", "while", "until", "!"}
+
+
+def shell_commands(text):
+    """The commands of a shell text as lists of words; variables and $(...) become 1, assignments in front are dropped."""
+    text = re.sub(r"\\\n", " ", text)
+    text = re.sub(r'"?\$\{?(@|\w+\[@\])[^"\s]*"?', "", text)  # "$@", "${names[@]}": any number of words
+    text = re.sub(r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "1", text)
+    text = re.sub(r"\$(\{[^}]*\}|\w+)", "1", text)
+    commands = []
+    for line in text.splitlines():
+        try:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split, lexer.commenters = True, "#"
+            words = list(lexer)
+        except ValueError:  # a quotation over several lines, which no command of a program here has
+            continue
+        for separator, part in itertools.groupby(words, lambda word: set(word) <= SEPARATORS):
+            part = list(part)
+            while part and (part[0] in BEFORE_A_COMMAND or re.match(r"\w+=", part[0])):
+                part.pop(0)
+            if part and not separator:
+                commands.append(part)
+    return commands
+
+
+def documented_commands():
+    """[(file, words)] of the commands that README.md and scripts/*.sh give and that run a program of this repository."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    texts = [("README.md", re.sub(r"^\$ ", "", block, flags=re.MULTILINE)) for block in blocks]
+    texts += [(path.name, path.read_text()) for path in sorted((ROOT / "scripts").glob("*.sh"))]
+    return [
+        (name, words)
+        for name, text in texts
+        for words in shell_commands(text)
+        if words[0] in ("python", "python3", "accelerate", "bash") and any(w.endswith((".py", ".sh")) for w in words)
+    ]

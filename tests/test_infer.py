@@ -1,0 +1,355 @@
+"""infer.py on a tiny Stable Diffusion 1.5 layout made on the spot: what it draws, what it says, what it refuses."""
+
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
+infer = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(infer)
+infer.import_quietly()
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
+TARGETS += ("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+
+
+def make_base(folder, channels=(32, 64)):
+    """Write a pipeline of 32 px pictures (latents 16 x 16) with random weights."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    # The byte letters of CLIP's tokenizer, each alone and at the end of a word.
+    letters = [chr(code) for code in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+    letters += [chr(256 + index) for index in range(256 - len(letters))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    blocks = {"block_out_channels": channels, "norm_num_groups": 8}
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=32,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            **blocks,
+        ),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def make_lora(unet, path, base, rank=8, alpha=4):
+    """Write random LoRA weights for every target of `unet` in this project's layout."""
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for name, module in unet.named_modules():
+        if name.endswith(TARGETS) and hasattr(module, "weight"):
+            shape, key = module.weight.shape, "lora_unet_" + name.replace(".", "_")
+            down, up = (rank, *shape[1:]), (shape[0], rank, *[1] * (len(shape) - 2))
+            tensors[f"{key}.lora_down.weight"] = torch.randn(down, generator=generator) * 0.1
+            tensors[f"{key}.lora_up.weight"] = torch.randn(up, generator=generator) * 0.1
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    metadata = {"format": "pt", "lcm_lora_version": "1", "base_model": str(base), "family": "sd15", "rank": str(rank)}
+    metadata |= {
+        "alpha": str(alpha),
+        "num_ddim_timesteps": "50",
+        "w_min": "3.0",
+        "w_max": "5.0",
+        "step": "600",
+        "training_args": "{}",
+    }
+    save_file(tensors, path, metadata)
+    return len(tensors) // 3
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A base, a base with other widths, and a LoRA of the first in a training output folder."""
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_base(folder / "base")
+    make_base(folder / "wide", (32, 96))
+    (folder / "run").mkdir()
+    unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")
+    count = make_lora(unet, folder / "run" / WEIGHTS_NAME, folder / "base")
+    return folder, count
+
+
+def run(folder, *flags, lora="run"):
+    """Call infer.main on the CPU."""
+    infer.main(["--lora", str(folder / lora), "--device", "cpu", *map(str, flags)])
+
+
+def difference(a, b):
+    """Largest difference of two pictures, in levels of 255."""
+    channels = ImageChops.difference(Image.open(a), Image.open(b)).getextrema()
+    return max(high for _, high in channels)
+
+
+def test_draws_and_reports(tiny, tmp_path, capsys):
+    """One picture with its settings inside; the LoRA line counts every layer; the LoRA changes the picture."""
+    folder, count = tiny
+    run(folder, "--prompt", "a cat, big", "--output", tmp_path / "new" / "x.png", "--seed", 3)
+    out = capsys.readouterr().out
+    line = f"LoRA: {count} of {count} layers loaded (rank 8, alpha 4, trained from {folder / 'base'}, 600 steps)"
+    assert line in out and "x.png (" in out
+    picture = Image.open(tmp_path / "new" / "x.png")
+    assert picture.size == (32, 32)
+    prompt, last = picture.text["parameters"].split("\n")
+    assert prompt == "a cat, big"
+    assert last == "Steps: 4, Sampler: LCM, CFG scale: 1, Seed: 3, Size: 32x32, Model: base, Lora: run 1"
+    settings = json.loads(picture.text["infer_args"])
+    assert settings["seed"] == 3 and settings["dtype"] == "float32" and settings["base_model"] == str(folder / "base")
+    run(folder, "--prompt", "a cat, big", "--output", tmp_path / "off.png", "--seed", 3, "--lora_scale", 0)
+    assert difference(tmp_path / "new" / "x.png", tmp_path / "off.png") > 8
+
+
+def test_same_as_diffusers(tiny, tmp_path):
+    """Rank 8, alpha 4: the picture is what a user's own diffusers pipeline draws."""
+    from diffusers import LCMScheduler, StableDiffusionPipeline
+
+    folder, _ = tiny
+    run(folder, "--prompt", "a cat", "--output", tmp_path / "x.png")
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "base")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.load_lora_weights(folder / "run" / WEIGHTS_NAME)
+    generator = torch.Generator("cpu").manual_seed(0)
+    pipe("a cat", num_inference_steps=4, guidance_scale=1, generator=generator).images[0].save(tmp_path / "y.png")
+    assert difference(tmp_path / "x.png", tmp_path / "y.png") == 0
+
+
+def test_a_picture_does_not_depend_on_its_batch(tiny, tmp_path):
+    """Two prompts, two images each: four files, the same at every batch size, each from its own seed."""
+    folder, _ = tiny
+    for size in (1, 3):
+        flags = ("--prompt", "a", "b", "--num_images", 2, "--batch_size", size)
+        run(folder, *flags, "--output", tmp_path / str(size) / "x.png")
+    assert sorted(file.name for file in (tmp_path / "3").iterdir()) == [f"x-{index}.png" for index in range(4)]
+    for index in range(4):
+        assert difference(tmp_path / "1" / f"x-{index}.png", tmp_path / "3" / f"x-{index}.png") <= 1
+    run(folder, "--prompt", "b", "--seed", 3, "--output", tmp_path / "last.png")
+    assert difference(tmp_path / "last.png", tmp_path / "3" / "x-3.png") <= 1
+    assert difference(tmp_path / "3" / "x-2.png", tmp_path / "3" / "x-3.png") > 8
+
+
+def test_file_may_have_moved(tiny, tmp_path, monkeypatch):
+    """A relative base model in the header is found from the current directory and from beside infer.py."""
+    folder, _ = tiny
+    tensors = load_file(folder / "run" / WEIGHTS_NAME)
+    save_file(tensors, tmp_path / "style.safetensors", {"base_model": "base"})
+    for change in (lambda: monkeypatch.chdir(folder), lambda: monkeypatch.setattr(infer, "HERE", folder)):
+        monkeypatch.chdir(tmp_path)
+        change()
+        run(tmp_path, "--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png", lora="style.safetensors")
+        assert "Lora: style 1" in Image.open(tmp_path / "x.png").text["parameters"]
+
+
+def rename(folder, target, style):
+    """Write the LoRA without alphas under `unet.` keys; `style(layer)` picks PEFT's or the older words for a layer."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")
+    names = {f"lora_unet_{name.replace('.', '_')}": name for name, _ in unet.named_modules()}
+    tensors = {}
+    for key, tensor in load_file(folder / "run" / WEIGHTS_NAME).items():
+        layer, _, part = key.partition(".")
+        if part != "alpha":
+            words = {"peft": ("lora_A", "lora_B"), "old": ("lora.down", "lora.up")}[style(layer)]
+            tensors[f"unet.{names[layer]}.{words[part == 'lora_up.weight']}.weight"] = tensor
+    save_file(tensors, target)
+
+
+@pytest.mark.parametrize(("style", "dtype"), [("peft", "bf16"), ("old", "fp32")])
+def test_other_layouts_load_completely(tiny, tmp_path, capsys, style, dtype):
+    """Files in diffusers' own layouts, without a header; the comparison holds in bf16 too."""
+    folder, count = tiny
+    rename(folder, tmp_path / "other.safetensors", lambda layer: style)
+    flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png", "--base_model", folder / "base")
+    run(tmp_path, *flags, "--dtype", dtype, lora="other.safetensors")
+    assert f"LoRA: {count} of {count} layers loaded (rank 8, alpha 8)" in capsys.readouterr().out
+
+
+def test_defect_2_partly_loaded_file_stops(tiny, tmp_path):
+    """Attention as lora.down/up, the rest as lora_A/B: diffusers drops one kind without an error; infer.py stops."""
+    folder, count = tiny
+    rename(folder, tmp_path / "mixed.safetensors", lambda layer: "old" if "attn" in layer else "peft")
+    flags = ("--prompt", "a", "--output", tmp_path / "x.png", "--base_model", folder / "base")
+    with pytest.raises(SystemExit, match=rf"^error: .*mixed.safetensors: \d+ of {count} layers loaded"):
+        run(tmp_path, *flags, lora="mixed.safetensors")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_defect_4_wrong_scaling_stops(tiny, tmp_path, monkeypatch):
+    """A loader that forgets alpha is caught."""
+    folder, _ = tiny
+    from diffusers import StableDiffusionPipeline
+    from peft.tuners.lora import LoraLayer
+
+    load = StableDiffusionPipeline.load_lora_weights
+
+    def forget(pipe, *args, **kwargs):
+        load(pipe, *args, **kwargs)
+        for module in pipe.unet.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling = dict.fromkeys(module.scaling, 1.0)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", forget)
+    with pytest.raises(SystemExit, match="error: .* 0 of .* layers loaded, first missing or different: down_blocks"):
+        run(folder, "--prompt", "a", "--output", tmp_path / "x.png")
+
+
+def test_compare(tiny, tmp_path, capsys, monkeypatch):
+    """The grid has 8 columns, headers, prompts; teacher cells are the base to the bit, LCM cells as drawn alone."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    folder, _ = tiny
+    cells, grid = [], infer.grid
+    monkeypatch.setattr(infer, "grid", lambda columns, *rest: cells.extend(columns) or grid(columns, *rest))
+    prompts = ["a cat", "a very long prompt " * 20 + "Supercalifragilisticexpialidocious" * 3]
+    flags = ("--batch_size", 1, "--seed", 5)
+    run(folder, "--prompt", *prompts, "--compare", "--output", tmp_path / "grid.png", *flags)
+    out = capsys.readouterr().out
+    for text in (
+        "DDIM, 50 steps: 100 UNet passes, ",
+        "Solver++, 1 step: 2 UNet passes",
+        "LoRA, 8 steps: 8 UNet passes",
+    ):
+        assert text in out
+
+    sheet = Image.open(tmp_path / "grid.png")
+    columns = json.loads(sheet.text["infer_args"])["columns"]
+    assert [column["passes"] for column in columns] == [100, 2, 4, 8, 1, 2, 4, 8]
+    assert {column["guidance"] for column in columns[:4]} == {5.0} and all(column["seconds"] > 0 for column in columns)
+    assert sheet.width >= 9 * 128 and sheet.height >= 2 * 128
+
+    def ink(*box):
+        return sum(sheet.convert("L").crop(box).histogram()[:128])
+
+    top = sheet.height - 2 * 128 - 20
+    assert ink(180, 0, sheet.width, top) > 500
+    assert all(ink(0, top + 134 * row, 170, top + 134 * row + 128) > 20 for row in range(2))
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "base")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    generator = torch.Generator("cpu").manual_seed(5)
+    teacher = pipe("a cat", num_inference_steps=50, guidance_scale=5.0, generator=generator).images[0]
+    assert teacher.tobytes() == cells[0]["images"][0].tobytes()
+    run(folder, "--prompt", "a cat", *flags, "--output", tmp_path / "lcm.png")
+    assert Image.open(tmp_path / "lcm.png").tobytes() == cells[6]["images"][0].tobytes()
+
+
+def bad_file(kind, folder, path):
+    """Write a damaged copy of the LoRA."""
+    good = folder / "run" / WEIGHTS_NAME
+    tensors = load_file(good)
+    first = next(key for key in tensors if key.endswith("lora_up.weight"))
+    if kind == "incomplete":
+        del tensors[first]
+    if kind == "nan":
+        tensors[first][0, 0] = float("nan")
+    if kind in ("incomplete", "nan", "no base"):
+        save_file(tensors, path)
+    elif kind == "no layer":
+        save_file({}, path)
+    else:
+        path.write_bytes({"truncated": good.read_bytes()[:5000], "empty": b"", "pickle": pickle.dumps({"a": 1})}[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("incomplete", "has no up matrix"),
+        ("nan", "1 of .* tensors hold NaN"),
+        ("truncated", "not a whole safetensors file"),
+        ("empty", "not a whole safetensors file"),
+        ("pickle", "not a whole safetensors file"),
+        ("no layer", "holds no LoRA layer"),
+        ("no base", "give --base_model"),
+    ],
+)
+def test_bad_file(tiny, tmp_path, kind, message):
+    """A damaged file ends with one line that names it, before any base model is loaded."""
+    bad_file(kind, tiny[0], tmp_path / "bad.safetensors")
+    with pytest.raises(SystemExit, match=f"^error: .*bad.safetensors.*{message}") as caught:
+        run(tmp_path, "--prompt", "a", "--output", tmp_path / "x.png", lora="bad.safetensors")
+    assert "\n" not in str(caught.value) and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "x.jpg"], r"--output x.jpg: must name a .png"),
+        (["--steps", "0"], "--steps.*from 1 to"),
+        (["--steps", "51"], "--steps 51: must be from 1 to 50"),
+        (["--steps", "4", "--compare"], "do not go with --compare"),
+        (["--height", "60"], "--height 60: must be a multiple of 8, e.g. 64"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--base_model", "./nowhere"], "nowhere: no such folder; give --base_model"),
+        (["--lora", "nowhere"], "--lora nowhere: no such file or folder"),
+        (["--lora", "."], f"no {WEIGHTS_NAME} in this folder"),
+        (["--seed", "x"], "--seed"),
+    ],
+)
+def test_bad_flag(tiny, tmp_path, monkeypatch, flags, message):
+    """A bad flag ends with one line that names it and what would be valid."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        run(tiny[0], "--prompt", "a", *flags)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_lora_of_another_base(tiny, tmp_path):
+    """Other channel widths: the message names family, base and the first layer that does not fit."""
+    folder, _ = tiny
+    with pytest.raises(SystemExit, match=r"trained for sd15 .*base, it does not fit .*wide: layer down_blocks_1"):
+        run(folder, "--prompt", "a", "--base_model", folder / "wide", "--output", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_warnings(tiny, tmp_path, capsys):
+    """High guidance, and a negative prompt without guidance, are spoken of; otherwise stderr is empty."""
+    folder, _ = tiny
+    flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png")
+    run(folder, *flags)
+    assert capsys.readouterr().err == ""
+    run(folder, *flags, "--negative_prompt", "b")
+    assert "--negative_prompt does nothing here" in capsys.readouterr().err
+    run(folder, *flags, "--negative_prompt", "b", "--guidance_scale", "7.5")
+    assert "--guidance_scale 7.5" in capsys.readouterr().err
+    assert "\nNegative prompt: b\n" in Image.open(tmp_path / "x.png").text["parameters"]

@@ -1,0 +1,341 @@
+"""The mathematics of the trainer against diffusers' schedulers, closed forms, and Algorithm 1 written a second time."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+from PIL import Image
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+PREDICTIONS = ["epsilon", "v_prediction"]
+GRID = list(range(19, 1000, 20))
+
+
+def config(prediction_type="epsilon", **more):
+    """The config of a teacher's scheduler."""
+    return dict(DDIMScheduler(**BETAS, prediction_type=prediction_type, **more).config)
+
+
+def alpha_sigma():
+    """alpha and sigma of the scaled_linear schedule in float64, from its definition."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    return torch.from_numpy(np.sqrt(alpha_bar)), torch.from_numpy(np.sqrt(1 - alpha_bar))
+
+
+def latents(count=2, seed=0, dtype=torch.float32):
+    """Random latents [count,4,6,6]."""
+    return torch.randn(count, 4, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def close(a, b, tolerance=1e-5):
+    """Whether a equals b to `tolerance` of b's largest element."""
+    return (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
+
+
+# ------------------------------------------------------------------------------------------------------- the solver
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_solver_is_ddim(sd15, prediction_type):
+    """Every step of the grid, the last to t = 0 included, is DDIMScheduler's; its clipping is off, as in a teacher's config."""
+    scheduler = DDIMScheduler(
+        **BETAS, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(50)
+    schedule = sd15.NoiseSchedule(scheduler.config, "cpu")
+    assert scheduler.timesteps.tolist() == GRID[::-1] == sd15.ddim_timesteps(50, 1000).tolist()[::-1]
+    for i, t in enumerate(scheduler.timesteps):
+        z, output = latents(seed=i), latents(seed=100 + i)
+        ours = schedule.ddim_step(output, z, t.expand(2), (t - 20).clamp(min=0).expand(2))
+        assert close(ours, scheduler.step(output, t, z).prev_sample, 2e-6), f"t = {t}"
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40, 50, 1000])
+def test_grid_is_that_of_lcm_scheduler(sd15, steps):
+    scheduler = LCMScheduler(**BETAS, original_inference_steps=steps)
+    scheduler.set_timesteps(num_inference_steps=steps)
+    assert scheduler.timesteps.tolist() == sd15.ddim_timesteps(steps, 1000).tolist()[::-1]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_solver_step_to_the_same_time_is_nothing(sd15, prediction_type):
+    schedule, t = sd15.NoiseSchedule(config(prediction_type), "cpu"), torch.tensor([0, 500])
+    assert close(schedule.ddim_step(latents(seed=1), latents(), t, t), latents())
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_outputs_turn_into_x0_and_noise_and_back(sd15, prediction_type):
+    """From (x0, eps) made in float64, through the network's output, to (x0, eps) again."""
+    alpha, sigma = alpha_sigma()
+    schedule = sd15.NoiseSchedule(config(prediction_type), "cpu")
+    x0, eps = latents(1, 1, torch.float64), latents(1, 2, torch.float64)
+    for t in [0, *GRID]:
+        z = alpha[t] * x0 + sigma[t] * eps
+        output = eps if prediction_type == "epsilon" else alpha[t] * eps - sigma[t] * x0
+        ours = schedule.x0_and_eps(output.float(), z.float(), torch.tensor([t]))
+        assert close(ours[0], x0, 1e-5) and close(ours[1], eps, 1e-5), f"t = {t}"
+
+
+def test_schedule_is_float32_and_right(sd15):
+    schedule = sd15.NoiseSchedule(config(), "cpu")
+    alpha, sigma = alpha_sigma()
+    assert schedule.alpha.dtype == schedule.sigma.dtype == torch.float32
+    assert close(schedule.alpha, alpha, 1e-6)
+    assert ((schedule.sigma - sigma).abs() / sigma).max() < 1e-4
+    assert (schedule.alpha.double() ** 2 + schedule.sigma.double() ** 2 - 1).abs().max() < 1e-6
+
+
+def test_defect_10_noising_is_float32(sd15):
+    """At t = 19, where bf16 makes sigma 4.8% too large."""
+    alpha, sigma = alpha_sigma()
+    z, noise = latents(seed=1), latents(seed=2)
+    ours = sd15.NoiseSchedule(config(), "cpu").add_noise(z, noise, torch.tensor([19, 19]))
+    assert close(ours, alpha[19] * z.double() + sigma[19] * noise.double(), 1e-6)
+
+
+def test_epsilon_with_zero_terminal_snr_is_refused(sd15):
+    with pytest.raises(SystemExit, match="rescale_betas_zero_snr"):
+        sd15.NoiseSchedule(config(rescale_betas_zero_snr=True), "cpu")
+
+
+def test_other_predictions_are_refused(sd15):
+    with pytest.raises(SystemExit, match="prediction_type 'sample'"):
+        sd15.NoiseSchedule(config("sample"), "cpu")
+
+
+def test_v_with_zero_terminal_snr_is_finite(sd15):
+    schedule, t = (
+        sd15.NoiseSchedule(config("v_prediction", rescale_betas_zero_snr=True), "cpu"),
+        torch.tensor([999, 999]),
+    )
+    assert schedule.alpha[999] == 0
+    step = schedule.ddim_step(latents(seed=1), latents(), t, t - 20)
+    assert torch.isfinite(step).all()
+    assert close(schedule.x0_and_eps(latents(seed=1), latents(), t)[0], -latents(seed=1))
+
+
+# -------------------------------------------------------------------------------------- the consistency function
+
+
+def test_boundary_scalings_are_those_of_lcm_scheduler(sd15):
+    scheduler = LCMScheduler(**BETAS)
+    for t in [0, 1, *GRID]:
+        c_skip, c_out = sd15.boundary_scalings(torch.tensor([t]), 10.0)
+        expected = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(t))
+        assert c_skip.shape == c_out.shape == (1, 1, 1, 1)
+        assert torch.allclose(torch.stack([c_skip, c_out]).flatten(), torch.stack(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_consistency_function_is_the_identity_at_0(sd15, prediction_type):
+    schedule = sd15.NoiseSchedule(config(prediction_type), "cpu")
+    t = torch.tensor([0, 0])
+    assert torch.equal(sd15.consistency_function(latents(seed=1), latents(), t, schedule, 10.0), latents())
+
+
+def test_distances_in_closed_form(sd15):
+    a, b = torch.tensor([0.0, 3.0, -2.0]), torch.tensor([0.0, -1.0, 1.0])
+    assert sd15.distance(a, b, "l2", 3.0).item() == pytest.approx((16 + 9) / 3)
+    assert sd15.distance(a, b, "huber", 3.0).item() == pytest.approx((0 + 5 - 3 + 18**0.5 - 3) / 3)
+
+
+@pytest.mark.parametrize("loss_type", ["huber", "l2"])
+def test_gradient_of_the_distance(sd15, loss_type):
+    """Zero and finite where a = b; elsewhere e / sqrt(e^2 + c^2) and 2 e, over the number of elements."""
+    a = torch.tensor([1.0, 5.0], requires_grad=True)
+    sd15.distance(a, torch.tensor([1.0, 1.0]), loss_type, 3.0).backward()
+    assert a.grad.tolist() == pytest.approx([0, {"huber": 4 / 5 / 2, "l2": 8 / 2}[loss_type]])
+
+
+# --------------------------------------------------------------------------------------------------- Algorithm 1
+
+
+class Toy(torch.nn.Module):
+    """A network with a UNet's call: an affine function of z, t and the mean of the condition."""
+
+    def __init__(self, seed):
+        super().__init__()
+        draw = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.weight = torch.nn.Parameter(draw.float())
+        self.calls = []
+
+    def forward(self, z, t, encoder_hidden_states):
+        self.calls.append((torch.is_grad_enabled(), len(z)))
+        w, c = self.weight.to(z.dtype), encoder_hidden_states.mean((1, 2))[:, None, None, None]
+        time = torch.sin(t.to(z.dtype) / 100)[:, None, None, None]
+        return SimpleNamespace(
+            sample=w[0] * z + w[1] * z.roll(1, -1) + w[2] * time * z + w[3] * c * z + w[4] * c + w[5]
+        )
+
+
+def algorithm_1(teacher, student, z, c, null, noise, t_nk, omega, prediction_type, loss_type, huber_c):
+    """The report's Algorithm 1 in float64, sample by sample, every pass apart, Psi as the report writes it."""
+    alpha, sigma = alpha_sigma()
+
+    def x0_eps(output, z_t, t):
+        if prediction_type == "epsilon":
+            return (z_t - sigma[t] * output) / alpha[t], output
+        return alpha[t] * z_t - sigma[t] * output, sigma[t] * z_t + alpha[t] * output
+
+    def psi(z_t, t, s, condition):
+        x0, eps = x0_eps(teacher(z_t, torch.tensor([t]), condition).sample, z_t, t)
+        return alpha[s] * x0 + sigma[s] * eps - z_t
+
+    def f(z_t, t, condition):
+        x0, _ = x0_eps(student(z_t, torch.tensor([t]), condition).sample, z_t, t)
+        return 0.25 / ((10 * t) ** 2 + 0.25) * z_t + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x0
+
+    total = 0.0
+    for i, t in enumerate(t_nk.tolist()):
+        here, s, w = slice(i, i + 1), max(t - 20, 0), float(omega[i])
+        z_nk = alpha[t] * z[here].double() + sigma[t] * noise[here].double()
+        with torch.no_grad():
+            z_hat = z_nk + (1 + w) * psi(z_nk, t, s, c[here].double()) - w * psi(z_nk, t, s, null[here].double())
+            goal = f(z_hat, s, c[here].double())
+        e2 = (f(z_nk, t, c[here].double()) - goal) ** 2
+        total = total + (e2 if loss_type == "l2" else torch.sqrt(e2 + huber_c**2) - huber_c).mean()
+    return total / len(z)
+
+
+def problem(sd15, prediction_type="epsilon", loss_type="huber", omega=(3.0, 7.5, 15.0, 4.0)):
+    """Networks and inputs of one step: (networks, inputs, schedule, args)."""
+    random = torch.Generator().manual_seed(5)
+    c, null = torch.randn(4, 3, 8, generator=random), torch.randn(1, 3, 8, generator=random).expand(4, 3, 8)
+    inputs = {
+        "z": latents(4, 1),
+        "c": {"prompt": c},
+        "c_null": {"prompt": null},
+        "noise": latents(4, 2),
+        "t_nk": torch.tensor([19, 259, 739, 999]),
+        "omega": torch.tensor(omega)[:, None, None, None],
+    }
+    args = SimpleNamespace(num_ddim_timesteps=50, timestep_scaling_factor=10.0, loss_type=loss_type, huber_c=0.1)
+    return Toy(1), Toy(2), inputs, sd15.NoiseSchedule(config(prediction_type), "cpu"), args
+
+
+@pytest.mark.parametrize("loss_type", ["huber", "l2"])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_distillation_loss_is_algorithm_1(sd15, prediction_type, loss_type):
+    """Value and gradient; the target, though the same network, gets no gradient."""
+    teacher, student, inputs, schedule, args = problem(sd15, prediction_type, loss_type)
+    loss = sd15.distillation_loss(teacher, student, student, **inputs, schedule=schedule, args=args)
+    loss.backward()
+    again = Toy(2)
+    expected = algorithm_1(
+        Toy(1), again, inputs["z"], inputs["c"]["prompt"], inputs["c_null"]["prompt"], inputs["noise"], inputs["t_nk"],
+        inputs["omega"], prediction_type, loss_type, args.huber_c,
+    )  # fmt: skip
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert close(student.weight.grad, again.weight.grad, 1e-4)
+    assert teacher.weight.grad is None
+
+
+def test_omega_0_is_the_conditional_teacher(sd15):
+    """Then the null prompt does not matter; with omega it does."""
+    for omega, matters in ((0.0, False), (7.5, True)):
+        teacher, student, inputs, schedule, args = problem(sd15, omega=(omega,) * 4)
+        loss = sd15.distillation_loss(teacher, student, student, **inputs, schedule=schedule, args=args)
+        other = inputs | {"c_null": {"prompt": inputs["c"]["prompt"] + 5}}
+        changed = sd15.distillation_loss(teacher, student, student, **other, schedule=schedule, args=args)
+        assert (abs(changed - loss) > 1e-3 * loss) == matters
+
+
+def test_passes_of_a_step(sd15):
+    """Teacher once for prompt and null together, target without gradient, the student last and the only one with it."""
+    teacher, student, inputs, schedule, args = problem(sd15)
+    target, order = Toy(2), []
+    for name, net in (("teacher", teacher), ("target", target), ("student", student)):
+        net.register_forward_hook(lambda net, given, result, name=name: order.append((name, *net.calls[-1])))
+    sd15.distillation_loss(teacher, student, target, **inputs, schedule=schedule, args=args)
+    assert order == [("teacher", False, 8), ("target", False, 4), ("student", True, 4)]
+
+
+def test_defect_09_autocast_names_its_dtype(sd15):
+    """An fp16 base on the CPU, whose default autocast type is bf16, runs under fp16; a float32 base under none."""
+    seen = []
+
+    def unet(z, t, encoder_hidden_states):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), z.dtype))
+        return SimpleNamespace(sample=z)
+
+    for dtype in (torch.float16, torch.float32):
+        unet.parameters = lambda dtype=dtype: iter([torch.zeros(1, dtype=dtype)])
+        assert sd15.predict(unet, latents(), torch.tensor([1, 2]), {"prompt": latents()}).dtype == torch.float32
+    assert seen[0] == (True, torch.float16, torch.float16)
+    assert seen[1][0] is False and seen[1][2] == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------- randomness
+
+
+def test_defect_11_no_two_samples_share_noise(sd15):
+    """A stream is a pure function of seed, step, place and purpose, and each of them changes it."""
+    base = (0, 3, 1, "noise")
+    first = sd15.rng(*base).standard_normal(8).tolist()
+    others = [(1, 3, 1, "noise"), (2**32, 3, 1, "noise"), (0, 4, 1, "noise"), (0, 3, 2, "noise"), (0, 1, 3, "noise")]
+    others += [(0, 3, 1, purpose) for purpose in sd15.PURPOSES if purpose != "noise"]
+    drawn = [sd15.rng(*other).standard_normal(8).tolist() for other in others]
+    assert len({tuple(d) for d in [first, *drawn]}) == len(others) + 1
+    assert sd15.rng(*base).standard_normal(8).tolist() == first
+
+
+def test_noise_does_not_depend_on_the_batch(sd15):
+    whole = sd15.normal(0, 7, [0, 1, 2, 3], "noise", [4, 2, 2])
+    parts = [sd15.normal(0, 7, places, "noise", [4, 2, 2]) for places in ([2, 3], [0, 1])]
+    assert whole.dtype == torch.float32
+    assert torch.equal(whole, torch.cat(parts[::-1]))
+
+
+def test_noise_is_standard_normal(sd15):
+    """Mean, variance, skewness and kurtosis of 400,000 draws, to five of their standard errors; places are uncorrelated."""
+    x = sd15.normal(0, 0, range(400), "noise", [1000]).double()
+    assert abs(x.mean()) < 5 / 400_000**0.5
+    assert abs(x.var() - 1) < 5 * (2 / 400_000) ** 0.5
+    assert abs((x**3).mean()) < 5 * (15 / 400_000) ** 0.5
+    assert abs((x**4).mean() - 3) < 5 * (96 / 400_000) ** 0.5
+    assert abs((x[::2] * x[1::2]).mean()) < 5 / 200_000**0.5
+
+
+# --------------------------------------------------------------------------------------------------- order of data
+
+
+def stream(sd15, count, steps, size, parts=1, world=1, rank=0, first=0):
+    """[(places, captions)] of the batches that one rank's loader reads; the captions are the records' numbers."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    records = [{"image": {"bytes": file.getvalue(), "path": None}, "text": str(i)} for i in range(count)]
+    args = SimpleNamespace(
+        seed=0, image_column="image", caption_column="text", resolution=8, center_crop=True, random_flip=False,
+        proportion_empty_prompts=0.0, train_batch_size=size, gradient_accumulation_steps=parts, max_train_steps=steps,
+        dataloader_num_workers=0,
+    )  # fmt: skip
+    samples = sd15.Samples(records, args, size * parts * world)
+    return [(batch["places"], batch["captions"]) for batch in sd15.make_loader(samples, args, first, rank, world)]
+
+
+def test_an_epoch_is_a_permutation_and_batches_cross_epochs(sd15):
+    batches = stream(sd15, count=7, steps=14, size=2)
+    seen = [caption for _, captions in batches for caption in captions]
+    epochs = [seen[i : i + 7] for i in range(0, 28, 7)]
+    assert all(len(captions) == 2 for _, captions in batches)
+    assert all(sorted(epoch) == list("0123456") for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_ranks_and_micro_steps_share_out_one_stream(sd15):
+    one = stream(sd15, count=7, steps=3, size=8)
+    for parts, world in ((4, 1), (1, 4), (2, 2)):
+        ranks = [stream(sd15, 7, 3, 2, parts, world, rank) for rank in range(world)]
+        for step, (places, captions) in enumerate(one):
+            batches = [batch for rank in ranks for batch in rank[step * parts : (step + 1) * parts]]
+            assert [p for batch in batches for p in batch[0]] == places == list(range(8))
+            assert [c for batch in batches for c in batch[1]] == captions
+
+
+def test_resuming_the_stream_is_a_number(sd15):
+    assert stream(sd15, 7, 6, 3, first=4) == stream(sd15, 7, 6, 3)[4:]

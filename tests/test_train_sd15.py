@@ -1,0 +1,828 @@
+"""train_lcm_lora_sd15.py from end to end on small random models: its files, its invariants, the defects it must not have."""
+
+import io
+import json
+import shutil
+import struct
+import sys
+
+import datasets
+import diffusers
+import numpy as np
+import peft
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from conftest import ROOT, command_line, documented_commands, launch, load_script, log, run
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+SCRIPT = "train_lcm_lora_sd15.py"
+LORA = "pytorch_lora_weights.safetensors"
+TARGETS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+).split()
+ROW = {"step", "loss", "grad_norm", "lr", "images_per_s", "memory_gib"}
+
+
+def lora_file(folder):
+    """(tensors, metadata) of a LoRA file."""
+    with safe_open(folder / LORA, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def same(a, b):
+    """Whether two folders hold the same LoRA: keys, tensors to the bit, metadata."""
+    (ours, about), (theirs, of_theirs) = lora_file(a), lora_file(b)
+    return about == of_theirs and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def difference(a, b):
+    """The largest difference of an element between two folders' LoRA files with the same keys."""
+    ours, theirs = lora_file(a)[0], lora_file(b)[0]
+    assert ours.keys() == theirs.keys()
+    return max((ours[k] - theirs[k]).abs().max().item() for k in ours)
+
+
+def series(folder, *names):
+    """Columns of log.jsonl, one list a row; the loss where nothing is named."""
+    return [[row[name] for name in names or ("loss",)] for row in log(folder)]
+
+
+def size_of_b(folder):
+    """The largest element of the LoRA's up matrices, which start at 0."""
+    return max(w.abs().max().item() for k, w in lora_file(folder)[0].items() if "lora_up" in k)
+
+
+def target_modules(teacher):
+    """The names of the teacher's modules that a LoRA layer belongs on."""
+    unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [name for name, module in unet.named_modules() if isinstance(module, kinds)]
+    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in TARGETS)]
+
+
+def near(a, b, tolerance=1e-5):
+    """Whether two runs have the same losses to `tolerance`, gradient norms to ten times that, and learning rates."""
+    return all(
+        np.allclose(series(a, name), series(b, name), rtol=rtol, atol=atol)
+        for name, rtol, atol in (("loss", 0, tolerance), ("grad_norm", 10 * tolerance, 0), ("lr", 1e-9, 0))
+    )
+
+
+def output(unet):
+    """What a UNet says to a fixed input."""
+    random = torch.Generator().manual_seed(0)
+    z, c = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 16, 32, generator=random)
+    with torch.no_grad():
+        return unet(z, torch.tensor([259, 999]), encoder_hidden_states=c).sample
+
+
+def picture_bytes(picture, kind="PNG", **settings):
+    """A `datasets` picture record of a picture."""
+    file = io.BytesIO()
+    picture.save(file, kind, **settings)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="session")
+def plain(train):
+    """The output of a run of four steps with a checkpoint at 2 and at 4."""
+    return train(checkpointing_steps=2)
+
+
+@pytest.fixture
+def nets(sd15, monkeypatch):
+    """A list that fills with (teacher, student, target) of each step of the runs made in this test."""
+    seen, step = [], sd15.distillation_loss
+
+    def spy(teacher, student, target, *rest):
+        seen.append((teacher, student, target))
+        return step(teacher, student, target, *rest)
+
+    monkeypatch.setattr(sd15, "distillation_loss", spy)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------- as a user runs it
+
+
+def test_alone_in_a_folder(teacher, pictures, tmp_path):
+    """The script copied to an empty folder: `accelerate launch` runs it, and these are the files, all of them."""
+    shutil.copy(ROOT / SCRIPT, tmp_path)
+    flags = {
+        "pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": "out", "resolution": 32, "lora_rank": 4,
+        "train_batch_size": 2, "max_train_steps": 4, "checkpointing_steps": 2, "report_to": "tensorboard",
+        "validation_prompts": ["red apple", "rain"], "validation_steps": 2,
+    }  # fmt: skip
+    done = launch(SCRIPT, *command_line(flags), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "layers read back equal" in done.stdout
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    events = {
+        name
+        for name in files
+        if name.startswith("out/logs/lcm-lora/") and ("/events.out" in name or name.endswith("yml"))
+    }
+    lora = [LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors"]
+    expected = {SCRIPT, "out/args.json", "out/log.jsonl", *(f"out/{name}" for name in lora)}
+    expected |= {f"out/checkpoint-{step}/{name}" for step in (2, 4) for name in [*lora, "training_state.pt"]}
+    expected |= {f"out/validation/step-{step:06}.png" for step in (2, 4)}
+    assert files - events == expected and events
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
+    assert all(set(row) == ROW and np.isfinite(list(row.values())).all() for row in log(tmp_path / "out"))
+    about = json.loads((tmp_path / "out" / "args.json").read_text())
+    assert about["processes"] == 1 and about["versions"]["diffusers"] == diffusers.__version__
+    assert about["arguments"]["max_train_steps"] == 4 and about["arguments"]["lora_alpha"] == 4
+    assert Image.open(tmp_path / "out/validation/step-000002.png").size == (64, 32)
+
+
+def test_documented_commands_parse(capsys):
+    """Each command of README.md and scripts/*.sh, by the parsers of the programs it names."""
+    for source, words in documented_commands():
+        program = next(word for word in words if word.endswith((".py", ".sh")))
+        where = f"{source}: {' '.join(words)}"
+        if program.endswith(".sh"):
+            assert run("bash", "-n", ROOT / program).returncode == 0, where
+            continue
+        flags = words[words.index(program) + 1 :]
+        try:
+            if words[0] == "accelerate":
+                parsed = launch_command_parser().parse_args(words[2:])
+                assert (parsed.training_script, parsed.training_script_args) == (program, flags), where
+            load_script(program).parse_args(flags)
+        except SystemExit as end:
+            pytest.fail(f"{where}\n{end} {capsys.readouterr().err}")
+
+
+def test_log_and_arguments(plain):
+    rows = log(plain)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["lr"] == 1e-2 for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------- weights and LoRA
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_defect_17_one_copy_of_the_base(train, nets, teacher, precision):
+    """Student and teacher hold the same Parameter objects, bit-identical to the file's after training; the LoRA is float32."""
+    train(mixed_precision=precision)
+    base, _, student = nets[-1]
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
+    on_disk = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", dtype=dtype).state_dict()
+    of_teacher, of_student = dict(base.named_parameters()), dict(student.named_parameters())
+    shared = {name.replace(".base_layer", ""): p for name, p in of_student.items() if "lora_" not in name}
+    assert base is not student and shared.keys() == of_teacher.keys() == on_disk.keys()
+    assert all(shared[name] is of_teacher[name] and torch.equal(shared[name], on_disk[name]) for name in shared)
+    assert not any(p.requires_grad for p in shared.values())
+    lora = [p for name, p in of_student.items() if "lora_" in name]
+    assert len(lora) == 2 * len(target_modules(teacher))
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in lora)
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 8, "lora_alpha": 4}], ids=["default", "rank 8 alpha 4"])
+def test_defect_04_alpha_is_kept(train, nets, teacher, flags):
+    """diffusers and PEFT load every layer that was trained, and both then say what the live student says."""
+    out = train(**flags)
+    live, base = output(nets[-1][2]), output(nets[-1][0])
+    rank = flags.get("lora_rank", 4)
+    assert (live - base).abs().max() > 1e-2
+    with_diffusers = StableDiffusionPipeline.from_pretrained(teacher)
+    with_diffusers.load_lora_weights(out)
+    with_peft = peft.PeftModel.from_pretrained(StableDiffusionPipeline.from_pretrained(teacher).unet, out / "unet")
+    for unet in (with_diffusers.unet, with_peft.base_model.model):
+        layers = {name: m for name, m in unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        assert sorted(layers) == sorted(target_modules(teacher))
+        assert all([*m.scaling.values()] == [flags.get("lora_alpha", rank) / rank] for m in layers.values())
+        assert (output(unet) - live).abs().max() < 1e-5
+
+
+def test_defect_01_keys_are_those_that_every_tool_reads(plain, teacher):
+    tensors, _ = lora_file(plain)
+    names = ["lora_unet_" + name.replace(".", "_") for name in target_modules(teacher)]
+    assert sorted(tensors) == sorted(
+        f"{n}.{part}" for n in names for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    )
+
+
+def test_defect_02_attention_layers_are_loaded(plain, teacher):
+    """Every matrix of the file, attention included, is in the UNet after load_lora_weights."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    pipe.load_lora_weights(plain)
+    tensors, _ = lora_file(plain)
+    loaded = {}
+    for name, module in pipe.unet.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            key, adapter = "lora_unet_" + name.replace(".", "_"), *module.lora_A
+            loaded[f"{key}.lora_down.weight"] = module.lora_A[adapter].weight
+            loaded[f"{key}.lora_up.weight"] = module.lora_B[adapter].weight
+    assert sum("attn" in key for key in loaded) >= 16
+    assert loaded.keys() == {key for key in tensors if not key.endswith("alpha")}
+    assert all(torch.equal(loaded[key], tensors[key]) for key in loaded)
+
+
+def test_defect_22_peft_keys_have_their_prefix(plain):
+    tensors = load_file(plain / "unet" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * len(lora_file(plain)[0]) // 3
+    assert all(
+        key.startswith("base_model.model.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors
+    )
+    config = json.loads((plain / "unet" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(TARGETS) and config["r"] == config["lora_alpha"] == 4
+
+
+def test_defect_23_alpha_tensors_are_alpha(train):
+    tensors, about = lora_file(train(lora_rank=8, lora_alpha=4, max_train_steps=1))
+    assert {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")} == {4.0}
+    assert (about["rank"], about["alpha"]) == ("8", "4")
+
+
+def test_the_header(plain, teacher, pictures):
+    _, about = lora_file(plain)
+    assert about["base_model"] == str(teacher) and about["family"] == "sd15" and about["step"] == "4"
+    assert about["num_ddim_timesteps"] == "50" and "lora_adapter_metadata" not in about
+    settings = json.loads(about["training_args"])
+    assert settings["learning_rate"] == 1e-2 and settings["train_data_dir"] == pictures.name
+    assert lora_file(plain / "checkpoint-2")[1]["step"] == "2"
+
+
+def test_a_file_that_reads_back_wrong_is_an_error(sd15, train, monkeypatch):
+    """The check after each save is no formality: a wrong alpha in the file ends the run."""
+    real = sd15.save_file
+
+    def spoil(tensors, path, metadata):
+        real({k: v * 2 if k.endswith("alpha") else v for k, v in tensors.items()}, path, metadata)
+
+    monkeypatch.setattr(sd15, "save_file", spoil)
+    with pytest.raises(SystemExit, match="wrong or missing"):
+        train(max_train_steps=1)
+
+
+def test_defect_03_validation_draws_with_the_student(train, teacher):
+    """Its pictures are those of a user's pipeline with the finished LoRA, and not those of the base."""
+    out = train(validation_prompts=["red apple"], max_train_steps=3, learning_rate=3e-2)
+    drawn = np.asarray(Image.open(out / "validation" / "step-000003.png"), np.int16)
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+
+    def picture():
+        generator = torch.Generator().manual_seed(0)
+        image = pipe(
+            "red apple", num_inference_steps=4, guidance_scale=1, height=32, width=32, generator=generator
+        ).images[0]
+        return np.asarray(image, np.int16)
+
+    base = picture()
+    pipe.load_lora_weights(out)
+    assert abs(picture() - drawn).max() <= 1
+    assert abs(base - drawn).max() > 5
+
+
+def test_defect_07_gradients_are_clipped(train, plain):
+    """With a norm far below Adam's epsilon nothing moves; the logged norm is that before clipping."""
+    out = train(max_grad_norm=1e-12)
+    assert size_of_b(plain) > 1e-2 and size_of_b(out) < 1e-4
+    assert series(out, "grad_norm")[0] == series(plain, "grad_norm")[0]
+
+
+@pytest.mark.parametrize("launcher", [False, True], ids=["flag", "accelerate config"])
+def test_defect_08_lora_is_float32_under_bf16(train, nets, monkeypatch, capsys, launcher):
+    """Its weights too fine for bf16, Adam's state float32, the base bf16; also where the launcher chose the precision."""
+    if launcher:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    out = train(mixed_precision=None if launcher else "bf16", checkpointing_steps=4)
+    tensors, _ = lora_file(out)
+    assert next(nets[-1][0].parameters()).dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    assert any(not torch.equal(t.bfloat16().float(), t) for key, t in tensors.items() if "up" in key)
+    state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    assert state and all(s["exp_avg"].dtype == torch.float32 for s in state.values())
+    assert all(np.isfinite(row).all() for row in series(out, "loss", "grad_norm"))
+
+
+# ------------------------------------------------------------------------------------------------------- invariants
+
+
+def test_one_seed_one_lora(train, plain):
+    """Two runs write the same LoRA, in checkpoints too; another seed another one."""
+    again, other = train(checkpointing_steps=2), train(checkpointing_steps=2, seed=1)
+    assert same(plain, again) and same(plain / "checkpoint-2", again / "checkpoint-2")
+    assert series(plain, "loss", "grad_norm", "lr") == series(again, "loss", "grad_norm", "lr")
+    assert difference(plain, other) > 1e-2
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (plain / "unet" / name).read_bytes() == (again / "unet" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {
+            "mixed_precision": "bf16",
+            "lora_dropout": 0.1,
+            "lr_scheduler": "cosine",
+            "random_flip": True,
+            "lora_alpha": 2,
+        },
+        {
+            "use_8bit_adam": True,
+            "lora_rank": 16,
+            "scale_lr": True,
+            "learning_rate": 1e-3,
+            "gradient_checkpointing": True,
+        },
+    ],
+    ids=["plain", "accumulation", "bf16 dropout cosine flip", "8-bit"],
+)
+def test_defect_19_resumed_is_uninterrupted(train, flags):
+    """To the bit, from a path; the log of the resumed run goes on where the checkpoint was made."""
+    whole = train(checkpointing_steps=2, **flags)
+    rest = train(checkpointing_steps=2, resume_from_checkpoint=whole / "checkpoint-2", **flags)
+    assert same(whole, rest) and same(whole / "checkpoint-4", rest / "checkpoint-4")
+    columns = ("step", "loss", "grad_norm", "lr")
+    assert series(rest, *columns) == series(whole, *columns)[2:]
+
+
+def test_resume_latest(train, plain, tmp_path):
+    """In the same folder: nothing there yet, then after an interruption, then when nothing is left to do."""
+    out = tmp_path / "out"
+    flags = {"output_dir": out, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
+    train(**flags)
+    assert same(out, plain)
+    shutil.rmtree(out / "checkpoint-4")
+    (out / LORA).unlink()
+    (out / "checkpoint-6.part").mkdir()
+    train(**flags)
+    assert same(out, plain) and series(out, "step") == [[1], [2], [3], [4]]
+    train(**flags)
+    assert same(out, plain) and series(out, "step") == [[1], [2], [3], [4]]
+
+
+# A large epsilon makes Adam's step proportional to small gradients: else rounding decides the sign of the smallest.
+SMOOTH = {"adam_epsilon": 1e-2, "train_batch_size": 4}
+
+
+def test_accumulation_is_a_larger_batch(train):
+    one = train(**SMOOTH)
+    four = train(**SMOOTH | {"train_batch_size": 1, "gradient_accumulation_steps": 4})
+    assert near(one, four)
+    assert difference(one, four) < 1e-5 and size_of_b(one) > 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing(train, nets):
+    off, on = train(**SMOOTH), train(**SMOOTH, gradient_checkpointing=True)
+    assert nets[-1][2].is_gradient_checkpointing and not nets[0][2].is_gradient_checkpointing
+    assert near(off, on)
+    assert difference(off, on) < 1e-5 and size_of_b(on) > 1e-3
+
+
+def test_defect_05_two_processes_are_one(train, teacher, pictures, tmp_path):
+    """Losses and LoRA of one process with the same global batch; so no rank shares noise (11), and the schedule ends (13).
+
+    The checkpoint of the two continues in one (12).
+    """
+    flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4, "learning_rate": 1e-2, "lr_scheduler": "linear",
+                      "checkpointing_steps": 2}  # fmt: skip
+    one, two = train(**flags), tmp_path / "out"
+    where = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": two, "report_to": "none"}
+    done = launch(
+        ROOT / SCRIPT,
+        *command_line(flags | where | {"train_batch_size": 2}),
+        flags=("--multi_gpu", "--num_processes", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((two / "args.json").read_text())["processes"] == 2
+    assert near(one, two)
+    assert difference(one, two) < 1e-5
+    assert difference(one, train(**flags, resume_from_checkpoint=two / "checkpoint-2")) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------- flags that work
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"w_min": 0, "w_max": 0},
+        {"num_ddim_timesteps": 20},
+        {"loss_type": "l2"},
+        {"huber_c": 0.1},
+        {"timestep_scaling_factor": 0.001},
+        {"center_crop": True},
+        {"random_flip": True},
+        {"max_train_samples": 3},
+        {"lora_dropout": 0.5},
+        {"lora_rank": 2},
+        {"lora_alpha": 1},
+        {"lora_target_modules": "to_q,to_k"},
+        {"learning_rate": 1e-3},
+        {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.5},
+        {"adam_weight_decay": 10.0},
+        {"adam_epsilon": 1e-2},
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_flag_changes_the_losses(train, plain, flags):
+    losses = series(train(**flags))
+    assert np.isfinite(losses).all()
+    assert abs(np.array(losses) - series(plain)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"vae_encode_batch_size": 1},
+        {"dataloader_num_workers": 2},
+        {"logging_steps": 1},
+        {"validation_prompts": ["rain"], "validation_steps": 2},
+        {"allow_tf32": True},
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_flag_leaves_the_losses(train, plain, flags):
+    assert near(train(**flags), plain)
+
+
+def test_another_vae(train, plain, make_teacher):
+    other = make_teacher(seed=5) / "vae"
+    assert abs(np.array(series(train(pretrained_vae_model_name_or_path=other))) - series(plain)).max() > 1e-4
+
+
+def test_v_prediction_with_zero_terminal_snr(train, v_teacher):
+    out = train(pretrained_teacher_model=v_teacher, max_train_steps=8, train_batch_size=8)
+    assert np.isfinite(series(out, "loss", "grad_norm")).all() and size_of_b(out) > 1e-2
+
+
+def test_8_bit_adam(train, plain):
+    """The state of matrices of 4,096 elements and more is bytes; losses stay near AdamW's."""
+    out = train(use_8bit_adam=True, lora_rank=16, checkpointing_steps=4)
+    state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    parts = [part for of_weight in state.values() for part in of_weight.values() if isinstance(part, dict)]
+    assert {part["state1"].dtype for part in parts} == {torch.uint8, torch.float32}
+    assert np.allclose(series(out), series(train(lora_rank=16)), rtol=0.1)
+
+
+def test_number_of_epochs(train, capsys):
+    """Two passes over twelve pictures by fives are five steps."""
+    out = train(max_train_steps=None, num_train_epochs=2, train_batch_size=5)
+    assert [step for (step,) in series(out, "step")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_defect_13_learning_rate_is_scaled_and_decays(train, accumulation):
+    """--scale_lr multiplies by the global batch, and the schedule is counted in optimizer steps."""
+    flags = {
+        "learning_rate": 1e-4,
+        "gradient_accumulation_steps": accumulation,
+        "lr_scheduler": "linear",
+        "scale_lr": True,
+    }
+    expected = [[2e-4 * accumulation * (4 - step) / 4] for step in range(4)]
+    assert np.allclose(series(train(**flags), "lr"), expected, rtol=1e-12)
+
+
+def test_checkpoints_total_limit(train):
+    out = train(checkpointing_steps=1, checkpoints_total_limit=2)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+@pytest.mark.parametrize("kind", ["save_to_disk", "save_to_disk with splits", "parquet"])
+def test_forms_of_a_dataset(train, plain, pictures, tmp_path, kind):
+    """The same pictures in another form give the same losses."""
+    data = datasets.load_dataset("imagefolder", data_dir=str(pictures))
+    folder = tmp_path / "data"
+    if kind == "parquet":
+        folder.mkdir()
+        data["train"].to_parquet(folder / "train-00000-of-00001.parquet")
+    else:
+        (data if "splits" in kind else data["train"]).save_to_disk(folder)
+    assert series(train(dataset_name=folder)) == series(plain)
+
+
+def test_other_columns_and_no_caption(train, pictures, tmp_path):
+    """Columns go by any name; a caption that is missing is the empty one."""
+    data = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train")
+    data = data.rename_columns({"image": "photo", "text": "words"}).map(
+        lambda row: {"words": None}, load_from_cache_file=False
+    )
+    data = data.cast_column("words", datasets.Value("string"))
+    data.save_to_disk(tmp_path / "data")
+    out = train(dataset_name=tmp_path / "data", image_column="photo", caption_column="words")
+    assert series(out) == series(train(proportion_empty_prompts=1))
+
+
+def test_cache_dir_is_used(train, pictures, tmp_path):
+    train(dataset_name=pictures, cache_dir=tmp_path / "cache", max_train_steps=1)
+    assert any((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_captions_reach_the_text_encoder(sd15, train, monkeypatch, capsys):
+    """Those of the pictures; with --proportion_empty_prompts 1 only the empty one."""
+    seen, encode = [], sd15.encode_prompts
+
+    def spy(pipe, captions):
+        seen.extend(captions)
+        return encode(pipe, captions)
+
+    monkeypatch.setattr(sd15, "encode_prompts", spy)
+    train(max_train_samples=3)
+    assert set(seen[1:]) == {"red apple", "green pear", "a house"} and seen[0] == "" and len(seen) == 1 + 4 * 2
+    seen.clear()
+    train(proportion_empty_prompts=1)
+    assert set(seen) == {""} and len(seen) == 1 + 4 * 2
+    seen.clear()
+    train(proportion_empty_prompts=0.5, max_train_steps=10, train_batch_size=10)
+    assert 30 < seen[1:].count("") < 70
+
+
+# --------------------------------------------------------------------------------------------------------- trackers
+
+
+@pytest.fixture(scope="module")
+def tracked(train, tmp_path_factory):
+    """A run with every tracker there is and two validation prompts."""
+    work = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        out = train(
+            output_dir=work / "out", report_to="all", validation_prompts=["red apple", "rain"], validation_steps=2
+        )
+    return work, out
+
+
+def test_tensorboard_is_read_back(tracked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tracked[1] / "logs" / "lcm-lora"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    rows = log(tracked[1])
+    for name in ROW - {"step"}:
+        scalars = [(event.step, event.value) for event in events.Scalars(name)]
+        assert np.allclose(scalars, [(row["step"], row[name]) for row in rows], rtol=1e-6), name
+    pictures = [event for tag in events.Tags()["images"] for event in events.Images(tag)]
+    assert [event.step for event in pictures] == [2, 4]
+    assert all(event.width * event.height == 2 * 32 * 32 for event in pictures)
+
+
+def wandb_records(path):
+    """The records of an offline run: after 7 bytes, LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, the last part of one
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_defect_18_wandb_gets_pictures_too(tracked):
+    """Read from the offline run's own file: scalars of each step, and the pictures that validation wrote."""
+    (file,) = tracked[0].rglob("run-*.wandb")
+    losses, images = {}, []
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            if "loss" in items:
+                losses[record.history.step.num] = items["loss"]
+            if "validation" in items:
+                images.append(items["validation"])
+    assert losses == {row["step"]: row["loss"] for row in log(tracked[1])}
+    assert [image["count"] for image in images] == [2, 2]
+    media = sorted(tracked[0].rglob("media/images/*.png"))
+    assert len(media) == 4
+    strip = Image.open(tracked[1] / "validation" / "step-000004.png")
+    of_wandb = {np.asarray(Image.open(path).convert("RGB")).tobytes() for path in media}
+    assert {np.asarray(strip.crop((x, 0, x + 32, 32))).tobytes() for x in (0, 32)} <= of_wandb
+
+
+def test_trackers_write_into_the_output_folder(tracked):
+    assert {path.name for path in tracked[0].iterdir()} == {"out"}
+
+
+# --------------------------------------------------------------------------------------------------------- bad inputs
+
+BAD = {
+    "no such teacher": (
+        {"pretrained_teacher_model": "/nowhere/teacher"},
+        "--pretrained_teacher_model /nowhere/teacher",
+    ),
+    "no such teacher on the hub": (
+        {"pretrained_teacher_model": "nobody/nothing"},
+        "--pretrained_teacher_model nobody/nothing",
+    ),
+    "no such VAE": ({"pretrained_vae_model_name_or_path": "/nowhere"}, "--pretrained_vae_model_name_or_path /nowhere"),
+    "no such variant": ({"variant": "fp99"}, "--pretrained_teacher_model .*fp99"),
+    "SDXL teacher": ({"pretrained_teacher_model": "sdxl_layout"}, "--pretrained_teacher_model .*SDXL's layout"),
+    "epsilon with zero SNR": ({"pretrained_teacher_model": "zero_snr"}, "rescale_betas_zero_snr"),
+    "no such folder": ({"train_data_dir": "/nowhere"}, "--train_data_dir /nowhere"),
+    "no such dataset": ({"dataset_name": "nobody/nothing"}, "--dataset_name nobody/nothing"),
+    "no data": ({"train_data_dir": None}, "--dataset_name .*--train_data_dir"),
+    "two sets of data": ({"dataset_name": "a/b", "train_data_dir": "/tmp"}, "--dataset_name .*--train_data_dir"),
+    "an empty folder": ({"train_data_dir": "empty"}, "--train_data_dir"),
+    "wrong caption column": ({"caption_column": "words"}, "--caption_column words: .*image, text"),
+    "wrong image column": ({"image_column": "photo"}, "--image_column photo: .*image, text"),
+    "image column of text": ({"image_column": "text"}, "--image_column text"),
+    "caption column of pictures": ({"caption_column": "image"}, "--caption_column image"),
+    "no readable picture": ({"train_data_dir": "unreadable"}, "none of the 3 pictures can be read.*0[012].png"),
+    "resolution": ({"resolution": 30}, "--resolution 30.* 4"),
+    "rank 0": ({"lora_rank": 0}, "--lora_rank.* 0"),
+    "rank -1": ({"lora_rank": -1}, "--lora_rank.* -1"),
+    "alpha 0": ({"lora_alpha": 0}, "--lora_alpha.* 0"),
+    "batch 0": ({"train_batch_size": 0}, "--train_batch_size.* 0"),
+    "no steps": ({"max_train_steps": 0}, "--max_train_steps.* 0"),
+    "not a number": ({"learning_rate": "nan"}, "--learning_rate.* nan"),
+    "dropout 1.5": ({"lora_dropout": 1.5}, "--lora_dropout.* 1.5"),
+    "share of 2": ({"proportion_empty_prompts": 2}, "--proportion_empty_prompts.* 2"),
+    "omega": ({"w_min": 5, "w_max": 4}, "--w_min 5.*--w_max 4"),
+    "solver steps": ({"num_ddim_timesteps": 2000}, "--num_ddim_timesteps 2000"),
+    "layers": ({"lora_target_modules": "nothing like it"}, "--lora_target_modules"),
+    "learning-rate schedule": ({"lr_scheduler": "upwards"}, "--lr_scheduler upwards"),
+    "tracker": ({"report_to": "paper"}, "--report_to.*paper"),
+    "seed": ({"seed": -1}, "--seed.* -1"),
+    "no checkpoint": ({"resume_from_checkpoint": "empty"}, "--resume_from_checkpoint .*no checkpoint"),
+    "no such checkpoint": ({"resume_from_checkpoint": "/nowhere"}, "--resume_from_checkpoint /nowhere"),
+    "checkpoint of another rank": (
+        {"resume_from_checkpoint": "checkpoint", "lora_rank": 2},
+        "--resume_from_checkpoint .*_rank",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def stand_ins(sdxl_layout, make_teacher, make_pictures, plain, tmp_path_factory):
+    """Folders that stand behind words in BAD."""
+    return {
+        "sdxl_layout": sdxl_layout,
+        "zero_snr": make_teacher(rescale_betas_zero_snr=True),
+        "empty": tmp_path_factory.mktemp("empty"),
+        "unreadable": make_pictures(3, broken=range(3)),
+        "checkpoint": plain / "checkpoint-2",
+    }
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(train, stand_ins, tmp_path, case):
+    """One line that names the flag, and nothing written."""
+    flags, message = BAD[case]
+    flags = {k: stand_ins.get(v, v) if isinstance(v, str) else v for k, v in flags.items()}
+    with pytest.raises(SystemExit, match=message) as end:
+        train(output_dir=tmp_path / "new" / "out", **flags)
+    assert str(end.value).startswith(f"{SCRIPT}: error: ") and "\n" not in str(end.value)
+    assert not any(tmp_path.iterdir())
+
+
+def as_python(*words):
+    """python SCRIPT ..."""
+    return run(sys.executable, *words)
+
+
+def as_launched(*words):
+    """accelerate launch --quiet SCRIPT ..."""
+    return launch(*words, flags=("--quiet", "--cpu", "--num_processes", "1"))
+
+
+@pytest.mark.parametrize("start", [as_python, as_launched], ids=["python", "accelerate launch --quiet"])
+@pytest.mark.parametrize("case", ["wrong caption column", "SDXL teacher"])
+def test_bad_input_as_a_program(teacher, pictures, stand_ins, tmp_path, case, start):
+    """Exit status not 0, one line, no traceback."""
+    flags = {k: stand_ins.get(v, v) for k, v in BAD[case][0].items()}
+    defaults = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "resolution": 32}
+    words = [ROOT / SCRIPT, *command_line(defaults | flags | {"output_dir": tmp_path / "out"})]
+    done = start(*words)
+    assert done.returncode != 0
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_unreadable_picture_is_named(train, make_pictures, capsys):
+    out = train(train_data_dir=make_pictures(broken=[3]), train_batch_size=4, max_train_steps=6)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
+    assert len(log(out)) == 6
+    assert len(warnings) == 1 and "1 unreadable" in warnings[0] and "03.png" in warnings[0]
+
+
+def test_defect_15_unreadable_pictures_are_counted(train, make_pictures, capsys):
+    """Three of five, with two readers; training goes on with the others."""
+    out = train(train_data_dir=make_pictures(5, broken=[0, 2, 3]), dataloader_num_workers=2, train_batch_size=5)
+    text = capsys.readouterr().err
+    assert len(log(out)) == 4
+    assert "3 unreadable" in text and all(name in text for name in ("00.png", "02.png", "03.png"))
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def halves(size, box, first=RED, second=BLUE):
+    """A picture of `second` with `first` in the box."""
+    picture = Image.new("RGB", size, second)
+    picture.paste(first, box)
+    return picture
+
+
+def colours(picture):
+    """The set of a picture's colours."""
+    return {colour for _, colour in picture.getcolors()}
+
+
+@pytest.mark.parametrize(
+    "size,first", [((20, 40), (0, 0, 20, 20)), ((40, 20), (0, 0, 20, 20))], ids=["portrait", "landscape"]
+)
+def test_crop_is_where_it_should_be(sd15, size, first):
+    """Top or left at (0, 0), bottom or right at (1, 1), both halves in the middle."""
+    picture = halves(size, first)
+    crops = {p: sd15.resize_and_crop(picture, 20, (p, p), False) for p in (0, 0.5, 1)}
+    assert all(crop.size == (20, 20) for crop in crops.values())
+    assert colours(crops[0]) == {RED} and colours(crops[1]) == {BLUE}
+    middle = np.asarray(crops[0.5])[..., 0] == 255
+    assert (
+        middle.sum() == 200 and middle[(0, 19) if size[0] == 20 else 0, 0].any() and middle[0, 0] and not middle[19, 19]
+    )
+
+
+@pytest.mark.parametrize("size", [(20, 33), (33, 20), (7, 301), (100, 99), (5, 5)])
+def test_any_shape_becomes_the_square(sd15, size):
+    for place in ((0, 0), (1, 1), (0.3, 0.7)):
+        assert sd15.resize_and_crop(Image.new("RGB", size), 16, place, False).size == (16, 16)
+
+
+def test_shapes_are_kept(sd15):
+    """A square in a portrait stays one, at a third of its size."""
+    red = np.asarray(sd15.resize_and_crop(halves((60, 90), (0, 0, 30, 30)), 20, (0, 0), False))[..., 0]
+    assert (red[:10, :10] > 220).all() and (red[10:] < 35).all() and (red[:, 10:] < 35).all()
+
+
+def test_flip_mirrors_what_was_cropped(sd15):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8))
+    straight = sd15.resize_and_crop(picture, 20, (0.2, 0), False)
+    assert sd15.resize_and_crop(picture, 20, (0.2, 0), True).tobytes() == ImageOps.mirror(straight).tobytes()
+    assert straight.tobytes() == picture.crop((6, 0, 26, 20)).tobytes()
+
+
+def test_transparency_becomes_white(sd15):
+    """RGBA, a palette with a transparent colour, grey with alpha, RGB with a transparent colour."""
+    rgba = Image.new("RGBA", (2, 1))
+    rgba.putdata([(255, 0, 0, 255), (0, 255, 0, 0)])
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putdata([0, 1])
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(7, 255), (7, 0)])
+    rgb = Image.new("RGB", (2, 1))
+    rgb.putdata([RED, (0, 255, 0)])
+    for record, first in (
+        (picture_bytes(rgba), RED),
+        (picture_bytes(palette, transparency=1), RED),
+        (picture_bytes(grey), (7, 7, 7)),
+        (picture_bytes(rgb, transparency=(0, 255, 0)), RED),
+    ):
+        picture = sd15.open_picture(record)
+        assert picture.mode == "RGB" and [picture.getpixel((x, 0)) for x in (0, 1)] == [first, WHITE]
+    half = picture_bytes(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))
+    assert sd15.open_picture(half).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(sd15, orientation):
+    """A picture stored turned comes out upright: the red corner is top left."""
+    upright = halves((8, 4), (0, 0, 2, 2))
+    stored = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = upright.transpose(stored[orientation]) if orientation > 1 else upright
+    assert sd15.open_picture(picture_bytes(turned, exif=exif)).tobytes() == upright.tobytes()
+
+
+def test_16_bit_grey_keeps_its_tones(sd15):
+    ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16)[None])
+    tones = np.asarray(sd15.open_picture(picture_bytes(ramp)))[0, :, 0]
+    assert abs(tones - np.linspace(0, 255, 64)).max() <= 1
+
+
+def test_pixels_are_minus_one_to_one(sd15, pictures):
+    """Black is -1, white is 1, and a sample's place decides its crop."""
+    args = sd15.parse_args(["--pretrained_teacher_model", "x", "--train_data_dir", str(pictures), "--resolution", "8"])
+    records = [{"image": picture_bytes(halves((8, 16), (0, 0, 8, 8), (0, 0, 0), WHITE)), "text": "a"}]
+    args.random_flip = True
+    pixels = [sd15.Samples(records, args, 4)[step, place]["pixels"] for step in range(4) for place in range(4)]
+    assert all(p.shape == (3, 8, 8) and p.dtype == torch.float32 for p in pixels)
+    assert {value.item() for p in pixels for value in p.unique()} == {-1.0, 1.0}
+    assert len({p.sum().item() for p in pixels}) > 4
