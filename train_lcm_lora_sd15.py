@@ -50,6 +50,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -57,6 +58,7 @@ FAMILY = "sd15"
 FORMAT_VERSION = "1"  # of the LoRA file's header
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the base, by --mixed_precision
 TARGET_MODULES = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
@@ -414,22 +416,24 @@ def load_teacher(args, dtype):
     where = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     try:
         index = StableDiffusionPipeline.load_config(name, **where)
-        if "text_encoder_2" in index:
-            fail(f"--pretrained_teacher_model {name}: a {index.get('_class_name')}, SDXL's layout; this script distils "
-                 "Stable Diffusion 1.x and 2.x, train_lcm_lora_sdxl.py the SDXL family")  # fmt: skip
-        pipe = StableDiffusionPipeline.from_pretrained(
-            name, **where, variant=args.variant, dtype=dtype, use_safetensors=True, safety_checker=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        fail(f"--pretrained_teacher_model {name}: cannot be loaded ({first_line(error)}); "
-             "give a diffusers folder with safetensors weights, or a hub id")  # fmt: skip
+        if "text_encoder_2" in index or "text_encoder" not in index or "unet" not in index:
+            fail(
+                f"--pretrained_teacher_model {name}: a {index.get('_class_name')}; this script distils the layout of "
+                "Stable Diffusion 1.x and 2.x, train_lcm_lora_sdxl.py that of SDXL"
+            )
+        options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline.from_pretrained(name, variant=args.variant, dtype=dtype, **where, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(
+            f"--pretrained_teacher_model {name}: cannot be loaded ({first_line(error)}); "
+            "give a diffusers folder with safetensors weights, or a hub id"
+        )
     if args.pretrained_vae_model_name_or_path:
         try:
             pipe.vae = AutoencoderKL.from_pretrained(
                 args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             fail(f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}: {first_line(error)}")
     return pipe
 
@@ -638,9 +642,9 @@ def find_checkpoint(args):
     if args.resume_from_checkpoint == "latest":
         return (checkpoints(args.output_dir) or [None])[-1]
     folder = Path(args.resume_from_checkpoint)
-    if not (folder / STATE_FILE).is_file() or not (folder / "unet" / "adapter_model.safetensors").is_file():
+    if not (folder / STATE_FILE).is_file():
         fail(
-            f"--resume_from_checkpoint {folder}: no checkpoint there (no {STATE_FILE}, unet/adapter_model.safetensors); "
+            f"--resume_from_checkpoint {folder}: no checkpoint there (no {STATE_FILE}); "
             "give a checkpoint-<step> folder, or `latest`"
         )
     return folder
@@ -769,6 +773,8 @@ def make_accelerator(args):
         )
     except ValueError as error:
         fail(f"--mixed_precision {args.mixed_precision}: {first_line(error)}")
+    if accelerator.mixed_precision not in DTYPES:
+        fail(f"mixed precision {accelerator.mixed_precision} is not supported: give --mixed_precision no, fp16 or bf16")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         fail(
             f"{accelerator.distributed_type.value} is not supported, nor needed: the base is frozen, the LoRA small; "
@@ -802,7 +808,7 @@ def main(argv=None):
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    dtype = DTYPES[accelerator.mixed_precision]
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
 
@@ -810,6 +816,7 @@ def main(argv=None):
 
     # Models: the teacher, the student over the same weights, the LoRA
     resumed = find_checkpoint(args)
+    accelerator.print(f"loading {args.pretrained_teacher_model}")
     pipe = load_teacher(args, dtype)
     teacher, vae = pipe.unet, pipe.vae
     if args.resolution % vae_factor(vae):
