@@ -473,11 +473,8 @@ def count_parameters(parameters):
 
 @torch.no_grad()
 def encode_prompts(pipe, captions):
-    """Captions -> {"prompt": [B,L,D]}, what the UNet is conditioned on."""
-    ids = pipe.tokenizer(
-        captions, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-    return {"prompt": pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]}
+    """Captions -> {"prompt": [B,L,D]}, what the UNet is conditioned on, made as the pipeline makes it when it draws."""
+    return {"prompt": pipe.encode_prompt(captions, pipe.text_encoder.device, 1, False)[0]}
 
 
 @torch.no_grad()

@@ -258,7 +258,7 @@ def test_a_file_that_reads_back_wrong_is_an_error(sd15, train, monkeypatch):
         real({k: v * 2 if k.endswith("alpha") else v for k, v in tensors.items()}, path, metadata)
 
     monkeypatch.setattr(sd15, "save_file", spoil)
-    with pytest.raises(SystemExit, match="wrong or missing"):
+    with pytest.raises(SystemExit, match="layers, 79 are missing or differ"):
         train(max_train_steps=1)
 
 
@@ -626,7 +626,7 @@ BAD = {
     ),
     "no such VAE": ({"pretrained_vae_model_name_or_path": "/nowhere"}, "--pretrained_vae_model_name_or_path /nowhere"),
     "no such variant": ({"variant": "fp99"}, "--pretrained_teacher_model .*fp99"),
-    "SDXL teacher": ({"pretrained_teacher_model": "sdxl_layout"}, "--pretrained_teacher_model .*SDXL's layout"),
+    "SDXL teacher": ({"pretrained_teacher_model": "sdxl_layout"}, "--pretrained_teacher_model .*StableDiffusionXLPipeline.*train_lcm_lora_sdxl.py"),
     "epsilon with zero SNR": ({"pretrained_teacher_model": "zero_snr"}, "rescale_betas_zero_snr"),
     "no such folder": ({"train_data_dir": "/nowhere"}, "--train_data_dir /nowhere"),
     "no such dataset": ({"dataset_name": "nobody/nothing"}, "--dataset_name nobody/nothing"),

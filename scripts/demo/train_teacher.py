@@ -42,6 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--data_dir", type=Path, default=ROOT / "demo" / "data", help="folder made by build_dataset.py")
     p.add_argument("--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run")
     p.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "teacher-sd15", help="the finished teacher")
+    p.add_argument("--init_from", type=Path, help="go on from this teacher: its VAE as it is, its UNet trained further")
     p.add_argument("--vae_steps", type=int, default=8000, help="optimizer steps of the autoencoder")
     p.add_argument("--vae_batch", type=int, default=8)
     p.add_argument("--vae_lr", type=float, default=1e-3)
@@ -277,7 +278,7 @@ def normalise_latents(vae, pixels, device):
     return vae
 
 
-def train_unet(vae, tokenizer, pixels, captions, args, device):
+def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     """Text encoder and UNet on the cached latents; eps-prediction, min-SNR weights, 10% empty captions."""
     with torch.no_grad():
         posts = [vae.encode(to_unit(p, device)).latent_dist for p in pixels.split(64)]
@@ -288,7 +289,7 @@ def train_unet(vae, tokenizer, pixels, captions, args, device):
     ).input_ids.to(device)
     scheduler = ddim_scheduler()
     alpha_bar = scheduler.alphas_cumprod.to(device)
-    net = torch.nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_unet()}).to(device)
+    net = torch.nn.ModuleDict(net).requires_grad_(True).to(device)
     net["unet"].to(memory_format=torch.channels_last)
     for part in net:
         print(f"{part}: {sum(p.numel() for p in net[part].parameters()) / 1e6:.2f}M parameters", flush=True)
@@ -341,17 +342,23 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels, captions = read_pictures(args.data_dir, "train")
     unseen, unseen_captions = read_pictures(args.data_dir, "twemoji")
-    tokenizer = build_tokenizer(captions + unseen_captions, args.work_dir / "tokenizer")
-    print(f"{len(captions)} pictures, {len(tokenizer)} tokens", flush=True)
-
-    torch.manual_seed(args.seed)
-    vae = train_vae(pixels, args, device)
-    print(f"vae: PSNR {reconstruction_psnr(vae, pixels, device):.2f} dB on the training pictures, "
-          f"{reconstruction_psnr(vae, unseen, device):.2f} dB on the unseen style", flush=True)  # fmt: skip
-    vae = normalise_latents(vae, pixels, device).requires_grad_(False)
-
-    torch.manual_seed(args.seed)
-    net = train_unet(vae, tokenizer, pixels, captions, args, device)
+    torch.manual_seed(args.seed)  # the VAE's first weights
+    if args.init_from:
+        start = StableDiffusionPipeline.from_pretrained(args.init_from, use_safetensors=True, safety_checker=None)
+        tokenizer, vae = start.tokenizer, start.vae.to(device)
+        net = {"text_encoder": start.text_encoder, "unet": start.unet}
+    else:
+        tokenizer = build_tokenizer(captions + unseen_captions, args.work_dir / "tokenizer")
+        vae = normalise_latents(train_vae(pixels, args, device), pixels, device)
+        torch.manual_seed(args.seed)
+        net = {"text_encoder": build_text_encoder(tokenizer), "unet": build_unet()}
+    print(
+        f"{len(captions)} pictures, {len(tokenizer)} tokens; vae: PSNR "
+        f"{reconstruction_psnr(vae, pixels, device):.2f} dB on the training pictures, "
+        f"{reconstruction_psnr(vae, unseen, device):.2f} dB on the unseen style",
+        flush=True,
+    )
+    net = train_unet(vae.requires_grad_(False), tokenizer, net, pixels, captions, args, device)
     pipe = build_pipeline(vae.half(), net.half(), tokenizer)
     pipe.save_pretrained(args.output_dir)
     size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())
