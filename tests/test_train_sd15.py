@@ -489,6 +489,11 @@ def test_defect_13_learning_rate_is_scaled_and_decays(train, accumulation):
     assert np.allclose(series(train(**flags), "lr"), expected, rtol=1e-12)
 
 
+def test_warm_up_is_counted_in_steps(train):
+    out = train(learning_rate=1e-4, lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=6)
+    assert np.allclose(series(out, "lr"), [[lr * 1e-4] for lr in (0, 0.5, 1, 0.75, 0.5, 0.25)], rtol=1e-12)
+
+
 def test_checkpoints_total_limit(train):
     out = train(checkpointing_steps=1, checkpoints_total_limit=2)
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
@@ -592,21 +597,15 @@ def wandb_records(path):
 def test_defect_18_wandb_gets_pictures_too(tracked):
     """Read from the offline run's own file: scalars of each step, and the pictures that validation wrote."""
     (file,) = tracked[0].rglob("run-*.wandb")
-    losses, images = {}, []
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            if "loss" in items:
-                losses[record.history.step.num] = items["loss"]
-            if "validation" in items:
-                images.append(items["validation"])
-    assert losses == {row["step"]: row["loss"] for row in log(tracked[1])}
-    assert [image["count"] for image in images] == [2, 2]
-    media = sorted(tracked[0].rglob("media/images/*.png"))
-    assert len(media) == 4
+    history = [record.history for record in wandb_records(file) if record.WhichOneof("record_type") == "history"]
+    steps = [{"/".join(item.nested_key): json.loads(item.value_json) for item in one.item} for one in history]
+    for row, step in zip(log(tracked[1]), steps, strict=True):
+        assert all(step["_step" if name == "step" else name] == row[name] for name in ROW)
+    assert [step.get("validation/count") for step in steps] == [None, 2, None, 2]
+    (files,) = tracked[0].rglob("offline-run-*/files")
+    of_wandb = [np.asarray(Image.open(files / name).convert("RGB")) for name in steps[3]["validation/filenames"]]
     strip = Image.open(tracked[1] / "validation" / "step-000004.png")
-    of_wandb = {np.asarray(Image.open(path).convert("RGB")).tobytes() for path in media}
-    assert {np.asarray(strip.crop((x, 0, x + 32, 32))).tobytes() for x in (0, 32)} <= of_wandb
+    assert np.array_equal(np.concatenate(of_wandb, 1), np.asarray(strip))
 
 
 def test_trackers_write_into_the_output_folder(tracked):
@@ -626,7 +625,10 @@ BAD = {
     ),
     "no such VAE": ({"pretrained_vae_model_name_or_path": "/nowhere"}, "--pretrained_vae_model_name_or_path /nowhere"),
     "no such variant": ({"variant": "fp99"}, "--pretrained_teacher_model .*fp99"),
-    "SDXL teacher": ({"pretrained_teacher_model": "sdxl_layout"}, "--pretrained_teacher_model .*StableDiffusionXLPipeline.*train_lcm_lora_sdxl.py"),
+    "SDXL teacher": (
+        {"pretrained_teacher_model": "sdxl_layout"},
+        "--pretrained_teacher_model .*StableDiffusionXLPipeline.*train_lcm_lora_sdxl.py",
+    ),
     "epsilon with zero SNR": ({"pretrained_teacher_model": "zero_snr"}, "rescale_betas_zero_snr"),
     "no such folder": ({"train_data_dir": "/nowhere"}, "--train_data_dir /nowhere"),
     "no such dataset": ({"dataset_name": "nobody/nothing"}, "--dataset_name nobody/nothing"),
@@ -637,6 +639,8 @@ BAD = {
     "wrong image column": ({"image_column": "photo"}, "--image_column photo: .*image, text"),
     "image column of text": ({"image_column": "text"}, "--image_column text"),
     "caption column of pictures": ({"caption_column": "image"}, "--caption_column image"),
+    "pictures without captions": ({"train_data_dir": "captionless"}, "--caption_column text"),
+    "captions of numbers": ({"train_data_dir": "numbers"}, "--caption_column text: .*row [012] "),
     "no readable picture": ({"train_data_dir": "unreadable"}, "none of the 3 pictures can be read.*0[012].png"),
     "resolution": ({"resolution": 30}, "--resolution 30.* 4"),
     "rank 0": ({"lora_rank": 0}, "--lora_rank.* 0"),
@@ -665,11 +669,17 @@ BAD = {
 @pytest.fixture(scope="session")
 def stand_ins(sdxl_layout, make_teacher, make_pictures, plain, tmp_path_factory):
     """Folders that stand behind words in BAD."""
+    captionless, numbers = make_pictures(3), make_pictures(3)
+    (captionless / "metadata.jsonl").unlink()
+    rows = [json.dumps({"file_name": f"0{i}.png", "text": i}) for i in range(3)]
+    (numbers / "metadata.jsonl").write_text("\n".join(rows))
     return {
         "sdxl_layout": sdxl_layout,
         "zero_snr": make_teacher(rescale_betas_zero_snr=True),
         "empty": tmp_path_factory.mktemp("empty"),
         "unreadable": make_pictures(3, broken=range(3)),
+        "captionless": captionless,
+        "numbers": numbers,
         "checkpoint": plain / "checkpoint-2",
     }
 
