@@ -794,8 +794,9 @@ def make_optimizer(parameters, args):
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     try:
-        return optimizer, get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+        return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
     except ValueError as error:
         fail(f"--lr_scheduler {args.lr_scheduler}: {first_line(error)}")
 

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh requirements.txt
 out=${OUTPUT_DIR:-outputs/quickstart-sd15}
 
-accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
   --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')" \
   train_lcm_lora_sd15.py \
   --pretrained_teacher_model demo/teacher-sd15 --dataset_name demo/data --resolution 64 \
