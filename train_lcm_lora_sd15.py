@@ -296,6 +296,8 @@ def load_records(args):
     for name in ("image_column", "caption_column"):
         if getattr(args, name) not in data.column_names:
             fail(f"--{name} {getattr(args, name)}: the data have no such column, only {', '.join(data.column_names)}")
+    if args.image_column == args.caption_column:
+        fail(f"--caption_column {args.caption_column}: this is the --image_column too")
     data = data.select_columns([args.image_column, args.caption_column])
     if not isinstance(data.features[args.image_column], datasets.Image):
         fail(f"--image_column {args.image_column}: a column of {data.features[args.image_column]}, not of pictures")
@@ -310,6 +312,8 @@ def open_picture(record):
     """A `datasets` picture record as an upright RGB image; transparent parts become white."""
     picture = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+        picture = picture.point(lambda tone: tone / 256).convert("L")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -349,7 +353,7 @@ class Samples(torch.utils.data.Dataset):
             try:
                 picture = open_picture(record[self.args.image_column])
                 break
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+            except Exception as error:  # whatever a broken file leads Pillow to; counted and named
                 name = record[self.args.image_column]["path"] or f"row {row}"
                 unreadable[row] = f"{name} ({first_line(error)})"
         else:
@@ -707,7 +711,8 @@ class Log:
             self.file = path.open("w", buffering=1)
             self.file.writelines(line for line in old if json.loads(line)["step"] <= step)
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-        accelerator.init_trackers(args.tracker_project_name, plain)
+        wandb = {"dir": accelerator.logging_dir}  # else it writes into the working directory
+        accelerator.init_trackers(args.tracker_project_name, plain, {"wandb": wandb})
         self.bar = tqdm(total=args.max_train_steps, initial=step, disable=not main, unit="step", dynamic_ncols=True)
         self.restart_clock()
 
@@ -763,6 +768,8 @@ def make_accelerator(args):
     """The accelerator, its trackers named but not yet started."""
     try:
         accelerator = Accelerator(
+            # Without a GPU the launcher's processes would else not know of each other, and each train alone.
+            cpu=not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1,
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,

@@ -637,7 +637,7 @@ BAD = {
     "an empty folder": ({"train_data_dir": "empty"}, "--train_data_dir"),
     "wrong caption column": ({"caption_column": "words"}, "--caption_column words: .*image, text"),
     "wrong image column": ({"image_column": "photo"}, "--image_column photo: .*image, text"),
-    "image column of text": ({"image_column": "text"}, "--image_column text"),
+    "image column of text": ({"image_column": "text"}, "--(image|caption)_column text"),
     "caption column of pictures": ({"caption_column": "image"}, "--caption_column image"),
     "pictures without captions": ({"train_data_dir": "captionless"}, "--caption_column text"),
     "captions of numbers": ({"train_data_dir": "numbers"}, "--caption_column text: .*row [012] "),
@@ -827,12 +827,63 @@ def test_16_bit_grey_keeps_its_tones(sd15):
     assert abs(tones - np.linspace(0, 255, 64)).max() <= 1
 
 
-def test_pixels_are_minus_one_to_one(sd15, pictures):
-    """Black is -1, white is 1, and a sample's place decides its crop."""
-    args = sd15.parse_args(["--pretrained_teacher_model", "x", "--train_data_dir", str(pictures), "--resolution", "8"])
-    records = [{"image": picture_bytes(halves((8, 16), (0, 0, 8, 8), (0, 0, 0), WHITE)), "text": "a"}]
-    args.random_flip = True
-    pixels = [sd15.Samples(records, args, 4)[step, place]["pixels"] for step in range(4) for place in range(4)]
-    assert all(p.shape == (3, 8, 8) and p.dtype == torch.float32 for p in pixels)
-    assert {value.item() for p in pixels for value in p.unique()} == {-1.0, 1.0}
-    assert len({p.sum().item() for p in pixels}) > 4
+@pytest.fixture
+def samples(sd15):
+    """samples(picture, *flags) -> the pixels of 64 samples of a dataset of one picture."""
+
+    def samples(picture, *flags):
+        args = sd15.parse_args(
+            ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--resolution", "8", *flags]
+        )
+        data = sd15.Samples([{"image": picture_bytes(picture), "text": "a"}], args, 8)
+        return torch.stack([data[step, place]["pixels"] for step in range(8) for place in range(8)])
+
+    return samples
+
+
+def test_pixels_are_minus_one_to_one(samples):
+    """Black is -1, white is 1; each sample has its own crop, or all have the middle."""
+    picture = halves((8, 16), (0, 0, 8, 8), (0, 0, 0), WHITE)
+    pixels = samples(picture)
+    assert pixels.shape == (64, 3, 8, 8) and pixels.dtype == torch.float32
+    assert pixels.unique().tolist() == [-1, 1]
+    assert len(pixels.sum((1, 2, 3)).unique()) == 9
+    assert samples(picture, "--center_crop").sum((1, 2, 3)).tolist() == [0] * 64
+
+
+def test_half_of_the_pictures_are_flipped(samples):
+    picture = halves((8, 8), (0, 0, 4, 8), (0, 0, 0), WHITE)
+    assert (samples(picture)[:, 0, 0, 0] == -1).all()
+    assert 16 < (samples(picture, "--random_flip")[:, 0, 0, 0] == 1).sum() < 48
+
+
+# ----------------------------------------------------------------------------------------------------------- encoders
+
+
+@pytest.fixture(scope="module")
+def pipe(teacher):
+    """The small teacher as a pipeline."""
+    return StableDiffusionPipeline.from_pretrained(teacher)
+
+
+def test_pictures_become_latents(sd15, pipe):
+    """A sample of the VAE's posterior, times its scaling factor; in float32, however many are encoded at once."""
+    random = torch.Generator().manual_seed(0)
+    pixels, noise = torch.rand(5, 3, 32, 32, generator=random) * 2 - 1, torch.randn(5, 4, 8, 8, generator=random)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels).latent_dist
+    expected = 0.18215 * (posterior.mean + posterior.logvar.exp().sqrt() * noise)
+    assert posterior.std.mean() > 0.1
+    for at_once in (1, 2, 5):
+        latents = sd15.encode_pictures(pipe.vae, pixels, noise, at_once)
+        assert latents.dtype == torch.float32 and torch.allclose(latents, expected, atol=1e-5)
+
+
+def test_prompts_are_encoded_as_stable_diffusion_does(sd15, pipe):
+    """Short, empty, and longer than the text encoder reads, each to the encoder's whole length."""
+    captions = ["red apple", "", "one two three four five six seven"]
+    ours = sd15.encode_prompts(pipe, captions)["prompt"]
+    ids = [pipe.tokenizer(caption, padding="max_length", truncation=True).input_ids for caption in captions]
+    expected = pipe.text_encoder(torch.tensor(ids)).last_hidden_state
+    assert ours.shape == (3, 16, 32) and torch.allclose(ours, expected, atol=1e-5)
+    assert abs(ours[0] - ours[1]).max() > 0.1

@@ -344,7 +344,9 @@ def main():
     unseen, unseen_captions = read_pictures(args.data_dir, "twemoji")
     torch.manual_seed(args.seed)  # the VAE's first weights
     if args.init_from:
-        start = StableDiffusionPipeline.from_pretrained(args.init_from, use_safetensors=True, safety_checker=None)
+        start = StableDiffusionPipeline.from_pretrained(
+            args.init_from, use_safetensors=True, safety_checker=None, dtype=torch.float32
+        )
         tokenizer, vae = start.tokenizer, start.vae.to(device)
         net = {"text_encoder": start.text_encoder, "unet": start.unet}
     else:
@@ -361,6 +363,9 @@ def main():
     net = train_unet(vae.requires_grad_(False), tokenizer, net, pixels, captions, args, device)
     pipe = build_pipeline(vae.half(), net.half(), tokenizer)
     pipe.save_pretrained(args.output_dir)
+    # transformers opens a model in the precision its config names, diffusers in float32: let them agree.
+    config = args.output_dir / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())
     print(f"{args.output_dir}: {size / 2**20:.1f} MiB", flush=True)
 
