@@ -43,7 +43,7 @@ def parse_args(argv=None):
     p.add_argument("--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run")
     p.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "teacher-sd15", help="the finished teacher")
     p.add_argument("--init_from", type=Path, help="go on from this teacher: its VAE as it is, its UNet trained further")
-    p.add_argument("--vae_steps", type=int, default=8000, help="optimizer steps of the autoencoder")
+    p.add_argument("--vae_steps", type=int, default=3600, help="optimizer steps of the autoencoder")
     p.add_argument("--vae_batch", type=int, default=8)
     p.add_argument("--vae_lr", type=float, default=1e-3)
     p.add_argument("--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet")
