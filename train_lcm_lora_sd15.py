@@ -709,7 +709,8 @@ class Log:
             Path(args.output_dir, "args.json").write_text(json.dumps(about, indent=2) + "\n")
             old = path.read_text().splitlines(keepends=True) if keep and path.exists() else []
             self.file = path.open("w", buffering=1)
-            self.file.writelines(line for line in old if json.loads(line)["step"] <= step)
+            whole = [line for line in old if line.endswith("\n")]  # a kill may have torn the last one
+            self.file.writelines(line for line in whole if json.loads(line)["step"] <= step)
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         wandb = {"dir": accelerator.logging_dir}  # else it writes into the working directory
         accelerator.init_trackers(args.tracker_project_name, plain, {"wandb": wandb})

@@ -358,6 +358,8 @@ def test_resume_latest(train, plain, tmp_path):
     shutil.rmtree(out / "checkpoint-4")
     (out / LORA).unlink()
     (out / "checkpoint-6.part").mkdir()
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
     train(**flags)
     assert same(out, plain) and series(out, "step") == [[1], [2], [3], [4]]
     train(**flags)
