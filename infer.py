@@ -8,6 +8,7 @@ scaling in the UNet is compared with the file: a LoRA that is only partly applie
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -20,6 +21,12 @@ from pathlib import Path
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "lcm"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# The key by which diffusers knows the text encoder of a checkpoint in one file, and the pipeline of such a checkpoint.
+ONE_FILE = {
+    "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": "StableDiffusionPipeline",  # SD 1.x
+    "cond_stage_model.model.token_embedding.weight": "StableDiffusionPipeline",  # SD 2.x
+    "conditioner.embedders.1.model.positional_embedding": "StableDiffusionXLPipeline",
+}
 HERE = Path(__file__).resolve().parent
 
 
@@ -64,7 +71,14 @@ def parse_args(argv=None):
         "--lora", required=True, metavar="PATH", help=f"a .safetensors file, or a folder of {WEIGHTS_NAME}"
     )
     group.add_argument("--lora_scale", type=strength, default=1.0, help="1 (default): as strong as trained")
-    group.add_argument("--base_model", metavar="FOLDER_OR_ID", help="default: what the LoRA's header names")
+    group.add_argument(
+        "--base_model", metavar="PATH_OR_ID", help="folder, .safetensors file or hub id; default: what the header names"
+    )
+    group.add_argument(
+        "--base_config",
+        metavar="FOLDER_OR_ID",
+        help="of a base model in one file; default: what the header names, else the hub's",
+    )
     group.add_argument("--variant", help="kind of weight files to take from the base model, e.g. fp16")
     group.add_argument("--device", default="auto", help="auto (default: cuda, else mps, else cpu), or e.g. cuda:1")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: fp16 on cuda, else fp32")
@@ -174,6 +188,30 @@ def group_layers(path, tensors, metadata):
     return layers
 
 
+def layout(names, family=None):
+    """What a UNet, or a LoRA of all its attention, was made for, by its layers' names; None where they do not tell.
+
+    In Stable Diffusion 1.x and 2.x transformers are one block deep, in SDXL deeper; SSD-1B has none in the middle.
+    """
+    names = [name.replace(".", "_").removeprefix("model_diffusion_model_") for name in names]
+    # down_blocks, mid_block, up_blocks; in the original code input_blocks, middle_block, output_blocks.
+    places = {name[0] for name in names if "_transformer_blocks_" in name}
+    if not (places & set("di") and places & set("uo")):
+        return None
+    xl = family == "sdxl" or any(
+        "_transformer_blocks_1_" in name or name.startswith(("add_embedding", "label_emb")) for name in names
+    )
+    return "Stable Diffusion 1.x / 2.x" if not xl else "SDXL" if "m" in places else "SSD-1B"
+
+
+def match_layout(path, layers, metadata, base, names):
+    """The LoRA was trained for the layout of the base UNet, whose layers have these `names`."""
+    ours, theirs = layout(layers, metadata.get("family")), layout(names)
+    if ours and theirs and ours != theirs:
+        origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
+        fail(f"--lora {path} was trained for the {ours} layout{origin}; --base_model {base} is of the {theirs} layout")
+
+
 def match_base(path, tensors, metadata, pipe, base):
     """{module path: layer}: every layer of the file belongs to a module of the base UNet, with fitting shapes."""
     layers = group_layers(path, tensors, metadata)
@@ -256,25 +294,69 @@ def pick_device(device, dtype):
     return device, getattr(torch, DTYPES[dtype])
 
 
-def load_pipeline(base, variant, device, dtype):
-    """The base model as a text-to-image pipeline, from a folder or from the hub."""
+def local(name):
+    """The file or folder of this name here, else beside this file: a header's "demo/..." works from any directory."""
+    return next((path for path in (Path(name).expanduser(), HERE / name) if path.exists()), None)
+
+
+def reason(error):
+    """An exception in a line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+
+
+def open_file(file, config, dtype, match):
+    """The pipeline of a checkpoint in one .safetensors file, in the key names of the original code."""
+    import diffusers
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            keys = set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        fail(f"base model {file}: not a whole safetensors file ({error})")
+    match(keys)
+    kind = next((kind for key, kind in ONE_FILE.items() if key in keys), None)
+    if kind is None:
+        fail(f"base model {file}: it holds no text encoder of Stable Diffusion 1.x, 2.x or SDXL")
+    advice = f"its configs are those of {config or 'the hub'}; --base_config names another folder or hub id"
+    config = config and str(local(config) or config)
+    try:
+        pipe = getattr(diffusers, kind).from_single_file(str(file), config=config, dtype=dtype)
+    except Exception as error:  # noqa: BLE001 (hub, configs, and its converters raise whatever a strange file leads to)
+        fail(f"base model {file} cannot be opened ({reason(error)}); {advice}")
+    # Without a word diffusers drops what the configs do not describe, and leaves empty what the file does not hold.
+    surplus = sum(key.startswith("model.diffusion_model.") for key in keys) - len(pipe.unet.state_dict())
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    if surplus or any(tensor.is_meta for part in parts for tensor in part.parameters()):
+        fail(f"base model {file} does not hold just the tensors that its configs describe; {advice}")
+    return pipe
+
+
+def load_pipeline(base, config, variant, device, dtype, match):
+    """The base model as a text-to-image pipeline, from a folder, a file or the hub; `match` judges its layers' names."""
     from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
 
-    # A relative folder is looked for here, then beside this file: a header's "demo/..." works from any directory.
-    folder = next((path for path in (Path(base).expanduser(), HERE / base) if path.is_dir()), None)
-    if folder is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
-        fail(f"base model {base}: no such folder; give --base_model a folder in diffusers' layout or a hub id")
-    if folder is None:
+    place, one_file = local(base), base.endswith(".safetensors")
+    if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
+        valid = "a folder in diffusers' layout, a .safetensors file or a hub id"
+        fail(f"base model {base}: no such file or folder; give --base_model {valid}")
+    if place and place.is_file() and not one_file:
+        fail(f"base model {base}: a file must be a .safetensors one; pickled weights are not read")
+    if not place:
         print(f"{base} is no folder here or beside infer.py: asking the model hub")
-    try:
+    if one_file:
+        pipe = open_file(place, config, dtype, match)
+    else:
         kinds = {"dtype": dtype, "variant": variant, "use_safetensors": True}
-        pipe = AutoPipelineForText2Image.from_pretrained(str(folder or base), **kinds)
-    except Exception as error:  # noqa: BLE001 (hub, network, configs, weights: each library has its own; none is swallowed)
-        place = "cannot be opened" if folder else "is no folder here or beside infer.py, and not to be had from the hub"
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        fail(f"base model {base} {place} ({type(error).__name__}: {reason}); --base_model names another")
+        try:
+            pipe = AutoPipelineForText2Image.from_pretrained(str(place or base), **kinds)
+        except Exception as error:  # noqa: BLE001 (hub, network, configs, weights: each library has its own; none is swallowed)
+            where = "cannot be opened" if place else "is not here, not beside infer.py, and not to be had from the hub"
+            fail(f"base model {base} {where} ({reason(error)}); --base_model names another")
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "load_lora_weights"):
         fail(f"--base_model {base} is a {type(pipe).__name__}; valid are Stable Diffusion 1.x, 2.x and SDXL layouts")
+    match(name for name, _ in pipe.unet.named_modules())
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -462,10 +544,16 @@ def main(argv=None):
     import diffusers
 
     tensors, metadata = read_lora(path)
-    group_layers(path, tensors, metadata)  # an incomplete file is refused before a base model is fetched
+    layers = group_layers(path, tensors, metadata)  # an incomplete file is refused before a base model is fetched
     base = args.base_model or metadata.get("base_model")
     if not base:
         fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
+    one_file, base_config = base.endswith(".safetensors"), args.base_config
+    if base_config and not one_file or args.variant and one_file:
+        flag, kind = ("variant", "one file") if one_file else ("base_config", "no .safetensors file")
+        fail(f"--{flag} has no effect: base model {base} is {kind}")
+    if one_file and not base_config:
+        base_config = header(path, metadata, "training_args", "{}", json.loads).get("teacher_config")
     original_steps = int(header(path, metadata, "num_ddim_timesteps", 50))
     if args.steps > original_steps:
         fail(f"--steps {args.steps}: must be from 1 to {original_steps}, the DDIM steps this LoRA was distilled over")
@@ -473,7 +561,8 @@ def main(argv=None):
     teacher_guidance = 1 + mean_omega if args.compare_guidance is None else args.compare_guidance
 
     device, dtype = pick_device(args.device, args.dtype)
-    pipe = load_pipeline(base, args.variant, device, dtype)
+    match = functools.partial(match_layout, path, layers, metadata, base)
+    pipe = load_pipeline(base, base_config, args.variant, device, dtype, match)
     picture_size(args, pipe)
     attach_lora(pipe, path, match_base(path, tensors, metadata, pipe, base), metadata, args.lora_scale)
 
@@ -500,7 +589,8 @@ def main(argv=None):
         key: value for key, value in vars(args).items() if key not in ("prompt", "output", "num_images", "compare")
     }
     settings |= {"lora": str(path), "base_model": base, "device": device, "dtype": str(dtype).removeprefix("torch.")}
-    settings |= {"original_inference_steps": original_steps, "diffusers": diffusers.__version__}
+    settings |= {"base_config": base_config, "original_inference_steps": original_steps}
+    settings |= {"diffusers": diffusers.__version__}
     if args.compare:
         columns = compare(pipe, args, schedulers, [k for k in (1, 2, 4, 8) if k <= original_steps], teacher_guidance)
         title = f"{lora_name(path)} on {Path(base).name}, {args.width} x {args.height} px, seed {args.seed}"

@@ -45,12 +45,12 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration
-from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -63,6 +63,26 @@ TARGET_MODULES = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 )
+INTERPOLATION = [kind.name.lower() for kind in Image.Resampling]
+# Flags of other LCM-LoRA scripts that nothing here needs, and why.
+REFUSED = {
+    "cast_teacher_unet": "the teacher shares the student's weights, in the precision of --mixed_precision",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is memory-efficient; leave the flag out",
+    "encode_batch_size": "captions are encoded with the batch they belong to; leave the flag out",
+    "local_rank": "`accelerate launch` tells each process its rank; leave the flag out",
+    "train_shards_path_or_url": "tar shards cannot be read yet; give --dataset_name or --train_data_dir",
+    "push_to_hub": "uploading is not built in yet; `hf upload` sends the output folder",
+    "hub_model_id": "uploading is not built in yet; `hf upload` sends the output folder",
+    "hub_token": "uploading is not built in yet; `hf auth login` keeps the token",
+}
+# What the keys of a checkpoint in one file begin with.
+ONE_FILE_PARTS = {
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+    "conditioner.embedders.1.model.": "text_encoder_2",
+}
 # Where the results go and how they are shown, not what they are: kept out of the LoRA's header.
 NOT_IN_HEADER = (
     "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint logging_steps".split()
@@ -99,8 +119,9 @@ def parse_args(argv=None):
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
     add = parser.add_argument_group("Model").add_argument
-    add("--pretrained_teacher_model", required=True, help="diffusers folder or hub id of the checkpoint to distil")
-    add("--teacher_revision", help="revision of the teacher on the hub")
+    add("--pretrained_teacher_model", required=True, help="checkpoint to distil: folder, hub id or .safetensors file")
+    add("--teacher_config", help="for a teacher in one file: folder or hub id of its configs and tokenizers")
+    add("--teacher_revision", "--revision", help="revision of the teacher on the hub")
     add("--variant", help="file variant of the teacher, such as fp16")
     add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's")
     add("--lora_rank", type=count, default=64, help="rank of the LoRA layers")
@@ -116,7 +137,8 @@ def parse_args(argv=None):
     add("--image_column", default="image", help="column of the pictures")
     add("--caption_column", default="text", help="column of the captions")
     add("--max_train_samples", type=count, help="use only the first so many pictures")
-    add("--resolution", type=count, default=512, help="side of the training pictures in pixels")
+    add("--resolution", type=count, help="side of the training pictures in pixels (default: what the teacher draws)")
+    add("--interpolation_type", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the pictures")
     add("--proportion_empty_prompts", type=share, default=0.0, help="share of captions replaced by the empty one, 0..1")
@@ -128,9 +150,10 @@ def parse_args(argv=None):
     add("--w_max", type=number(float, -1), default=15.0, help="largest omega")
     add("--num_ddim_timesteps", type=count, default=50, help="N, steps of the DDIM solver")
     add("--loss_type", choices=["huber", "l2"], default="huber", help="distance d between student and target")
+    add("--loss_units", choices=["x0", "output"], default="x0", help="d in units of x0, or of the network's output")
     add("--huber_c", type=positive, default=0.001, help="c of the Huber distance, in units of the latents")
     add("--timestep_scaling_factor", type=positive, default=10.0, help="s of the boundary scalings")
-    add("--vae_encode_batch_size", type=count, default=32, help="pictures that the VAE encodes at once")
+    add("--vae_encode_batch_size", type=count, default=8, help="pictures that the VAE encodes at once")
 
     add = parser.add_argument_group("Optimisation").add_argument
     add("--train_batch_size", type=count, default=16, help="pictures in a batch, for each process")
@@ -165,7 +188,12 @@ def parse_args(argv=None):
     add("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard", help="trackers")
     add("--tracker_project_name", default="lcm-lora", help="project name shown by the trackers")
 
+    for flag in REFUSED:
+        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    for flag, reason in REFUSED.items():
+        if vars(args).pop(flag):
+            fail(f"--{flag}: {reason}")
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is drawn from w_min to w_max")
@@ -218,6 +246,11 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             return (z_t - sigma * output) / alpha, output
         return alpha * z_t - sigma * output, alpha * output + sigma * z_t
+
+    def output_per_x0(self, t):
+        """|d output / d x0| at a given z_t, [B,1,1,1]: alpha / sigma for epsilon, 1 / sigma for v."""
+        alpha, sigma = self.at(t)
+        return (alpha if self.prediction_type == "epsilon" else 1) / sigma
 
     def ddim_step(self, output, z_t, t, t_to):
         """z_t + Psi(z_t, t, t_to): one step of the DDIM ODE solver, z_to = alpha(t_to) x0 + sigma(t_to) eps."""
@@ -320,13 +353,23 @@ def open_picture(record):
     return picture.convert("RGB")
 
 
-def resize_and_crop(picture, side, place, flip):
-    """The shorter side becomes `side`, then a square is cut out at `place` = (x, y), each 0..1; perhaps mirrored."""
+def resize_and_crop(picture, side, place, flip, interpolation):
+    """The shorter side becomes `side`; mirrored if `flip`; a square is cut out at `place` = (x, y), each 0..1.
+
+    Returns the square and its left and top edge in the resized, mirrored picture, in pixels.
+    """
     scale = side / min(picture.size)
-    picture = picture.resize([max(side, round(s * scale)) for s in picture.size], Image.Resampling.LANCZOS)
-    x, y = (round(p * (s - side)) for p, s in zip(place, picture.size, strict=True))
-    picture = picture.crop((x, y, x + side, y + side))
-    return ImageOps.mirror(picture) if flip else picture
+    size = [max(side, round(s * scale)) for s in picture.size]
+    picture = picture.resize(size, Image.Resampling[interpolation.upper()])
+    picture = ImageOps.mirror(picture) if flip else picture
+    left, top = (round(p * (s - side)) for p, s in zip(place, size, strict=True))
+    return picture.crop((left, top, left + side, top + side)), left, top
+
+
+def prepare_picture(picture, place, flip, args):
+    """A training picture as what the step needs of it: pixels [3,H,W] in -1..1."""
+    square, _, _ = resize_and_crop(picture, args.resolution, place, flip, args.interpolation_type)
+    return {"pixels": VaeImageProcessor(do_resize=False).preprocess(square)[0]}
 
 
 class Samples(torch.utils.data.Dataset):
@@ -338,7 +381,6 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, records, args, global_batch):
         self.records, self.args, self.global_batch = records, args, global_batch
-        self.processor = VaeImageProcessor(do_resize=False)
         self.epoch, self.order = None, None
 
     def __getitem__(self, step_and_place):
@@ -361,28 +403,22 @@ class Samples(torch.utils.data.Dataset):
             fail(f"none of the {len(self.records)} pictures can be read, the first of them: {first}")
         draw = [rng(self.args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption")]
         crop = (0.5, 0.5) if self.args.center_crop else draw[0]
-        picture = resize_and_crop(picture, self.args.resolution, crop, self.args.random_flip and draw[1][0] < 0.5)
+        flip = self.args.random_flip and draw[1][0] < 0.5
         caption = record[self.args.caption_column] or ""
         if not isinstance(caption, str):
             fail(f"--caption_column {self.args.caption_column}: row {row} holds {caption!r}, which is no text")
         if draw[2][0] < self.args.proportion_empty_prompts:
             caption = ""
-        return {
-            "pixels": self.processor.preprocess(picture)[0],
-            "caption": caption,
-            "place": place,
-            "unreadable": unreadable,
-        }
+        sample = prepare_picture(picture, crop, flip, self.args)
+        return sample | {"caption": caption, "place": place, "unreadable": unreadable}
 
 
 def collate(samples):
-    """A batch: pixels [B,3,H,W] in -1..1, captions, places, and {row: why} of the unreadable pictures met."""
-    return {
-        "pixels": torch.stack([s["pixels"] for s in samples]),
-        "captions": [s["caption"] for s in samples],
-        "places": [s["place"] for s in samples],
-        "unreadable": {row: why for s in samples for row, why in s["unreadable"].items()},
-    }
+    """A batch: each entry a list, but pixels [B,3,H,W] and unreadable {row: why} of the pictures that were replaced."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    batch["pixels"] = torch.stack(batch["pixels"])
+    batch["unreadable"] = {row: why for one in batch["unreadable"] for row, why in one.items()}
+    return batch
 
 
 def make_loader(samples, args, first_step, rank, world):
@@ -414,32 +450,48 @@ def first_line(error):
     return f"{error}".strip().split("\n")[0] or type(error).__name__
 
 
-def load_teacher(args, dtype):
-    """The teacher as a pipeline in its final precision."""
+def teacher_parts(args):
+    """The names of the parts that the teacher has, such as unet and text_encoder."""
     name = args.pretrained_teacher_model
-    where = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    if not name.endswith(".safetensors"):
+        index = DiffusionPipeline.load_config(name, revision=args.teacher_revision, cache_dir=args.cache_dir)
+        return {part for part, value in index.items() if isinstance(value, list) and value[0]}
+    with safe_open(name, "pt") as file:
+        keys = list(file.keys())
+    return {part for prefix, part in ONE_FILE_PARTS.items() if any(key.startswith(prefix) for key in keys)}
+
+
+def open_teacher(pipeline_class, needed, args, dtype, **options):
+    """The teacher, from a folder, the hub or one file, and perhaps with another VAE."""
+    name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
+    options |= {"revision": args.teacher_revision, "cache_dir": args.cache_dir, "dtype": dtype}
+    flag = f"--pretrained_teacher_model {name}"
     try:
-        index = StableDiffusionPipeline.load_config(name, **where)
-        if "text_encoder_2" in index or "text_encoder" not in index or "unet" not in index:
+        parts = teacher_parts(args)
+        if parts & {"unet", "text_encoder", "text_encoder_2"} != needed:
             fail(
-                f"--pretrained_teacher_model {name}: a {index.get('_class_name')}; this script distils the layout of "
-                "Stable Diffusion 1.x and 2.x, train_lcm_lora_sdxl.py that of SDXL"
+                f"{flag}: it has {', '.join(sorted(parts)) or 'no part that is known'}, not just {', '.join(sorted(needed))}; "
+                "train_lcm_lora_sd15.py distils the layout of Stable Diffusion 1.x and 2.x, train_lcm_lora_sdxl.py SDXL's"
             )
-        options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
-        pipe = StableDiffusionPipeline.from_pretrained(name, variant=args.variant, dtype=dtype, **where, **options)
+        if name.endswith(".safetensors"):
+            pipe = pipeline_class.from_single_file(name, config=args.teacher_config, **options)
+        else:
+            pipe = pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
+        flag = f"--pretrained_vae_model_name_or_path {vae}"
+        if vae:
+            pipe.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, cache_dir=args.cache_dir, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         fail(
-            f"--pretrained_teacher_model {name}: cannot be loaded ({first_line(error)}); "
-            "give a diffusers folder with safetensors weights, or a hub id"
+            f"{flag}: cannot be loaded ({first_line(error)}); "
+            "give a diffusers folder with safetensors weights, a hub id, or (for a teacher) a .safetensors file"
         )
-    if args.pretrained_vae_model_name_or_path:
-        try:
-            pipe.vae = AutoencoderKL.from_pretrained(
-                args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            fail(f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}: {first_line(error)}")
     return pipe
+
+
+def load_teacher(args, dtype):
+    """The teacher as a pipeline in its final precision."""
+    options = {"safety_checker": None, "requires_safety_checker": False}
+    return open_teacher(StableDiffusionPipeline, {"unet", "text_encoder"}, args, dtype, **options)
 
 
 def share_weights(unet):
@@ -476,9 +528,9 @@ def count_parameters(parameters):
 
 
 @torch.no_grad()
-def encode_prompts(pipe, captions):
-    """Captions -> {"prompt": [B,L,D]}, what the UNet is conditioned on, made as the pipeline makes it when it draws."""
-    return {"prompt": pipe.encode_prompt(captions, pipe.text_encoder.device, 1, False)[0]}
+def conditions(pipe, batch):
+    """What the UNet is conditioned on, made as the pipeline makes it when it draws: {"prompt": [B,L,D]}."""
+    return {"prompt": pipe.encode_prompt(batch["caption"], pipe.text_encoder.device, 1, False)[0]}
 
 
 @torch.no_grad()
@@ -492,8 +544,9 @@ def encode_pictures(vae, pixels, noise, batch_size):
 def predict(unet, z_t, t, c):
     """The UNet's output at (z_t, t) given the conditions c, [B,4,h,w] float32, computed in the base's precision."""
     dtype = next(unet.parameters()).dtype
+    added = {name: value for name, value in c.items() if name != "prompt"}
     with torch.autocast(z_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return unet(z_t.to(dtype), t, encoder_hidden_states=c["prompt"]).sample.float()
+        return unet(z_t.to(dtype), t, c["prompt"], added_cond_kwargs=added).sample.float()
 
 
 # -------------------------------------------------------------------------------------- 6. The distillation step
@@ -502,14 +555,14 @@ def predict(unet, z_t, t, c):
 @torch.no_grad()
 def draw_batch(pipe, batch, c_null, timesteps, step, args):
     """(x, c) ~ data, z = E(x), n ~ U, omega ~ U[w_min, w_max]; what `distillation_loss` takes, from z to omega."""
-    places, device, vae = batch["places"], pipe.unet.device, pipe.vae
+    places, device, vae = batch["place"], pipe.unet.device, pipe.vae
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))  # LoRA dropout draws from torch
     side = args.resolution // vae_factor(vae)
     shape = (vae.config.latent_channels, side, side)
     posterior_noise = normal(args.seed, step, places, "posterior", shape)
     z = encode_pictures(vae, batch["pixels"], posterior_noise, args.vae_encode_batch_size)
-    c = encode_prompts(pipe, batch["captions"])
-    c_null = {name: value.expand(len(places), *value.shape[1:]) for name, value in c_null.items()}
+    c = conditions(pipe, batch)
+    c_null = c | {name: value.expand(len(places), *value.shape[1:]) for name, value in c_null.items()}
     noise = normal(args.seed, step, places, "noise", shape).to(device)
     t_nk = timesteps[[int(rng(args.seed, step, place, "timestep").integers(len(timesteps))) for place in places]]
     omega = [rng(args.seed, step, place, "guidance").uniform(args.w_min, args.w_max) for place in places]
@@ -538,8 +591,9 @@ def distillation_loss(teacher, student, target, z, c, c_null, noise, t_nk, omega
         f_target = consistency_function(predict(target, z_hat_n, t_n, c), z_hat_n, t_n, schedule, s)
     # f_theta(z_nk, t_nk, c), last: its activations are the only ones ever held
     f_student = consistency_function(predict(student, z_nk, t_nk, c), z_nk, t_nk, schedule, s)
-    # d(f_theta, f_theta^-)
-    return distance(f_student, f_target, args.loss_type, args.huber_c)
+    # d(f_theta, f_theta^-); in units of x0 t = 999 weighs twenty times as much as t = 259, in those of the output the same
+    unit = schedule.output_per_x0(t_nk) if args.loss_units == "output" else 1.0
+    return distance(unit * f_student, unit * f_target, args.loss_type, args.huber_c)
 
 
 # ---------------------------------------------------------------------------- 7. Saving, checkpoints, validation
@@ -576,7 +630,7 @@ def header(args, step):
     }
 
 
-def save_lora(teacher, student, folder, args, step):
+def save_lora(pipe, teacher, student, folder, args, step):
     """Write the LoRA file and the PEFT folder, then read the file back as a user's pipeline would and compare."""
     layers = lora_layers(student)
     kohya, prefixed = {}, {}
@@ -596,8 +650,8 @@ def save_lora(teacher, student, folder, args, step):
     (peft_folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
     reader = share_weights(teacher)
-    state, alphas = StableDiffusionPipeline.lora_state_dict(folder / LORA_FILE)
-    StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=reader)
+    state, alphas = pipe.lora_state_dict(folder / LORA_FILE, unet_config=reader.config)
+    pipe.load_lora_into_unet(state, network_alphas=alphas, unet=reader)
     loaded = lora_layers(reader)
     wrong = [
         path
@@ -620,12 +674,12 @@ def checkpoints(output_dir):
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def save_checkpoint(teacher, student, optimizer, lr_scheduler, scaler, args, step):
+def save_checkpoint(pipe, teacher, student, optimizer, lr_scheduler, scaler, args, step):
     """Write checkpoint-<step> under another name, then rename it; afterwards delete the oldest beyond the limit."""
     folder = Path(args.output_dir, f"checkpoint-{step}")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    report = save_lora(teacher, student, part, args, step).replace(str(part), str(folder))
+    report = save_lora(pipe, teacher, student, part, args, step).replace(str(part), str(folder))
     state = {"step": step, "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
     torch.save(state | {"scaler": scaler.state_dict() if scaler else None}, part / STATE_FILE)
     shutil.rmtree(folder, ignore_errors=True)
@@ -667,13 +721,14 @@ def load_lora_weights(student, folder):
 @torch.no_grad()
 def validate(pipe, accelerator, args, step):
     """Draw the validation prompts with the live student in 4 LCM steps, for a file and for all trackers."""
-    images = [
-        pipe(
+    images = []
+    for i, prompt in enumerate(args.validation_prompts):
+        z = pipe(
             prompt, num_inference_steps=4, guidance_scale=1.0, height=args.resolution, width=args.resolution,
-            generator=torch.Generator().manual_seed(args.seed),
-        ).images[0]
-        for prompt in args.validation_prompts
-    ]  # fmt: skip
+            generator=torch.Generator().manual_seed(args.seed + i), output_type="latent",
+        ).images  # fmt: skip
+        pixels = pipe.vae.decode(z.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        images += VaeImageProcessor().postprocess(pixels)
     folder = Path(args.output_dir, "validation")
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:06d}.png"
@@ -825,13 +880,15 @@ def main(argv=None):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     pipe = load_teacher(args, dtype)
     teacher, vae = pipe.unet, pipe.vae
+    args.resolution = args.resolution or teacher.config.sample_size * vae_factor(vae)
     if args.resolution % vae_factor(vae):
         fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {vae_factor(vae)}")
     schedule = NoiseSchedule(pipe.scheduler.config, device)
     if args.num_ddim_timesteps > len(schedule.alpha):
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {len(schedule.alpha)} timesteps")
-    for part in (teacher, vae, pipe.text_encoder):
-        part.requires_grad_(False).eval().to(device)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(device)
     student = attach_lora(share_weights(teacher), args)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -863,10 +920,10 @@ def main(argv=None):
 
     # Outputs: nothing is written before this line
     log = Log(accelerator, args, step, keep=bool(resumed))
-    lcm = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.num_ddim_timesteps)
-    live = pipe.components | {"unet": target, "scheduler": lcm}
-    validation_pipe = StableDiffusionPipeline(**live, requires_safety_checker=False)
-    validation_pipe.set_progress_bar_config(disable=True)
+    # From here on the pipeline is the student's: validation draws with the live weights
+    pipe.unet = target
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.num_ddim_timesteps)
+    pipe.set_progress_bar_config(disable=True)
     batch_size = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
     log.say(f"teacher: {args.pretrained_teacher_model}, {count_parameters(teacher.parameters())}, {dtype}")
     log.say(f"LoRA: {len(lora_layers(target))} layers of rank {args.lora_rank}, {count_parameters(trained)}")
@@ -874,7 +931,7 @@ def main(argv=None):
     log.say(f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else ""))
 
     # The loop
-    c_null = encode_prompts(pipe, [""])
+    c_null = conditions(pipe, {"caption": [""]})
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device)
     micro_losses = []
     for batch in make_loader(samples, args, step, rank, world):
@@ -901,9 +958,9 @@ def main(argv=None):
         if step % args.logging_steps == 0 or save or draw or last:
             log.flush(global_batch)
         if save and accelerator.is_main_process:
-            log.say(save_checkpoint(teacher, target, optimizer, lr_scheduler, accelerator.scaler, args, step))
+            log.say(save_checkpoint(pipe, teacher, target, optimizer, lr_scheduler, accelerator.scaler, args, step))
         if draw and accelerator.is_main_process:
-            log.say(validate(validation_pipe, accelerator, args, step))
+            log.say(validate(pipe, accelerator, args, step))
         if save or draw:
             accelerator.wait_for_everyone()
             log.restart_clock()
@@ -911,7 +968,7 @@ def main(argv=None):
     # The end
     log.close()
     if accelerator.is_main_process:
-        print(save_lora(teacher, target, Path(args.output_dir), args, step))
+        print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
     accelerator.end_training()
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -55,7 +55,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("teacher", parents=[common], help="KID, Frechet distance and a contact sheet of a teacher")
-    p.add_argument("--model", default="demo/teacher-sd15", help="StableDiffusionPipeline folder or hub id")
+    p.add_argument(
+        "--model", default="demo/teacher-sd15", help="folder or hub id of Stable Diffusion's or SDXL's layout"
+    )
     p.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2, 3, 4, 5, 7])
     p.add_argument("--output_dir", type=Path, required=True, help="gets README.md and samples.png")
     p = commands.add_parser("lora", parents=[common], help="an LCM-LoRA against its teacher")
@@ -228,12 +230,31 @@ class Studio:
         if not Path(model).exists() and (ROOT / model).exists():  # a path relative to the repository
             model = ROOT / model
         # No pickles from a folder that the user names.
-        self.pipe = StableDiffusionPipeline.from_pretrained(
-            model, dtype=torch.float32, use_safetensors=True, safety_checker=None
-        ).to(self.device)
+        options = {"dtype": torch.float32, "use_safetensors": True, "safety_checker": None}
+        self.pipe = DiffusionPipeline.from_pretrained(model, **options).to(self.device)
         self.features = Features().to(self.device)
-        parts = [self.pipe.encode_prompt(part, self.device, 1, True) for part in batches(prompts, args.batch_size)]
-        self.context, self.null = torch.cat([cond for cond, _ in parts]), parts[0][1][:1]
+        parts = [self.encode(part) for part in batches(prompts, args.batch_size)]
+        self.context = {name: torch.cat([given[name] for given, _ in parts]) for name in parts[0][0]}
+        self.null = {name: value[:1] for name, value in parts[0][1].items()}
+
+    def encode(self, prompts):
+        """What the UNet is conditioned on for these prompts, and without them: two of {name: [n,...]}."""
+        found = self.pipe.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        if len(found) == 2:
+            return tuple({"prompt": prompt} for prompt in found)
+        side = (
+            self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        )  # SDXL: nothing cropped, the size it draws
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=self.device).repeat(len(prompts), 1)
+        pairs = zip(found[:2], found[2:])
+        return tuple({"prompt": prompt, "text_embeds": pooled, "time_ids": sizes} for prompt, pooled in pairs)
+
+    def predict(self, z, t, c):
+        """The UNet's output for conditions c."""
+        added = {name: value for name, value in c.items() if name != "prompt"}
+        return self.pipe.unet(z, t, c["prompt"], added_cond_kwargs=added).sample
 
     def scheduler(self, kind, **options):
         """A scheduler on the teacher's noise schedule, starting at t = 999; latents are not pictures: no clipping."""
@@ -242,10 +263,11 @@ class Studio:
 
     def output(self, z, t, rows, guidance):
         """The UNet's output [B,4,h,w] for prompts `rows`: uncond + guidance (cond - uncond); at 1 only cond is run."""
+        given = {name: value[rows] for name, value in self.context.items()}
         if guidance == 1:
-            return self.pipe.unet(z, t, self.context[rows]).sample
-        context = torch.cat([self.null.expand(len(z), -1, -1), self.context[rows]])
-        uncond, cond = self.pipe.unet(torch.cat([z, z]), t, context).sample.chunk(2)
+            return self.predict(z, t, given)
+        both = {name: torch.cat([self.null[name].expand_as(value), value]) for name, value in given.items()}
+        uncond, cond = self.predict(torch.cat([z, z]), t, both).chunk(2)
         return uncond + guidance * (cond - uncond)
 
     def sample(self, scheduler, steps, guidance, series=0, record=()):
@@ -254,7 +276,7 @@ class Studio:
         Each prompt's noise is its own, a function of seed, series and place, so batch size and device do not matter.
         """
         unet, ends, seen = self.pipe.unet, [], {t: [] for t in record}
-        for rows in batches(torch.arange(len(self.context)), self.args.batch_size):
+        for rows in batches(torch.arange(len(self.context["prompt"])), self.args.batch_size):
             seeds = [np.random.SeedSequence([self.args.seed, series, i]).generate_state(1) for i in rows.tolist()]
             generators = [torch.Generator().manual_seed(int(seed[0])) for seed in seeds]
             shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -74,6 +75,59 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def lora_file(folder):
+    """(tensors, metadata) of a LoRA file."""
+    from safetensors import safe_open
+
+    with safe_open(folder / LORA, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def same(a, b):
+    """Whether two folders hold the same LoRA: keys, tensors to the bit, metadata."""
+    import torch
+
+    (ours, about), (theirs, of_theirs) = lora_file(a), lora_file(b)
+    return about == of_theirs and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def difference(a, b):
+    """The largest difference of an element between two folders' LoRA files with the same keys."""
+    ours, theirs = lora_file(a)[0], lora_file(b)[0]
+    assert ours.keys() == theirs.keys()
+    return max((ours[k] - theirs[k]).abs().max().item() for k in ours)
+
+
+def series(folder, *names):
+    """Columns of log.jsonl, one list a row; the loss where nothing is named."""
+    return [[row[name] for name in names or ("loss",)] for row in log(folder)]
+
+
+def size_of_b(folder):
+    """The largest element of the LoRA's up matrices, which start at 0."""
+    return max(w.abs().max().item() for k, w in lora_file(folder)[0].items() if "lora_up" in k)
+
+
+def near(a, b, tolerance=1e-5):
+    """Whether two runs have the same losses to `tolerance`, gradient norms to ten times that, and learning rates."""
+    import numpy as np
+
+    return all(
+        np.allclose(series(a, name), series(b, name), rtol=rtol, atol=atol)
+        for name, rtol, atol in (("loss", 0, tolerance), ("grad_norm", 10 * tolerance, 0), ("lr", 1e-9, 0))
+    )
+
+
+def picture_bytes(picture, kind="PNG", **settings):
+    """A `datasets` picture record of a picture."""
+    file = io.BytesIO()
+    picture.save(file, kind, **settings)
+    return {"bytes": file.getvalue(), "path": None}
+
+
 def make_tokenizer(folder):
     """A CLIP tokenizer whose words are letters."""
     from transformers import CLIPTokenizer
@@ -86,11 +140,12 @@ def make_tokenizer(folder):
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
 
 
-def make_text_encoder(tokenizer, width=32):
+def make_text_encoder(tokenizer, width=32, kind="CLIPTextModel"):
     """A random CLIP text encoder."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import transformers
+    from transformers import CLIPTextConfig
 
-    return CLIPTextModel(
+    return getattr(transformers, kind)(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -106,27 +161,52 @@ def make_text_encoder(tokenizer, width=32):
     )
 
 
+# What makes a small UNet one of SDXL's or of SSD-1B's layout: pooled prompt (32) and six sizes (8 each) beside the time.
+XL = {
+    "cross_attention_dim": 64, "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True,
+    "projection_class_embeddings_input_dim": 32 + 6 * 8, "transformer_layers_per_block": (1, 2),
+}  # fmt: skip
+UNETS = {
+    "sd15": {"cross_attention_dim": 32},
+    "sdxl": XL,
+    "ssd1b": XL | {"reverse_transformer_layers_per_block": [[2, 1], 1], "mid_block_type": "UNetMidBlock2D"},
+}
+
+
 @pytest.fixture(scope="session")
 def make_teacher(tmp_path_factory):
-    """A factory of Stable Diffusion 1.5 layouts: make_teacher(prediction_type=..., seed=..., **scheduler settings) -> folder."""
+    """A factory of teachers: make_teacher(layout="sd15", seed=0, force_zeros=True, **scheduler settings) -> folder."""
 
-    def make(seed=0, **scheduler):
+    def make(layout="sd15", seed=0, force_zeros=True, **scheduler):
         import torch
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import (
+            AutoencoderKL,
+            DDIMScheduler,
+            StableDiffusionPipeline,
+            StableDiffusionXLPipeline,
+            UNet2DConditionModel,
+        )
 
         torch.manual_seed(seed)
         folder = tmp_path_factory.mktemp("teacher")
         tokenizer = make_tokenizer(folder / "tokenizer")
-        pipe = StableDiffusionPipeline(
+        if layout == "sd15":
+            pipeline_class = StableDiffusionPipeline
+            more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        else:
+            pipeline_class = StableDiffusionXLPipeline
+            second = make_text_encoder(tokenizer, kind="CLIPTextModelWithProjection")
+            more = {"text_encoder_2": second, "tokenizer_2": tokenizer, "force_zeros_for_empty_prompt": force_zeros}
+        pipe = pipeline_class(
             unet=UNet2DConditionModel(
                 sample_size=8,
                 block_out_channels=(32, 64),
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
                 layers_per_block=1,
-                cross_attention_dim=32,
                 attention_head_dim=2,
                 norm_num_groups=8,
+                **UNETS[layout],
             ),
             vae=AutoencoderKL(
                 block_out_channels=(16, 16, 16),
@@ -142,9 +222,7 @@ def make_teacher(tmp_path_factory):
                 **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
                    "set_alpha_to_one": False, "steps_offset": 1} | scheduler
             ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **more,
         )  # fmt: skip
         pipe.save_pretrained(folder)
         return folder
@@ -165,21 +243,9 @@ def v_teacher(make_teacher):
 
 
 @pytest.fixture(scope="session")
-def sdxl_layout(tmp_path_factory):
-    """A folder that says it is a Stable Diffusion XL pipeline; it holds no weights."""
-    folder = tmp_path_factory.mktemp("sdxl")
-    parts = {
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1"} | parts
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+def xl_teacher(make_teacher):
+    """The folder of the small epsilon teacher of SDXL's layout."""
+    return make_teacher("sdxl")
 
 
 @pytest.fixture(scope="session")
@@ -219,23 +285,42 @@ def sd15():
 
 
 @pytest.fixture(scope="session")
-def train(sd15, teacher, pictures, tmp_path_factory):
-    """train(flag=value, ...) -> output folder: the trainer's main() in this process, with QUICK where nothing is said."""
+def sdxl():
+    """train_lcm_lora_sdxl.py as a module."""
+    return load_script("train_lcm_lora_sdxl.py")
+
+
+@pytest.fixture(scope="session")
+def train_by(pictures, tmp_path_factory):
+    """train_by(trainer, teacher) -> train(flag=value, ...) -> output folder: its main() in this process, QUICK by default."""
     import torch
     from accelerate.state import AcceleratorState
 
-    def train(**flags):
-        defaults = {
-            "pretrained_teacher_model": teacher,
-            "train_data_dir": None if "dataset_name" in flags else pictures,
-        }
-        flags = defaults | {"output_dir": tmp_path_factory.mktemp("run") / "out"} | QUICK | flags
-        AcceleratorState._reset_state(True)
-        torch.set_num_threads(1)
-        sd15.main(command_line(flags))
-        return flags["output_dir"]
+    def train_by(trainer, teacher):
+        def train(**flags):
+            data = {} if "dataset_name" in flags else {"train_data_dir": pictures}
+            out = tmp_path_factory.mktemp("run") / "out"
+            flags = {"pretrained_teacher_model": teacher, "output_dir": out} | data | QUICK | flags
+            AcceleratorState._reset_state(True)
+            torch.set_num_threads(1)
+            trainer.main(command_line(flags))
+            return flags["output_dir"]
 
-    return train
+        return train
+
+    return train_by
+
+
+@pytest.fixture(scope="session")
+def train(train_by, sd15, teacher):
+    """train(flag=value, ...) -> output folder, by the SD 1.5 trainer."""
+    return train_by(sd15, teacher)
+
+
+@pytest.fixture(scope="session")
+def train_xl(train_by, sdxl, xl_teacher):
+    """train_xl(flag=value, ...) -> output folder, by the SDXL trainer."""
+    return train_by(sdxl, xl_teacher)
 
 
 SEPARATORS = set(";&|()<>")
@@ -270,7 +355,11 @@ def documented_commands():
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     texts = [("README.md", re.sub(r"^\$ ", "", block, flags=re.MULTILINE)) for block in blocks]
-    texts += [(path.name, path.read_text()) for path in sorted((ROOT / "scripts").glob("*.sh"))]
+    scripts = sorted((ROOT / "scripts").glob("*.sh"))
+    scripts = [(path.name, path.read_text().replace("$family", "sd15")) for path in scripts]
+    texts += [
+        (name, text) for name, text in scripts if "launch.sh" not in text
+    ]  # launchers print theirs: test_launchers
     return [
         (name, words)
         for name, text in texts

@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, documented_commands, shell_commands
+from conftest import ROOT, documented_commands, load_script, shell_commands
 
 TRAINERS = [name for name in ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py") if (ROOT / name).exists()]
 PROGRAMS = [*TRAINERS, "infer.py"]
@@ -94,6 +94,37 @@ def test_trainers_are_short(program):
     step = definition(program, "distillation_loss")
     body = step.body[1] if ast.get_docstring(step) else step.body[0]
     assert step.end_lineno - body.lineno + 1 <= 40
+
+
+def test_trainers_have_not_drifted(capsys):
+    """What bears one name in both trainers is byte-identical, save six definitions or fewer."""
+    drift = load_script("scripts/drift.py")
+    assert drift.main([]) == 0, capsys.readouterr().out
+    assert len(drift.DIFFERS) <= 6
+    one, other = (drift.definitions((ROOT / name).read_text()) for name in drift.TRAINERS)
+    assert one.keys() == other.keys() and len(one) > 50
+
+
+def test_drift_is_found_and_mended(tmp_path, capsys):
+    """A changed function, a changed constant and a changed comment are named; --fix makes them the same again."""
+    drift = load_script("scripts/drift.py")
+    right, wrong = (tmp_path / name for name in drift.TRAINERS)
+    for path in (right, wrong):
+        path.write_text((ROOT / path.name).read_text())
+    whole, text = wrong.read_text(), wrong.read_text()
+    for old, new in (
+        ("return e2.mean() if", "return e2.sum() if"),
+        ('FORMAT_VERSION = "1"', 'FORMAT_VERSION = "2"'),
+        ("# t_n, k timesteps below", "# t_n, some timesteps below"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    wrong.write_text(text)
+    assert drift.main(["--folder", str(tmp_path)]) == 1
+    named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert named == ["FORMAT_VERSION", "distance", "distillation_loss"]
+    assert drift.main(["--folder", str(tmp_path), "--fix", right.name]) == 0
+    assert wrong.read_text() == whole
 
 
 def test_shell_commands_are_found():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
+from single_file import as_single_file
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
@@ -72,7 +73,7 @@ def make_base(folder, channels=(32, 64)):
     ).save_pretrained(folder)
 
 
-def make_lora(unet, path, base, rank=8, alpha=4):
+def make_lora(unet, path, base, rank=8, alpha=4, **header):
     """Write random LoRA weights for every target of `unet` in this project's layout."""
     generator, tensors = torch.Generator().manual_seed(1), {}
     for name, module in unet.named_modules():
@@ -91,7 +92,7 @@ def make_lora(unet, path, base, rank=8, alpha=4):
         "step": "600",
         "training_args": "{}",
     }
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata | header)
     return len(tensors) // 3
 
 
@@ -320,7 +321,9 @@ def test_bad_file(tiny, tmp_path, kind, message):
         (["--steps", "4", "--compare"], "do not go with --compare"),
         (["--height", "60"], "--height 60: must be a multiple of 8, e.g. 64"),
         (["--device", "nonsense"], "--device nonsense"),
-        (["--base_model", "./nowhere"], "nowhere: no such folder; give --base_model"),
+        (["--base_model", "./nowhere"], "nowhere: no such file or folder; give --base_model"),
+        (["--base_model", "nowhere.safetensors"], "nowhere.safetensors: no such file or folder; give --base_model"),
+        (["--base_config", "x"], "--base_config has no effect: base model .*base is no .safetensors file"),
         (["--lora", "nowhere"], "--lora nowhere: no such file or folder"),
         (["--lora", "."], f"no {WEIGHTS_NAME} in this folder"),
         (["--seed", "x"], "--seed"),
@@ -340,6 +343,106 @@ def test_lora_of_another_base(tiny, tmp_path):
     with pytest.raises(SystemExit, match=r"trained for sd15 .*base, it does not fit .*wide: layer down_blocks_1"):
         run(folder, "--prompt", "a", "--base_model", folder / "wide", "--output", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+LAYOUTS = {"sd15": "Stable Diffusion 1.x / 2.x", "sdxl": "SDXL", "ssd1b": "SSD-1B"}
+
+
+@pytest.fixture(scope="session")
+def layouts(make_teacher):
+    """{layout: (folder, the same base in one file beside it, a LoRA of it whose header names both without their folder)}."""
+    from diffusers import UNet2DConditionModel
+
+    made = {}
+    for layout in LAYOUTS:
+        folder = make_teacher(layout)
+        file, lora = as_single_file(folder), folder / "lora.safetensors"
+        family, settings = "sd15" if layout == "sd15" else "sdxl", json.dumps({"teacher_config": folder.name})
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        make_lora(unet, lora, file.name, family=family, training_args=settings)
+        made[layout] = folder, file, lora
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_base_in_one_file(layouts, tmp_path, monkeypatch, layout):
+    """The file draws what the folder draws, named by flags, or by the header and found beside infer.py."""
+    folder, file, lora = layouts[layout]
+    flags = ("--prompt", "a cat", "--steps", 2, "--output")
+    run(folder, *flags, tmp_path / "folder.png", "--base_model", folder, lora=lora.name)
+    run(folder, *flags, tmp_path / "flags.png", "--base_model", file, "--base_config", folder, lora=lora.name)
+    monkeypatch.setattr(infer, "HERE", file.parent)
+    run(folder, *flags, tmp_path / "file.png", lora=lora.name)
+    assert difference(tmp_path / "folder.png", tmp_path / "flags.png") == 0
+    assert difference(tmp_path / "folder.png", tmp_path / "file.png") == 0
+    settings = json.loads(Image.open(tmp_path / "file.png").text["infer_args"])
+    assert (settings["base_model"], settings["base_config"]) == (file.name, folder.name)
+
+
+def test_layout_by_names(layouts):
+    """A LoRA without a header and a UNet in either naming tell their layout; a LoRA of a part of the layers does not."""
+    from diffusers import UNet2DConditionModel
+
+    for layout, (folder, file, lora) in layouts.items():
+        layers = infer.group_layers(lora, load_file(lora), {})
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        for names in (layers, load_file(file), [name for name, _ in unet.named_modules()]):
+            assert infer.layout(names) == LAYOUTS[layout]
+        assert infer.layout([name for name in layers if "conv" in name]) is None
+        assert infer.layout([name for name in layers if name.startswith("up_blocks")]) is None
+
+
+def refused(lora, message, out, *flags):
+    """infer.py ends with one line, which holds `message`, and draws nothing."""
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        run(lora.parent, "--prompt", "a", "--output", out, *flags, lora=lora.name)
+    assert "\n" not in str(caught.value) and not out.exists()
+
+
+@pytest.mark.parametrize("one_file", [False, True], ids=["folder", "file"])
+@pytest.mark.parametrize(("lora", "base"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("sdxl", "ssd1b"), ("ssd1b", "sdxl")])
+def test_lora_of_another_layout(layouts, tmp_path, lora, base, one_file):
+    """Both layouts are named; an SSD-1B LoRA has all of its layers in SDXL too, and would be loaded without a word."""
+    ours, theirs = layouts[lora], layouts[base]
+    says = rf"was trained for the {LAYOUTS[lora]} layout \(base {ours[1].name}\); --base_model .* is of the {LAYOUTS[base]} layout"
+    refused(ours[2], f"lora.safetensors {says}$", tmp_path / "x.png", "--base_model", theirs[one_file])
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("cond_stage_model", "it holds no text encoder"),
+        ("first_stage_model", "cannot be opened .*AutoencoderKL.*; its configs are those of"),
+        ("model.diffusion_model.out.", "cannot be opened .*; its configs are those of"),
+        ("cond_stage_model.transformer.text_model.final", "does not hold just the .*; its configs are those of"),
+    ],
+)
+def test_incomplete_base_in_one_file(layouts, tmp_path, start, message):
+    """Nothing is drawn with parts that are random or empty for want of tensors in the file."""
+    folder, file, lora = layouts["sd15"]
+    tensors = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(start)}
+    save_file(tensors, tmp_path / "part.safetensors")
+    flags = ("--base_model", tmp_path / "part.safetensors", "--base_config", folder)
+    refused(lora, f"part.safetensors:? {message}", tmp_path / "x.png", *flags)
+
+
+def test_bad_base_in_one_file(layouts, tmp_path):
+    """The line names the file or the flag that helps."""
+    (folder, file, lora), (_, xl_file, xl_lora), (ssd1b, _, _) = layouts.values()
+    (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": 1}))
+    (tmp_path / "x.safetensors").write_bytes(file.read_bytes()[:5000])
+    save_file(load_file(lora), tmp_path / "bare.safetensors")
+    advice = "--base_config names another"
+    for one, message, *flags in (
+        (lora, "x.ckpt: .* pickled weights are not read", "--base_model", tmp_path / "x.ckpt"),
+        (lora, "x.safetensors: not a whole safetensors file", "--base_model", tmp_path / "x.safetensors"),
+        (lora, "--variant has no effect: .* is one file", "--base_model", file, "--variant", "fp16"),
+        (lora, f"those of {folder.name}; {advice}", "--base_model", file),  # what the header names is not here
+        (lora, f"those of /no/such/folder; {advice}", "--base_model", file, "--base_config", "/no/such/folder"),
+        (tmp_path / "bare.safetensors", f"those of the hub; {advice}", "--base_model", file),
+        (xl_lora, f"not hold just the .*; {advice}", "--base_model", xl_file, "--base_config", ssd1b),
+    ):
+        refused(one, message, tmp_path / "x.png", *flags)
 
 
 def test_warnings(tiny, tmp_path, capsys):

@@ -80,6 +80,35 @@ def test_outputs_turn_into_x0_and_noise_and_back(sd15, prediction_type):
         assert close(ours[0], x0, 1e-5) and close(ours[1], eps, 1e-5), f"t = {t}"
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_units_of_the_output(sd15, prediction_type):
+    """An error of the output, carried to x0 and scaled back, has the size that it had, at every timestep of the grid."""
+    schedule = sd15.NoiseSchedule(config(prediction_type), "cpu")
+    z, output, error = latents(), latents(seed=1), latents(seed=2)
+    for t in GRID:
+        t = torch.tensor([t, t])
+        x0, wrong = (schedule.x0_and_eps(out, z, t)[0] for out in (output, output + error))
+        assert close((schedule.output_per_x0(t) * (wrong - x0)).abs(), error.abs(), 1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_loss_in_units_of_the_output(sd15, prediction_type):
+    """Each sample's distance counts by its timestep's factor, and by nothing else."""
+    teacher, student, inputs, schedule, args = problem(sd15, prediction_type, "l2")
+
+    def loss(rows, units):
+        args.loss_units = units
+        part = {k: {n: v[rows] for n, v in x.items()} if isinstance(x, dict) else x[rows] for k, x in inputs.items()}
+        return sd15.distillation_loss(teacher, student, student, **part, schedule=schedule, args=args).item()
+
+    rows = [slice(i, i + 1) for i in range(4)]
+    factors = schedule.output_per_x0(inputs["t_nk"]).flatten().tolist()
+    assert factors[0] / factors[3] > 5
+    apart = [factor**2 * loss(row, "x0") for factor, row in zip(factors, rows, strict=True)]
+    assert [loss(row, "output") for row in rows] == pytest.approx(apart, rel=1e-4)
+    assert loss(slice(0, 4), "output") == pytest.approx(sum(apart) / 4, rel=1e-4)
+
+
 def test_schedule_is_float32_and_right(sd15):
     schedule = sd15.NoiseSchedule(config(), "cpu")
     alpha, sigma = alpha_sigma()
@@ -163,7 +192,7 @@ class Toy(torch.nn.Module):
         self.weight = torch.nn.Parameter(draw.float())
         self.calls = []
 
-    def forward(self, z, t, encoder_hidden_states):
+    def forward(self, z, t, encoder_hidden_states, added_cond_kwargs=None):
         self.calls.append((torch.is_grad_enabled(), len(z)))
         w, c = self.weight.to(z.dtype), encoder_hidden_states.mean((1, 2))[:, None, None, None]
         time = torch.sin(t.to(z.dtype) / 100)[:, None, None, None]
@@ -173,8 +202,14 @@ class Toy(torch.nn.Module):
 
 
 def algorithm_1(teacher, student, z, c, null, noise, t_nk, omega, prediction_type, loss_type, huber_c):
-    """The report's Algorithm 1 in float64, sample by sample, every pass apart, Psi as the report writes it."""
+    """The report's Algorithm 1 in float64, sample by sample, every pass apart, Psi as the report writes it.
+
+    teacher and student: network(z, t, conditions) with a float64 `sample`; c and null: {name: [B,...]}.
+    """
     alpha, sigma = alpha_sigma()
+
+    def only(conditions, i):
+        return {name: value[i : i + 1].double() for name, value in conditions.items()}
 
     def x0_eps(output, z_t, t):
         if prediction_type == "epsilon":
@@ -194,9 +229,9 @@ def algorithm_1(teacher, student, z, c, null, noise, t_nk, omega, prediction_typ
         here, s, w = slice(i, i + 1), max(t - 20, 0), float(omega[i])
         z_nk = alpha[t] * z[here].double() + sigma[t] * noise[here].double()
         with torch.no_grad():
-            z_hat = z_nk + (1 + w) * psi(z_nk, t, s, c[here].double()) - w * psi(z_nk, t, s, null[here].double())
-            goal = f(z_hat, s, c[here].double())
-        e2 = (f(z_nk, t, c[here].double()) - goal) ** 2
+            z_hat = z_nk + (1 + w) * psi(z_nk, t, s, only(c, i)) - w * psi(z_nk, t, s, only(null, i))
+            goal = f(z_hat, s, only(c, i))
+        e2 = (f(z_nk, t, only(c, i)) - goal) ** 2
         total = total + (e2 if loss_type == "l2" else torch.sqrt(e2 + huber_c**2) - huber_c).mean()
     return total / len(z)
 
@@ -213,7 +248,9 @@ def problem(sd15, prediction_type="epsilon", loss_type="huber", omega=(3.0, 7.5,
         "t_nk": torch.tensor([19, 259, 739, 999]),
         "omega": torch.tensor(omega)[:, None, None, None],
     }
-    args = SimpleNamespace(num_ddim_timesteps=50, timestep_scaling_factor=10.0, loss_type=loss_type, huber_c=0.1)
+    args = SimpleNamespace(
+        num_ddim_timesteps=50, timestep_scaling_factor=10.0, loss_type=loss_type, huber_c=0.1, loss_units="x0"
+    )
     return Toy(1), Toy(2), inputs, sd15.NoiseSchedule(config(prediction_type), "cpu"), args
 
 
@@ -225,10 +262,8 @@ def test_distillation_loss_is_algorithm_1(sd15, prediction_type, loss_type):
     loss = sd15.distillation_loss(teacher, student, student, **inputs, schedule=schedule, args=args)
     loss.backward()
     again = Toy(2)
-    expected = algorithm_1(
-        Toy(1), again, inputs["z"], inputs["c"]["prompt"], inputs["c_null"]["prompt"], inputs["noise"], inputs["t_nk"],
-        inputs["omega"], prediction_type, loss_type, args.huber_c,
-    )  # fmt: skip
+    nets = [lambda z, t, c, toy=toy: toy(z, t, c["prompt"]) for toy in (Toy(1), again)]
+    expected = algorithm_1(*nets, *inputs.values(), prediction_type, loss_type, args.huber_c)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert close(student.weight.grad, again.weight.grad, 1e-4)
@@ -259,7 +294,7 @@ def test_defect_09_autocast_names_its_dtype(sd15):
     """An fp16 base on the CPU, whose default autocast type is bf16, runs under fp16; a float32 base under none."""
     seen = []
 
-    def unet(z, t, encoder_hidden_states):
+    def unet(z, t, prompt, added_cond_kwargs):
         seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), z.dtype))
         return SimpleNamespace(sample=z)
 
@@ -312,10 +347,10 @@ def stream(sd15, count, steps, size, parts=1, world=1, rank=0, first=0):
     args = SimpleNamespace(
         seed=0, image_column="image", caption_column="text", resolution=8, center_crop=True, random_flip=False,
         proportion_empty_prompts=0.0, train_batch_size=size, gradient_accumulation_steps=parts, max_train_steps=steps,
-        dataloader_num_workers=0,
+        dataloader_num_workers=0, interpolation_type="lanczos",
     )  # fmt: skip
     samples = sd15.Samples(records, args, size * parts * world)
-    return [(batch["places"], batch["captions"]) for batch in sd15.make_loader(samples, args, first, rank, world)]
+    return [(batch["place"], batch["caption"]) for batch in sd15.make_loader(samples, args, first, rank, world)]
 
 
 def test_an_epoch_is_a_permutation_and_batches_cross_epochs(sd15):

@@ -1,6 +1,5 @@
 """train_lcm_lora_sd15.py from end to end on small random models: its files, its invariants, the defects it must not have."""
 
-import io
 import json
 import shutil
 import struct
@@ -13,48 +12,33 @@ import peft
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT, command_line, documented_commands, launch, load_script, log, run
+from conftest import (
+    LORA,
+    ROOT,
+    command_line,
+    difference,
+    documented_commands,
+    launch,
+    load_script,
+    log,
+    lora_file,
+    near,
+    picture_bytes,
+    run,
+    same,
+    series,
+    size_of_b,
+)
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 SCRIPT = "train_lcm_lora_sd15.py"
-LORA = "pytorch_lora_weights.safetensors"
 TARGETS = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 ).split()
 ROW = {"step", "loss", "grad_norm", "lr", "images_per_s", "memory_gib"}
-
-
-def lora_file(folder):
-    """(tensors, metadata) of a LoRA file."""
-    with safe_open(folder / LORA, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def same(a, b):
-    """Whether two folders hold the same LoRA: keys, tensors to the bit, metadata."""
-    (ours, about), (theirs, of_theirs) = lora_file(a), lora_file(b)
-    return about == of_theirs and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-def difference(a, b):
-    """The largest difference of an element between two folders' LoRA files with the same keys."""
-    ours, theirs = lora_file(a)[0], lora_file(b)[0]
-    assert ours.keys() == theirs.keys()
-    return max((ours[k] - theirs[k]).abs().max().item() for k in ours)
-
-
-def series(folder, *names):
-    """Columns of log.jsonl, one list a row; the loss where nothing is named."""
-    return [[row[name] for name in names or ("loss",)] for row in log(folder)]
-
-
-def size_of_b(folder):
-    """The largest element of the LoRA's up matrices, which start at 0."""
-    return max(w.abs().max().item() for k, w in lora_file(folder)[0].items() if "lora_up" in k)
 
 
 def target_modules(teacher):
@@ -65,27 +49,12 @@ def target_modules(teacher):
     return [name for name in names if any(f".{name}".endswith(f".{target}") for target in TARGETS)]
 
 
-def near(a, b, tolerance=1e-5):
-    """Whether two runs have the same losses to `tolerance`, gradient norms to ten times that, and learning rates."""
-    return all(
-        np.allclose(series(a, name), series(b, name), rtol=rtol, atol=atol)
-        for name, rtol, atol in (("loss", 0, tolerance), ("grad_norm", 10 * tolerance, 0), ("lr", 1e-9, 0))
-    )
-
-
 def output(unet):
     """What a UNet says to a fixed input."""
     random = torch.Generator().manual_seed(0)
     z, c = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 16, 32, generator=random)
     with torch.no_grad():
         return unet(z, torch.tensor([259, 999]), encoder_hidden_states=c).sample
-
-
-def picture_bytes(picture, kind="PNG", **settings):
-    """A `datasets` picture record of a picture."""
-    file = io.BytesIO()
-    picture.save(file, kind, **settings)
-    return {"bytes": file.getvalue(), "path": None}
 
 
 @pytest.fixture(scope="session")
@@ -415,9 +384,11 @@ def test_defect_05_two_processes_are_one(train, teacher, pictures, tmp_path):
         {"num_ddim_timesteps": 20},
         {"loss_type": "l2"},
         {"huber_c": 0.1},
+        {"loss_units": "output"},
         {"timestep_scaling_factor": 0.001},
         {"center_crop": True},
         {"random_flip": True},
+        {"interpolation_type": "nearest"},
         {"max_train_samples": 3},
         {"lora_dropout": 0.5},
         {"lora_rank": 2},
@@ -533,13 +504,13 @@ def test_cache_dir_is_used(train, pictures, tmp_path):
 
 def test_captions_reach_the_text_encoder(sd15, train, monkeypatch, capsys):
     """Those of the pictures; with --proportion_empty_prompts 1 only the empty one."""
-    seen, encode = [], sd15.encode_prompts
+    seen, conditions = [], sd15.conditions
 
-    def spy(pipe, captions):
-        seen.extend(captions)
-        return encode(pipe, captions)
+    def spy(pipe, batch):
+        seen.extend(batch["caption"])
+        return conditions(pipe, batch)
 
-    monkeypatch.setattr(sd15, "encode_prompts", spy)
+    monkeypatch.setattr(sd15, "conditions", spy)
     train(max_train_samples=3)
     assert set(seen[1:]) == {"red apple", "green pear", "a house"} and seen[0] == "" and len(seen) == 1 + 4 * 2
     seen.clear()
@@ -628,8 +599,8 @@ BAD = {
     "no such VAE": ({"pretrained_vae_model_name_or_path": "/nowhere"}, "--pretrained_vae_model_name_or_path /nowhere"),
     "no such variant": ({"variant": "fp99"}, "--pretrained_teacher_model .*fp99"),
     "SDXL teacher": (
-        {"pretrained_teacher_model": "sdxl_layout"},
-        "--pretrained_teacher_model .*StableDiffusionXLPipeline.*train_lcm_lora_sdxl.py",
+        {"pretrained_teacher_model": "xl_teacher"},
+        "--pretrained_teacher_model .*text_encoder_2.*train_lcm_lora_sdxl.py",
     ),
     "epsilon with zero SNR": ({"pretrained_teacher_model": "zero_snr"}, "rescale_betas_zero_snr"),
     "no such folder": ({"train_data_dir": "/nowhere"}, "--train_data_dir /nowhere"),
@@ -669,14 +640,14 @@ BAD = {
 
 
 @pytest.fixture(scope="session")
-def stand_ins(sdxl_layout, make_teacher, make_pictures, plain, tmp_path_factory):
+def stand_ins(xl_teacher, make_teacher, make_pictures, plain, tmp_path_factory):
     """Folders that stand behind words in BAD."""
     captionless, numbers = make_pictures(3), make_pictures(3)
     (captionless / "metadata.jsonl").unlink()
     rows = [json.dumps({"file_name": f"0{i}.png", "text": i}) for i in range(3)]
     (numbers / "metadata.jsonl").write_text("\n".join(rows))
     return {
-        "sdxl_layout": sdxl_layout,
+        "xl_teacher": xl_teacher,
         "zero_snr": make_teacher(rescale_betas_zero_snr=True),
         "empty": tmp_path_factory.mktemp("empty"),
         "unreadable": make_pictures(3, broken=range(3)),
@@ -758,7 +729,7 @@ def colours(picture):
 def test_crop_is_where_it_should_be(sd15, size, first):
     """Top or left at (0, 0), bottom or right at (1, 1), both halves in the middle."""
     picture = halves(size, first)
-    crops = {p: sd15.resize_and_crop(picture, 20, (p, p), False) for p in (0, 0.5, 1)}
+    crops = {p: sd15.resize_and_crop(picture, 20, (p, p), False, "lanczos")[0] for p in (0, 0.5, 1)}
     assert all(crop.size == (20, 20) for crop in crops.values())
     assert colours(crops[0]) == {RED} and colours(crops[1]) == {BLUE}
     middle = np.asarray(crops[0.5])[..., 0] == 255
@@ -770,20 +741,29 @@ def test_crop_is_where_it_should_be(sd15, size, first):
 @pytest.mark.parametrize("size", [(20, 33), (33, 20), (7, 301), (100, 99), (5, 5)])
 def test_any_shape_becomes_the_square(sd15, size):
     for place in ((0, 0), (1, 1), (0.3, 0.7)):
-        assert sd15.resize_and_crop(Image.new("RGB", size), 16, place, False).size == (16, 16)
+        assert sd15.resize_and_crop(Image.new("RGB", size), 16, place, False, "lanczos")[0].size == (16, 16)
 
 
 def test_shapes_are_kept(sd15):
     """A square in a portrait stays one, at a third of its size."""
-    red = np.asarray(sd15.resize_and_crop(halves((60, 90), (0, 0, 30, 30)), 20, (0, 0), False))[..., 0]
+    square, _, _ = sd15.resize_and_crop(halves((60, 90), (0, 0, 30, 30)), 20, (0, 0), False, "lanczos")
+    red = np.asarray(square)[..., 0]
     assert (red[:10, :10] > 220).all() and (red[10:] < 35).all() and (red[:, 10:] < 35).all()
 
 
-def test_flip_mirrors_what_was_cropped(sd15):
+def test_crop_is_counted_in_the_mirrored_picture(sd15):
+    """The edges that come back are those of the square in the picture as it was mirrored."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8))
-    straight = sd15.resize_and_crop(picture, 20, (0.2, 0), False)
-    assert sd15.resize_and_crop(picture, 20, (0.2, 0), True).tobytes() == ImageOps.mirror(straight).tobytes()
-    assert straight.tobytes() == picture.crop((6, 0, 26, 20)).tobytes()
+    for flip, source in ((False, picture), (True, ImageOps.mirror(picture))):
+        square, left, top = sd15.resize_and_crop(picture, 20, (0.2, 0), flip, "lanczos")
+        assert (left, top) == (6, 0) and square.tobytes() == source.crop((6, 0, 26, 20)).tobytes()
+
+
+def test_interpolation(sd15):
+    """Nearest keeps the two colours of an enlarged picture, bilinear mixes them without leaving their range."""
+    picture = halves((8, 8), (0, 0, 4, 8))
+    nearest, bilinear = (sd15.resize_and_crop(picture, 20, (0, 0), False, kind)[0] for kind in ("nearest", "bilinear"))
+    assert colours(nearest) == {RED, BLUE} and len(colours(bilinear)) > 2
 
 
 def test_transparency_becomes_white(sd15):
@@ -884,7 +864,7 @@ def test_pictures_become_latents(sd15, pipe):
 def test_prompts_are_encoded_as_stable_diffusion_does(sd15, pipe):
     """Short, empty, and longer than the text encoder reads, each to the encoder's whole length."""
     captions = ["red apple", "", "one two three four five six seven"]
-    ours = sd15.encode_prompts(pipe, captions)["prompt"]
+    ours = sd15.conditions(pipe, {"caption": captions})["prompt"]
     ids = [pipe.tokenizer(caption, padding="max_length", truncation=True).input_ids for caption in captions]
     expected = pipe.text_encoder(torch.tensor(ids)).last_hidden_state
     assert ours.shape == (3, 16, 32) and torch.allclose(ours, expected, atol=1e-5)

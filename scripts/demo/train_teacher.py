@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Train the demo teacher: a small Stable Diffusion 1.5 from scratch on demo/data.
+"""Train a demo teacher: a small Stable Diffusion 1.5, or one of SDXL's layout, from scratch on demo/data.
 
     pip install --no-deps open_clip_torch==3.3.0        # for CLIP's BPE file only
-    python scripts/demo/train_teacher.py --work_dir /tmp/teacher --output_dir demo/teacher-sd15
+    python scripts/demo/train_teacher.py --work_dir /tmp/teacher
+    python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl --init_from demo/teacher-sd15 --vae_steps 0
 
 Three parts, each kept in --work_dir, so that the same command goes on after a stop:
 1. the tokenizer: those entries of CLIP's own vocabulary that the captions need,
 2. the autoencoder: 64 x 64 x 3 pixels -> 16 x 16 x 4 latents,
-3. the text encoder and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions.
+3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions.
 Two CPU cores take about two hours with the defaults, a GPU minutes. The output is a diffusers folder, fp16 safetensors.
 """
 
@@ -26,10 +27,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 LATENT_STD = 1 / 0.18215  # so that the scaling factor is Stable Diffusion's
@@ -39,13 +47,16 @@ SHEET_PROMPTS = 32
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--layout", choices=["sd15", "sdxl"], default="sd15")
     p.add_argument("--data_dir", type=Path, default=ROOT / "demo" / "data", help="folder made by build_dataset.py")
     p.add_argument("--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run")
-    p.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "teacher-sd15", help="the finished teacher")
-    p.add_argument("--init_from", type=Path, help="go on from this teacher: its VAE as it is, its UNet trained further")
+    p.add_argument("--output_dir", type=Path, help="the finished teacher (default: demo/teacher-<layout>)")
+    p.add_argument("--init_from", type=Path, help="go on from this teacher's weights, of another layout from its VAE's")
     p.add_argument("--vae_steps", type=int, default=3600, help="optimizer steps of the autoencoder")
     p.add_argument("--vae_batch", type=int, default=8)
     p.add_argument("--vae_lr", type=float, default=1e-3)
+    p.add_argument("--kl_weight", type=float, default=1e-2, help="a decoder that forgives errors in the latents")
+    p.add_argument("--se_weight", type=float, default=0.25, help="half-size latents decode to half-size pictures")
     p.add_argument("--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet")
     p.add_argument("--unet_batch", type=int, default=32)
     p.add_argument("--unet_lr", type=float, default=8e-4)
@@ -54,7 +65,9 @@ def parse_args(argv=None):
     p.add_argument("--save_every", type=int, default=500, help="steps between states")
     p.add_argument("--sheet_every", type=int, default=2000, help="steps between sample sheets")
     p.add_argument("--seed", type=int, default=0)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.output_dir = args.output_dir or ROOT / "demo" / f"teacher-{args.layout}"
+    return args
 
 
 # ------------------------------------------------------------------------------------------------ the pieces
@@ -100,35 +113,44 @@ def build_vae():
     )
 
 
-def build_text_encoder(tokenizer):
-    """CLIPTextModel, two layers of width 128."""
-    return CLIPTextModel(
-        CLIPTextConfig(
+def build_text_encoders(tokenizer, layout):
+    """CLIPTextModel, two layers of width 128; for SDXL two smaller ones, whose penultimate layer is the second too."""
+
+    def config(width, layers):
+        return CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
-            num_hidden_layers=2,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )
+
+    if layout == "sd15":
+        return {"text_encoder": CLIPTextModel(config(128, 2))}
+    return {"text_encoder": CLIPTextModel(config(96, 3)), "text_encoder_2": CLIPTextModelWithProjection(config(64, 3))}
 
 
-def build_unet():
-    """Three levels, 7.4M parameters; attention at 8 x 8 and 4 x 4."""
+def build_unet(layout):
+    """Three levels, 7.4M parameters (SDXL: 6.7M); attention at 8 x 8 and 4 x 4."""
+    width, conditioning = 160, {"cross_attention_dim": 128}
+    if layout == "sdxl":
+        width, conditioning = 144, {"cross_attention_dim": 96 + 64, "use_linear_projection": True}
+        conditioning |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 32}
+        conditioning |= {"projection_class_embeddings_input_dim": 64 + 6 * 32}  # the pooled output and six sizes
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(64, 96, 160),
+        block_out_channels=(64, 96, width),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
         attention_head_dim=4,  # the number of heads, in spite of its name, as in Stable Diffusion 1.5
         norm_num_groups=16,
+        **conditioning,
     )
 
 
@@ -228,9 +250,19 @@ def reconstruction_psnr(vae, pixels, device):
     return sum(values) / len(pixels)
 
 
-def train_vae(pixels, args, device):
-    """Autoencoder: L1 on pixels and on differences of neighbours (edges), and a small KL term."""
-    vae = build_vae().to(device, memory_format=torch.channels_last)
+def picture_distance(y, x):
+    """L1 and L2 on pixels, L1 on differences of neighbours (edges); a scalar, y and x [B,3,H,W] -1..1."""
+    edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
+    return (y - x).abs().mean() + 0.5 * edges + (y - x).square().mean()
+
+
+def train_vae(vae, pixels, args, device):
+    """Autoencoder with latents that a diffusion model learns fast.
+
+    The KL term adds noise to the latents, so the decoder forgives the UNet's errors. Scale equivariance (arXiv 2502.14831),
+    D(half-size E(x)) = half-size x, takes the latents' fine noise-like detail away, the hardest part to learn.
+    """
+    vae.to(device, memory_format=torch.channels_last)
     run = Run("vae", vae, args.vae_lr, args.vae_steps, args)
     print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters", flush=True)
     while run.step < run.steps:
@@ -242,10 +274,11 @@ def train_vae(pixels, args, device):
             memory_format=torch.channels_last
         )
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        run.update((y - x).abs().mean() + 0.5 * edges + (y - x).square().mean() + 1e-4 * kl, args.vae_batch)
+        z = posterior.sample()
+        kl = posterior.kl().mean() / z[0].numel()
+        loss = picture_distance(vae.decode(z).sample, x) + args.kl_weight * kl
+        half = vae.decode(F.avg_pool2d(z, 2)).sample
+        run.update(loss + args.se_weight * picture_distance(half, F.avg_pool2d(x, 2)), args.vae_batch)
         if run.step % args.sheet_every == 0 or run.step == run.steps:
             rows = to_unit(pixels[:: len(pixels) // SHEET_PROMPTS][:SHEET_PROMPTS], device)
             with torch.no_grad():
@@ -262,13 +295,13 @@ def pipe_sheet(images, path):
 
 
 @torch.no_grad()
-def normalise_latents(vae, pixels, device):
-    """Give each latent channel mean 0 and standard deviation LATENT_STD, by folding it into the two 1 x 1 convolutions.
+def normalise_latents(vae, pixels, device, std):
+    """Give each latent channel mean 0 and standard deviation std, by folding it into the two 1 x 1 convolutions.
 
     Encoder: mean' = (mean - m) * g, logvar' = logvar + 2 log g. Decoder: it gets z / g + m back. Nothing else changes.
     """
     means = torch.cat([vae.encode(to_unit(p, device)).latent_dist.mean for p in pixels.split(64)])
-    m, g = means.mean(dim=(0, 2, 3)), LATENT_STD / means.std(dim=(0, 2, 3))
+    m, g = means.mean(dim=(0, 2, 3)), std / means.std(dim=(0, 2, 3))
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:4] *= g[:, None, None, None]
     quant.bias[:4] = (quant.bias[:4] - m) * g
@@ -278,12 +311,43 @@ def normalise_latents(vae, pixels, device):
     return vae
 
 
+def conditions(net, ids, empty, sizes):
+    """What the UNet gets beside z_t and t: (prompt [B,L,D], further conditions).
+
+    Stable Diffusion: the last hidden state. SDXL: both encoders' penultimate layers side by side, the pooled output of the
+    second, zeros for the empty caption, and the sizes (height, width, crop's top and left, its height and width).
+    """
+    if "text_encoder_2" not in net:
+        return net["text_encoder"](ids).last_hidden_state, None
+    first, second = (net[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2"))
+    given = (ids != empty).any(dim=1).float()
+    prompt = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    return prompt * given[:, None, None], {"text_embeds": second.text_embeds * given[:, None], "time_ids": sizes}
+
+
+def crops(pixels):
+    """Each picture enlarged to 80 px and cut at a random place, and its sizes as SDXL is told them."""
+    places = torch.randint(0, 17, (len(pixels), 2))
+    large = F.interpolate(pixels.float(), size=(80, 80), mode="bicubic", antialias=True).clamp(0, 255)
+    cut = [p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(large, places.tolist(), strict=True)]
+    sides = torch.full((len(pixels), 2), 64)
+    return torch.stack(cut), torch.cat([sides, places, sides], dim=1)
+
+
 def train_unet(vae, tokenizer, net, pixels, captions, args, device):
-    """Text encoder and UNet on the cached latents; eps-prediction, min-SNR weights, 10% empty captions."""
+    """Text encoders and UNet on the cached latents; eps-prediction, min-SNR weights, 10% empty captions."""
+    seed_step(args, 0, 3)
+    count, sizes = len(captions), torch.tensor([64, 64, 0, 0, 64, 64]).repeat(len(captions), 1)
+    if (
+        args.layout == "sdxl"
+    ):  # the second half of the latents is crops: one picture in ten, so that the sizes mean something
+        cut, cut_sizes = crops(pixels)
+        pixels, sizes = torch.cat([pixels, cut]), torch.cat([sizes, cut_sizes])
     with torch.no_grad():
         posts = [vae.encode(to_unit(p, device)).latent_dist for p in pixels.split(64)]
     mean, std = (torch.cat([getattr(p, k) for p in posts]) * vae.config.scaling_factor for k in ("mean", "std"))
     print(f"latents: std of means {mean.std():.3f}, mean posterior std {std.mean():.3f}", flush=True)
+    sizes = sizes.to(device)
     ids = tokenizer(
         captions + [""], padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
     ).input_ids.to(device)
@@ -296,19 +360,21 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     run = Run("unet", net, args.unet_lr, args.unet_steps, args)
     while run.step < run.steps:
         seed_step(args, run.step, 2)
-        i = torch.randint(len(captions), (args.unet_batch,)).to(device)
-        z = (mean[i] + std[i] * torch.randn(mean[i].shape).to(device)).contiguous(memory_format=torch.channels_last)
-        i = torch.where(torch.rand(len(i)).to(device) < 0.1, len(captions), i)
+        i = torch.randint(count, (args.unet_batch,)).to(device)
+        place = i if args.layout == "sd15" else i + count * (torch.rand(len(i)).to(device) < 0.1)
+        noise = torch.randn(2, len(i), *mean.shape[1:]).to(device)
+        z = (mean[place] + std[place] * noise[0]).contiguous(memory_format=torch.channels_last)
+        i = torch.where(torch.rand(len(i)).to(device) < 0.1, count, i)
         # One timestep from each of B equal parts of 0..999: less noise in the loss than B free draws.
         t = (((torch.arange(len(i)) + torch.rand(len(i))) / len(i)) * 1000).long().to(device)
-        noise = torch.randn(z.shape).to(device)
         a = alpha_bar[t][:, None, None, None]
-        z_t = a.sqrt() * z + (1 - a).sqrt() * noise
+        z_t = a.sqrt() * z + (1 - a).sqrt() * noise[1]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            eps = net["unet"](z_t, t, net["text_encoder"](ids[i]).last_hidden_state).sample
+            prompt, added = conditions(net, ids[i], ids[-1], sizes[place])
+            eps = net["unet"](z_t, t, prompt, added_cond_kwargs=added).sample
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=args.snr_gamma) / snr
-        run.update((weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean(), args.unet_batch)
+        run.update((weight * (eps.float() - noise[1]).square().mean(dim=(1, 2, 3))).mean(), args.unet_batch)
         if run.step % args.sheet_every == 0 or run.step == run.steps:
             pipe = build_pipeline(vae, run.ema, tokenizer)
             prompts = captions[:: len(captions) // SHEET_PROMPTS][:SHEET_PROMPTS]
@@ -321,17 +387,14 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
 
 
 def build_pipeline(vae, net, tokenizer):
-    """The parts as a Stable Diffusion pipeline."""
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=net["text_encoder"],
-        tokenizer=tokenizer,
-        unet=net["unet"],
-        scheduler=ddim_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """The parts as a pipeline."""
+    parts = {"vae": vae, "tokenizer": tokenizer, "scheduler": ddim_scheduler(), **net}
+    if "text_encoder_2" in net:
+        pipe = StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -342,18 +405,20 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels, captions = read_pictures(args.data_dir, "train")
     unseen, unseen_captions = read_pictures(args.data_dir, "twemoji")
-    torch.manual_seed(args.seed)  # the VAE's first weights
+    torch.manual_seed(args.seed)  # the first weights
+    start = None
     if args.init_from:
-        start = StableDiffusionPipeline.from_pretrained(
-            args.init_from, use_safetensors=True, safety_checker=None, dtype=torch.float32
-        )
+        start = DiffusionPipeline.from_pretrained(args.init_from, use_safetensors=True, dtype=torch.float32)
         tokenizer, vae = start.tokenizer, start.vae.to(device)
-        net = {"text_encoder": start.text_encoder, "unet": start.unet}
+        normalise_latents(vae, pixels, device, 1.0)
     else:
         tokenizer = build_tokenizer(captions + unseen_captions, args.work_dir / "tokenizer")
-        vae = normalise_latents(train_vae(pixels, args, device), pixels, device)
-        torch.manual_seed(args.seed)
-        net = {"text_encoder": build_text_encoder(tokenizer), "unet": build_unet()}
+        vae = build_vae()
+    net = build_text_encoders(tokenizer, args.layout) | {"unet": build_unet(args.layout)}
+    if start and ("text_encoder_2" in start.components) == (args.layout == "sdxl"):
+        net = {name: getattr(start, name) for name in net}
+    vae = train_vae(vae, pixels, args, device) if args.vae_steps else vae.eval()
+    normalise_latents(vae, pixels, device, LATENT_STD)
     print(
         f"{len(captions)} pictures, {len(tokenizer)} tokens; vae: PSNR "
         f"{reconstruction_psnr(vae, pixels, device):.2f} dB on the training pictures, "
@@ -363,9 +428,12 @@ def main():
     net = train_unet(vae.requires_grad_(False), tokenizer, net, pixels, captions, args, device)
     pipe = build_pipeline(vae.half(), net.half(), tokenizer)
     pipe.save_pretrained(args.output_dir)
+    for config in args.output_dir.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        lines = config.read_text().splitlines(keepends=True)
+        config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     # transformers opens a model in the precision its config names, diffusers in float32: let them agree.
-    config = args.output_dir / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for config in args.output_dir.glob("text_encoder*/config.json"):
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())
     print(f"{args.output_dir}: {size / 2**20:.1f} MiB", flush=True)
 

@@ -1,0 +1,72 @@
+"""Check that the two trainers have not drifted apart: what bears one name in both files must be byte-identical.
+
+    python scripts/drift.py                                  # list what differs; exit code 1 if anything does
+    python scripts/drift.py --fix train_lcm_lora_sd15.py     # write that file's versions over the other's
+
+Compared are functions, classes and constants at the top level. What may differ stands in DIFFERS, with the reason.
+"""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+TRAINERS = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py")
+DIFFERS = {
+    "FAMILY": "the name of the layout, in the LoRA's header",
+    "parse_args": "SDXL has a flag more, --use_fix_crop_and_size",
+    "prepare_picture": "SDXL is conditioned on the picture's size and crop",
+    "load_teacher": "another pipeline; SDXL's first VAE overflows in fp16",
+    "conditions": "SDXL has two text encoders, a pooled output and the sizes",
+}
+
+
+def definitions(source):
+    """{name: its text} of the functions, classes and constants at the top level, comments and decorators included.
+
+    A definition's text begins after the one above it ends, so that a comment belongs to what it stands over.
+    """
+    lines, found, end = source.splitlines(keepends=True), {}, 0
+    for node in ast.parse(source).body:
+        targets = getattr(node, "targets", [])
+        names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        for name in names:
+            found[name] = "".join(lines[end : node.end_lineno])
+        end = node.end_lineno
+    return found
+
+
+def drifted(one, other):
+    """The names whose definitions differ though DIFFERS does not allow it, and names of DIFFERS that need not be there."""
+    a, b = definitions(one), definitions(other)
+    different = {name for name in a.keys() & b.keys() if a[name] != b[name]}
+    return sorted(different - DIFFERS.keys()), sorted(DIFFERS.keys() - different)
+
+
+def main(argv=None):
+    """Compare, or copy; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fix", choices=TRAINERS, help="the trainer whose versions are right")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent, help="where the trainers stand")
+    args = parser.parse_args(argv)
+    texts = {name: (args.folder / name).read_text() for name in TRAINERS}
+    names, needless = drifted(*texts.values())
+    if args.fix:
+        (other,) = set(TRAINERS) - {args.fix}
+        right, wrong = definitions(texts[args.fix]), definitions(texts[other])
+        for name in names:
+            texts[other] = texts[other].replace(wrong[name], right[name])
+            print(f"{other}: {name} taken from {args.fix}")
+        (args.folder / other).write_text(texts[other])
+        names, needless = drifted(*texts.values())
+    for name in names:
+        print(f"{name} differs in {' and '.join(TRAINERS)}: --fix one of them, or give a reason in DIFFERS")
+    for name in needless:
+        print(f"DIFFERS: {name} is the same in both, or not in both: take it out")
+    return 1 if names or needless else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
