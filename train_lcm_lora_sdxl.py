@@ -52,7 +52,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -198,6 +198,8 @@ def parse_args(argv=None):
         if vars(args).pop(flag):
             fail(f"--{flag}: {reason}")
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    if args.teacher_config and not args.pretrained_teacher_model.endswith(".safetensors"):
+        fail(f"--teacher_config {args.teacher_config}: only a teacher in one .safetensors file needs it; leave it out")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is drawn from w_min to w_max")
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -461,42 +463,62 @@ def first_line(error):
     return f"{error}".strip().split("\n")[0] or type(error).__name__
 
 
+def tensor_names(file):
+    """The names of the tensors in a safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
 def teacher_parts(args):
     """The names of the parts that the teacher has, such as unet and text_encoder."""
     name = args.pretrained_teacher_model
     if not name.endswith(".safetensors"):
         index = DiffusionPipeline.load_config(name, revision=args.teacher_revision, cache_dir=args.cache_dir)
         return {part for part, value in index.items() if isinstance(value, list) and value[0]}
-    with safe_open(name, "pt") as file:
-        keys = list(file.keys())
-    return {part for prefix, part in ONE_FILE_PARTS.items() if any(key.startswith(prefix) for key in keys)}
+    return {
+        part for prefix, part in ONE_FILE_PARTS.items() if any(key.startswith(prefix) for key in tensor_names(name))
+    }
 
 
 def open_teacher(pipeline_class, needed, args, dtype, **options):
     """The teacher, from a folder, the hub or one file, and perhaps with another VAE."""
     name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
+    one_file = name.endswith(".safetensors")
     options |= {"revision": args.teacher_revision, "cache_dir": args.cache_dir, "dtype": dtype}
-    flag = f"--pretrained_teacher_model {name}"
+    flag = f"--pretrained_vae_model_name_or_path {vae}"
+    advice = "give a diffusers folder with safetensors weights or a hub id"
     try:
+        if vae:
+            kinds = {"use_safetensors": True, "cache_dir": args.cache_dir, "dtype": dtype}
+            options["vae"] = AutoencoderKL.from_pretrained(vae, **kinds)
+        flag, advice = f"--pretrained_teacher_model {name}", f"{advice}, or a .safetensors file"
+        if Path(name).is_file() and not one_file:
+            fail(f"{flag}: pickled weights are not read; {advice}")
         parts = teacher_parts(args)
         if parts & {"unet", "text_encoder", "text_encoder_2"} != needed:
             fail(
                 f"{flag}: it has {', '.join(sorted(parts)) or 'no part that is known'}, not just {', '.join(sorted(needed))}; "
                 "train_lcm_lora_sd15.py distils the layout of Stable Diffusion 1.x and 2.x, train_lcm_lora_sdxl.py SDXL's"
             )
-        if name.endswith(".safetensors"):
-            pipe = pipeline_class.from_single_file(name, config=args.teacher_config, **options)
-        else:
-            pipe = pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
-        flag = f"--pretrained_vae_model_name_or_path {vae}"
-        if vae:
-            pipe.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True, cache_dir=args.cache_dir, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(
-            f"{flag}: cannot be loaded ({first_line(error)}); "
-            "give a diffusers folder with safetensors weights, a hub id, or (for a teacher) a .safetensors file"
-        )
-    return pipe
+        if "vae" not in parts | options.keys():
+            fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
+        if not one_file:
+            return pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
+        flag += f" with --teacher_config {args.teacher_config or 'not given'}"
+        advice = "give the folder or hub id of configs and tokenizers of just this kind of model as --teacher_config"
+        pipe = pipeline_class.from_single_file(name, config=args.teacher_config, **options)
+        check_one_file(name, pipe)
+        return pipe
+    except Exception as error:  # hub, network, configs, weights: each library has its own; none is swallowed
+        fail(f"{flag}: cannot be loaded ({type(error).__name__}: {first_line(error)}); {advice}")
+
+
+def check_one_file(name, pipe):
+    """The weights in the file are those of the pipeline, none left over and none never filled."""
+    in_file = sum(key.startswith("model.diffusion_model.") for key in tensor_names(name))
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    if in_file != len(pipe.unet.state_dict()) or any(p.is_meta for module in modules for p in module.parameters()):
+        raise ValueError("the file does not hold just the tensors that these configs speak of")
 
 
 def load_teacher(args, dtype):

@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""Train a demo teacher: a small Stable Diffusion 1.5, or one of SDXL's layout, from scratch on demo/data.
+"""Train a demo teacher: a small Stable Diffusion 1.5 from scratch on demo/data, or from it one of SDXL's layout.
 
     pip install --no-deps open_clip_torch==3.3.0        # for CLIP's BPE file only
     python scripts/demo/train_teacher.py --work_dir /tmp/teacher
-    python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl --init_from demo/teacher-sd15 --vae_steps 0
+    python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl --init_from demo/teacher-sd15 \
+        --vae_steps 0 --unet_steps 4000 --unet_lr 5e-4
 
-Three parts, each kept in --work_dir, so that the same command goes on after a stop:
+Its parts, each kept in --work_dir, so that the same command goes on after a stop:
 1. the tokenizer: those entries of CLIP's own vocabulary that the captions need,
 2. the autoencoder: 64 x 64 x 3 pixels -> 16 x 16 x 4 latents,
 3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions.
+--init_from a teacher of the other layout takes tokenizer, autoencoder and UNet from it; the new text encoders first learn
+to say what the old one says, so that the UNet understands them from the start.
 Two CPU cores take about two hours with the defaults, a GPU minutes. The output is a diffusers folder, fp16 safetensors.
 """
 
@@ -51,12 +54,13 @@ def parse_args(argv=None):
     p.add_argument("--data_dir", type=Path, default=ROOT / "demo" / "data", help="folder made by build_dataset.py")
     p.add_argument("--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run")
     p.add_argument("--output_dir", type=Path, help="the finished teacher (default: demo/teacher-<layout>)")
-    p.add_argument("--init_from", type=Path, help="go on from this teacher's weights, of another layout from its VAE's")
+    p.add_argument("--init_from", type=Path, help="go on from this teacher, of this layout or the other")
     p.add_argument("--vae_steps", type=int, default=3600, help="optimizer steps of the autoencoder")
     p.add_argument("--vae_batch", type=int, default=8)
     p.add_argument("--vae_lr", type=float, default=1e-3)
     p.add_argument("--kl_weight", type=float, default=1e-2, help="a decoder that forgives errors in the latents")
     p.add_argument("--se_weight", type=float, default=0.25, help="half-size latents decode to half-size pictures")
+    p.add_argument("--text_steps", type=int, default=2000, help="steps in which new text encoders imitate the old one")
     p.add_argument("--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet")
     p.add_argument("--unet_batch", type=int, default=32)
     p.add_argument("--unet_lr", type=float, default=8e-4)
@@ -114,7 +118,7 @@ def build_vae():
 
 
 def build_text_encoders(tokenizer, layout):
-    """CLIPTextModel, two layers of width 128; for SDXL two smaller ones, whose penultimate layer is the second too."""
+    """CLIPTextModel, two layers of width 128; for SDXL two that give 128 together, from their second of three layers."""
 
     def config(width, layers):
         return CLIPTextConfig(
@@ -132,24 +136,28 @@ def build_text_encoders(tokenizer, layout):
 
     if layout == "sd15":
         return {"text_encoder": CLIPTextModel(config(128, 2))}
-    return {"text_encoder": CLIPTextModel(config(96, 3)), "text_encoder_2": CLIPTextModelWithProjection(config(64, 3))}
+    return {"text_encoder": CLIPTextModel(config(48, 3)), "text_encoder_2": CLIPTextModelWithProjection(config(80, 3))}
 
 
 def build_unet(layout):
-    """Three levels, 7.4M parameters (SDXL: 6.7M); attention at 8 x 8 and 4 x 4."""
-    width, conditioning = 160, {"cross_attention_dim": 128}
+    """Three levels, 7.4M parameters (SDXL: 7.6M); attention at 8 x 8 and 4 x 4."""
+    conditioning = {}
     if layout == "sdxl":
-        width, conditioning = 144, {"cross_attention_dim": 96 + 64, "use_linear_projection": True}
-        conditioning |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 32}
-        conditioning |= {"projection_class_embeddings_input_dim": 64 + 6 * 32}  # the pooled output and six sizes
+        conditioning = {
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 32,
+        }
+        conditioning |= {"projection_class_embeddings_input_dim": 80 + 6 * 32}  # the pooled output and six sizes
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(64, 96, width),
+        block_out_channels=(64, 96, 160),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,  # the number of heads, in spite of its name, as in Stable Diffusion 1.5
         norm_num_groups=16,
+        cross_attention_dim=128,
         **conditioning,
     )
 
@@ -325,6 +333,33 @@ def conditions(net, ids, empty, sizes):
     return prompt * given[:, None, None], {"text_embeds": second.text_embeds * given[:, None], "time_ids": sizes}
 
 
+def borrow(unet, other):
+    """Take the weights of another layout's UNet: all names agree, its 1 x 1 convolutions may be linear maps here."""
+    ours = unet.state_dict()
+    unet.load_state_dict({k: v.reshape(ours[k].shape) for k, v in other.state_dict().items()}, strict=False)
+    return unet
+
+
+def train_text(encoders, other, tokenizer, captions, args, device):
+    """Two text encoders learn to say together what another teacher's one says (mean squared error over all tokens)."""
+    ids = token_ids(tokenizer, captions, device)
+    with torch.no_grad():
+        said = other.to(device)(ids[:-1]).last_hidden_state
+    run = Run("text", torch.nn.ModuleDict(encoders).to(device), 2e-3, args.text_steps, args)
+    while run.step < run.steps:
+        seed_step(args, run.step, 4)
+        i = torch.randint(len(captions), (128,)).to(device)
+        prompt, _ = conditions(run.modules, ids[i], ids[-1], None)
+        run.update(F.mse_loss(prompt, said[i]), len(i))
+    return dict(run.ema.items())
+
+
+def token_ids(tokenizer, captions, device):
+    """The captions and, last, the empty one, as int64 [N+1,32]."""
+    padded = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
+    return tokenizer([*captions, ""], **padded).input_ids.to(device)
+
+
 def crops(pixels):
     """Each picture enlarged to 80 px and cut at a random place, and its sizes as SDXL is told them."""
     places = torch.randint(0, 17, (len(pixels), 2))
@@ -338,9 +373,7 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     """Text encoders and UNet on the cached latents; eps-prediction, min-SNR weights, 10% empty captions."""
     seed_step(args, 0, 3)
     count, sizes = len(captions), torch.tensor([64, 64, 0, 0, 64, 64]).repeat(len(captions), 1)
-    if (
-        args.layout == "sdxl"
-    ):  # the second half of the latents is crops: one picture in ten, so that the sizes mean something
+    if args.layout == "sdxl":  # the second half of the latents is crops: one picture in ten, to give sizes a meaning
         cut, cut_sizes = crops(pixels)
         pixels, sizes = torch.cat([pixels, cut]), torch.cat([sizes, cut_sizes])
     with torch.no_grad():
@@ -348,9 +381,7 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     mean, std = (torch.cat([getattr(p, k) for p in posts]) * vae.config.scaling_factor for k in ("mean", "std"))
     print(f"latents: std of means {mean.std():.3f}, mean posterior std {std.mean():.3f}", flush=True)
     sizes = sizes.to(device)
-    ids = tokenizer(
-        captions + [""], padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-    ).input_ids.to(device)
+    ids = token_ids(tokenizer, captions, device)
     scheduler = ddim_scheduler()
     alpha_bar = scheduler.alphas_cumprod.to(device)
     net = torch.nn.ModuleDict(net).requires_grad_(True).to(device)
@@ -417,6 +448,9 @@ def main():
     net = build_text_encoders(tokenizer, args.layout) | {"unet": build_unet(args.layout)}
     if start and ("text_encoder_2" in start.components) == (args.layout == "sdxl"):
         net = {name: getattr(start, name) for name in net}
+    elif start:
+        unet = borrow(net.pop("unet"), start.unet)
+        net = train_text(net, start.text_encoder, tokenizer, captions, args, device) | {"unet": unet}
     vae = train_vae(vae, pixels, args, device) if args.vae_steps else vae.eval()
     normalise_latents(vae, pixels, device, LATENT_STD)
     print(
@@ -431,6 +465,8 @@ def main():
     for config in args.output_dir.glob("*/config.json"):  # where a part was loaded from is nobody's business
         lines = config.read_text().splitlines(keepends=True)
         config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
+    for file in args.output_dir.glob("tokenizer*/tokenizer.json"):  # more than half of it is blanks
+        file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
     # transformers opens a model in the precision its config names, diffusers in float32: let them agree.
     for config in args.output_dir.glob("text_encoder*/config.json"):
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
