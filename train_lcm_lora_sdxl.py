@@ -25,6 +25,7 @@ c is the prompt's two encodings, the pooled one, and the picture's size and crop
 
 import argparse
 import copy
+import hashlib
 import io
 import json
 import math
@@ -46,7 +47,7 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -60,6 +61,7 @@ FAMILY = "sdxl"
 FORMAT_VERSION = "1"  # of the LoRA file's header
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"
+CACHE_ROWS = 1000  # in a file of text embeddings
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the base, by --mixed_precision
 TARGET_MODULES = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
@@ -145,8 +147,9 @@ def parse_args(argv=None):
     add("--random_flip", action="store_true", help="mirror half of the pictures")
     add("--use_fix_crop_and_size", action="store_true", help="always condition on size --resolution and no crop")
     add("--proportion_empty_prompts", type=share, default=0.0, help="share of captions replaced by the empty one, 0..1")
+    add("--cache_text_embeddings", action="store_true", help="encode each caption once and keep it on the disk")
     add("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures (0 = this one)")
-    add("--cache_dir", help="where downloads are kept")
+    add("--cache_dir", help="where downloads and text embeddings are kept")
 
     add = parser.add_argument_group("Distillation").add_argument
     add("--w_min", type=number(float, -1), default=3.0, help="least omega (guidance scale minus 1) drawn in training")
@@ -198,7 +201,13 @@ def parse_args(argv=None):
         if vars(args).pop(flag):
             fail(f"--{flag}: {reason}")
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    if args.teacher_config and not args.pretrained_teacher_model.endswith(".safetensors"):
+    one_file = args.pretrained_teacher_model.endswith(".safetensors")
+    if Path(args.pretrained_teacher_model).is_file() and not one_file:
+        fail(
+            f"--pretrained_teacher_model {args.pretrained_teacher_model}: pickled weights are not read; "
+            "give a .safetensors file, a diffusers folder or a hub id"
+        )
+    if args.teacher_config and not one_file:
         fail(f"--teacher_config {args.teacher_config}: only a teacher in one .safetensors file needs it; leave it out")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is drawn from w_min to w_max")
@@ -346,6 +355,14 @@ def load_records(args):
     return data.cast_column(args.image_column, datasets.Image(decode=False))
 
 
+def caption_of(record, row, args):
+    """The caption of a record; a missing one is the empty one."""
+    caption = record[args.caption_column] or ""
+    if not isinstance(caption, str):
+        fail(f"--caption_column {args.caption_column}: row {row} holds {caption!r}, which is no text")
+    return caption
+
+
 def open_picture(record):
     """A `datasets` picture record as an upright RGB image; transparent parts become white."""
     picture = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
@@ -394,6 +411,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, records, args, global_batch):
         self.records, self.args, self.global_batch = records, args, global_batch
+        self.embeddings = None  # or what `cache_text_embeddings` gives
         self.epoch, self.order = None, None
 
     def __getitem__(self, step_and_place):
@@ -417,12 +435,11 @@ class Samples(torch.utils.data.Dataset):
         draw = [rng(self.args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption")]
         crop = (0.5, 0.5) if self.args.center_crop else draw[0]
         flip = self.args.random_flip and draw[1][0] < 0.5
-        caption = record[self.args.caption_column] or ""
-        if not isinstance(caption, str):
-            fail(f"--caption_column {self.args.caption_column}: row {row} holds {caption!r}, which is no text")
+        caption = caption_of(record, row, self.args)
         if draw[2][0] < self.args.proportion_empty_prompts:
-            caption = ""
+            caption, row = "", len(self.records)
         sample = prepare_picture(picture, crop, flip, self.args)
+        sample |= self.embeddings[row] if self.embeddings else {}
         return sample | {"caption": caption, "place": place, "unreadable": unreadable}
 
 
@@ -492,8 +509,6 @@ def open_teacher(pipeline_class, needed, args, dtype, **options):
             kinds = {"use_safetensors": True, "cache_dir": args.cache_dir, "dtype": dtype}
             options["vae"] = AutoencoderKL.from_pretrained(vae, **kinds)
         flag, advice = f"--pretrained_teacher_model {name}", f"{advice}, or a .safetensors file"
-        if Path(name).is_file() and not one_file:
-            fail(f"{flag}: pickled weights are not read; {advice}")
         parts = teacher_parts(args)
         if parts & {"unet", "text_encoder", "text_encoder_2"} != needed:
             fail(
@@ -564,18 +579,60 @@ def count_parameters(parameters):
 
 
 @torch.no_grad()
-def conditions(pipe, batch):
-    """What the UNet is conditioned on, made as the pipeline makes it when it draws.
+def encode_captions(pipe, captions):
+    """What the prompt conditions the UNet on, made as the pipeline makes it when it draws.
 
-    {"prompt": [B,L,D], "text_embeds": [B,P], and "time_ids": [B,6] where the batch has pictures}
+    {"prompt": [B,L,D], "text_embeds": [B,P]}
     """
     device = pipe.text_encoder.device
-    prompt, _, pooled, _ = pipe.encode_prompt(batch["caption"], None, device, 1, False)
+    prompt, _, pooled, _ = pipe.encode_prompt(captions, None, device, 1, False)
     if pipe.config.force_zeros_for_empty_prompt:
-        given = torch.tensor([bool(caption) for caption in batch["caption"]], device=device)
+        given = torch.tensor([bool(caption) for caption in captions], device=device)
         prompt, pooled = prompt * given[:, None, None], pooled * given[:, None]
-    c = {"prompt": prompt, "text_embeds": pooled}
-    return c | {"time_ids": torch.tensor(batch["time_ids"], device=device)} if "time_ids" in batch else c
+    return {"prompt": prompt, "text_embeds": pooled}
+
+
+def cache_text_embeddings(pipe, records, c_null, args, accelerator):
+    """The records' captions encoded, then the empty one: a `datasets.Dataset` in files, {name: bytes} a row.
+
+    The files bear the name of the captions and of what the encoders say of a few of them, so that later runs use them again.
+    A file is renamed when whole, so a kill costs one at most; the processes make them in turn.
+    """
+    captions = [caption_of(record, row, args) for row, record in enumerate(records.select_columns(args.caption_column))]
+    digest = hashlib.sha256(json.dumps(captions).encode())
+    for value in [*c_null.values(), *encode_captions(pipe, captions[:4]).values()]:
+        digest.update(to_bytes(value))
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "lcm_lora_text_embeddings")
+    folder.mkdir(parents=True, exist_ok=True)
+    (key,) = broadcast_object_list([digest.hexdigest()[:20]])
+
+    def encode(batch):
+        return {k: [to_bytes(row) for row in value] for k, value in encode_captions(pipe, batch["caption"]).items()}
+
+    rows = datasets.Dataset.from_dict({"caption": [*captions, ""]})
+    parts = [range(first, min(first + CACHE_ROWS, len(rows))) for first in range(0, len(rows), CACHE_ROWS)]
+    files = [str(folder / f"{key}-{part.start:08d}-{part.stop:08d}.arrow") for part in parts]
+    for i in range(accelerator.process_index, len(parts), accelerator.num_processes):
+        options = {"cache_file_name": files[i], "new_fingerprint": f"{key}-{i}", "remove_columns": "caption"}
+        rows.select(parts[i]).map(encode, batched=True, batch_size=16, **options)
+    accelerator.wait_for_everyone()
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+
+
+def to_bytes(tensor):
+    """A tensor's elements as bytes, in its own precision."""
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def conditions(pipe, batch, c_null):
+    """All that the UNet gets beside z and t, {name: [B,...]}: the encoded captions, for SDXL the sizes too."""
+    if "prompt" in batch:  # from the cache
+        rows = {k: torch.frombuffer(bytearray(b"".join(batch[k])), dtype=null.dtype) for k, null in c_null.items()}
+        c = {k: rows[k].view(-1, *null.shape[1:]).to(null.device) for k, null in c_null.items()}
+    else:
+        c = encode_captions(pipe, batch["caption"])
+    sizes = {"time_ids": torch.tensor(batch["time_ids"], device=pipe.unet.device)} if "time_ids" in batch else {}
+    return c | sizes
 
 
 @torch.no_grad()
@@ -606,7 +663,7 @@ def draw_batch(pipe, batch, c_null, timesteps, step, args):
     shape = (vae.config.latent_channels, side, side)
     posterior_noise = normal(args.seed, step, places, "posterior", shape)
     z = encode_pictures(vae, batch["pixels"], posterior_noise, args.vae_encode_batch_size)
-    c = conditions(pipe, batch)
+    c = conditions(pipe, batch, c_null)
     c_null = c | {name: value.expand(len(places), *value.shape[1:]) for name, value in c_null.items()}
     noise = normal(args.seed, step, places, "noise", shape).to(device)
     t_nk = timesteps[[int(rng(args.seed, step, place, "timestep").integers(len(timesteps))) for place in places]]
@@ -948,6 +1005,10 @@ def main(argv=None):
         args.learning_rate *= global_batch
     samples = Samples(records, args, global_batch)
     samples[0, 0]  # says at once if nothing can be read
+    c_null = encode_captions(pipe, [""])
+    if args.cache_text_embeddings:
+        accelerator.print(f"caching the text embeddings of {len(records)} captions")
+        samples.embeddings = cache_text_embeddings(pipe, records, c_null, args, accelerator)
 
     # Optimizer; the model is wrapped for many processes, the target is the bare module
     optimizer, lr_scheduler = make_optimizer(trained, args)
@@ -976,7 +1037,6 @@ def main(argv=None):
     log.say(f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else ""))
 
     # The loop
-    c_null = conditions(pipe, {"caption": [""]})
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device)
     micro_losses = []
     for batch in make_loader(samples, args, step, rank, world):

@@ -17,7 +17,7 @@ DIFFERS = {
     "parse_args": "SDXL has a flag more, --use_fix_crop_and_size",
     "prepare_picture": "SDXL is conditioned on the picture's size and crop",
     "load_teacher": "another pipeline; SDXL's first VAE overflows in fp16",
-    "conditions": "SDXL has two text encoders, a pooled output and the sizes",
+    "encode_captions": "SDXL has two text encoders and a pooled output",
 }
 
 

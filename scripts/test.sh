@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Install what the tests need and run them: scripts/test.sh [--slow] [pytest arguments]
-# Without --slow: 15 minutes or less on two cores. With it: the long tests as well.
+# Without --slow: 15 minutes or less on two cores. With it: then the long tests as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+slow=
+if [ "${1:-}" = --slow ]; then slow=1 && shift; fi
 source scripts/environment.sh requirements.txt tests/requirements.txt
-if [ "${1:-}" = --slow ]; then
-  shift
-  exec python -m pytest "$@"
-fi
-exec python -m pytest -m "not slow" "$@"
+python -m pytest --numprocesses 2 --dist worksteal -m "not slow" "$@"
+[ -z "$slow" ] || python -m pytest -m slow "$@"

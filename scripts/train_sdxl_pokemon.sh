@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The recipe lcm_xl_lora_pokemon_blip of diffengine, on a dataset of captioned pictures given by name:
 #     DATASET=someone/captioned-pictures bash scripts/train_sdxl_pokemon.sh [more arguments of the trainer]
-# Rank 8, alpha 8, learning rate 1e-5, 8-bit AdamW without weight decay, fp16, batch 2 x accumulation 2, 50 epochs, Huber.
+# Rank 8, alpha 8, learning rate 1e-5, 8-bit AdamW without weight decay, fp16, batch 2 x accumulation 2, 50 epochs, Huber,
+# text embeddings computed once.
 # The dataset it was made for is no longer given out. Not run on the real weights yet. DRY_RUN=1 prints the command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -11,6 +12,7 @@ run accelerate launch --mixed_precision fp16 "$trainers/train_lcm_lora_sdxl.py" 
   --pretrained_teacher_model "${MODEL:-stabilityai/stable-diffusion-xl-base-1.0}" \
   --pretrained_vae_model_name_or_path "${VAE:-madebyollin/sdxl-vae-fp16-fix}" \
   --dataset_name "$DATASET" --resolution 1024 --random_flip --dataloader_num_workers 4 --vae_encode_batch_size 1 \
+  --cache_text_embeddings \
   --lora_rank 8 --lora_alpha 8 --learning_rate 1e-5 --use_8bit_adam --adam_weight_decay 0 \
   --train_batch_size 2 --gradient_accumulation_steps 2 --num_train_epochs 50 --gradient_checkpointing \
   --loss_type huber --w_min 3 --w_max 15 \

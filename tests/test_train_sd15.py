@@ -15,6 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import (
     LORA,
     ROOT,
+    SMOOTH,
     command_line,
     difference,
     documented_commands,
@@ -335,10 +336,6 @@ def test_resume_latest(train, plain, tmp_path):
     assert same(out, plain) and series(out, "step") == [[1], [2], [3], [4]]
 
 
-# A large epsilon makes Adam's step proportional to small gradients: else rounding decides the sign of the smallest.
-SMOOTH = {"adam_epsilon": 1e-2, "train_batch_size": 4}
-
-
 def test_accumulation_is_a_larger_batch(train):
     one = train(**SMOOTH)
     four = train(**SMOOTH | {"train_batch_size": 1, "gradient_accumulation_steps": 4})
@@ -358,7 +355,7 @@ def test_defect_05_two_processes_are_one(train, teacher, pictures, tmp_path):
 
     The checkpoint of the two continues in one (12).
     """
-    flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4, "learning_rate": 1e-2, "lr_scheduler": "linear",
+    flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4, "lr_scheduler": "linear",
                       "checkpointing_steps": 2}  # fmt: skip
     one, two = train(**flags), tmp_path / "out"
     where = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": two, "report_to": "none"}
@@ -504,13 +501,13 @@ def test_cache_dir_is_used(train, pictures, tmp_path):
 
 def test_captions_reach_the_text_encoder(sd15, train, monkeypatch, capsys):
     """Those of the pictures; with --proportion_empty_prompts 1 only the empty one."""
-    seen, conditions = [], sd15.conditions
+    seen, encode = [], sd15.encode_captions
 
-    def spy(pipe, batch):
-        seen.extend(batch["caption"])
-        return conditions(pipe, batch)
+    def spy(pipe, captions):
+        seen.extend(captions)
+        return encode(pipe, captions)
 
-    monkeypatch.setattr(sd15, "conditions", spy)
+    monkeypatch.setattr(sd15, "encode_captions", spy)
     train(max_train_samples=3)
     assert set(seen[1:]) == {"red apple", "green pear", "a house"} and seen[0] == "" and len(seen) == 1 + 4 * 2
     seen.clear()
@@ -864,7 +861,7 @@ def test_pictures_become_latents(sd15, pipe):
 def test_prompts_are_encoded_as_stable_diffusion_does(sd15, pipe):
     """Short, empty, and longer than the text encoder reads, each to the encoder's whole length."""
     captions = ["red apple", "", "one two three four five six seven"]
-    ours = sd15.conditions(pipe, {"caption": captions})["prompt"]
+    ours = sd15.encode_captions(pipe, captions)["prompt"]
     ids = [pipe.tokenizer(caption, padding="max_length", truncation=True).input_ids for caption in captions]
     expected = pipe.text_encoder(torch.tensor(ids)).last_hidden_state
     assert ours.shape == (3, 16, 32) and torch.allclose(ours, expected, atol=1e-5)
