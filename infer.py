@@ -76,6 +76,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--base_config",
+        "--teacher_config",
         metavar="FOLDER_OR_ID",
         help="of a base model in one file; default: what the header names, else the hub's",
     )

@@ -12,7 +12,8 @@ Its parts, each kept in --work_dir, so that the same command goes on after a sto
 3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions.
 --init_from a teacher of the other layout takes tokenizer, autoencoder and UNet from it; the new text encoders first learn
 to say what the old one says, so that the UNet understands them from the start.
-Two CPU cores take about two hours with the defaults, a GPU minutes. The output is a diffusers folder, fp16 safetensors.
+On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s: part 3 takes 70 to 150 minutes.
+The output is a diffusers folder, fp16 safetensors.
 """
 
 import argparse
