@@ -1,4 +1,4 @@
-"""The embedded default: demo/data, demo/teacher-sd15, and what the quickstart makes of them."""
+"""The embedded default: demo/data, the two demo teachers, and what the quickstart makes of them."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA, TEACHER = ROOT / "demo" / "data", ROOT / "demo" / "teacher-sd15"
+DATA = ROOT / "demo" / "data"
+FAMILIES = ["sd15", "sdxl"]
 
 
 def size(folder):
@@ -16,9 +17,10 @@ def size(folder):
 
 
 def test_the_demo_is_small():
-    """What is committed stays within its limits: 8 MB of pictures, 20 MB of weights."""
+    """What is committed stays within its limits: 8 MB of pictures, 20 MB of weights a teacher."""
     assert 0 < size(DATA) <= 8e6
-    assert 0 < size(TEACHER) <= 20e6
+    for family in FAMILIES:
+        assert 0 < size(ROOT / "demo" / f"teacher-{family}") <= 20e6
 
 
 @pytest.mark.parametrize("config,styles", [(None, {"noto", "fluent flat"}), ("twemoji", {"twemoji"})])
@@ -40,13 +42,15 @@ def test_licences_stand_beside_the_pictures():
         assert (DATA / f"LICENSE-{name}.txt").stat().st_size > 200
 
 
-def test_the_teacher_opens_and_draws():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_opens_and_draws(family):
     """diffusers opens the folder; its 50-step picture is no blank and no noise."""
     import numpy as np
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(TEACHER, use_safetensors=True, safety_checker=None)
+    kind = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[family]
+    pipe = kind.from_pretrained(ROOT / "demo" / f"teacher-{family}", use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("red apple, noto style", guidance_scale=4.0, generator=torch.Generator().manual_seed(0)).images[0]
     pixels = np.asarray(image, np.float32)
@@ -56,22 +60,16 @@ def test_the_teacher_opens_and_draws():
 
 
 @pytest.mark.slow
-def test_quickstart_and_its_quality(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quickstart_and_its_quality(tmp_path, family):
     """The quickstart's LoRA meets every criterion that scripts/evaluate.py judges."""
     from os import environ
 
     environment = environ | {"OUTPUT_DIR": str(tmp_path)}
-    subprocess.run(["bash", ROOT / "scripts" / "quickstart.sh"], check=True, env=environment, cwd=tmp_path)
+    subprocess.run(["bash", ROOT / "scripts" / "quickstart.sh", family], check=True, env=environment, cwd=tmp_path)
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     requirements = ROOT / "scripts" / "requirements-eval.txt"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", requirements], check=True)
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "evaluate.py",
-        "lora",
-        "--lora",
-        tmp_path,
-        "--output",
-        tmp_path / "r.md",
-    ]
-    assert subprocess.run(command).returncode == 0, (tmp_path / "r.md").read_text()
+    report = tmp_path / "report.md"
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "lora", "--lora", tmp_path, "--output", report]
+    assert subprocess.run(command).returncode == 0, report.read_text()
