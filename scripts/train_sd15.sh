@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distil Stable Diffusion 1.5, or a fine-tune of it, on one GPU of 16 GB or more:
+# Distil Stable Diffusion 1.5, or a fine-tune of it, on one GPU:
 #     DATA=my_pictures bash scripts/train_sd15.sh [more arguments of the trainer]
 # DATA is a folder of pictures with metadata.jsonl, or a dataset's name. Rank, rate, loss and batch are those of the
 # LCM-LoRA recipes on record; nothing here has been run on the real weights yet. DRY_RUN=1 prints the command.

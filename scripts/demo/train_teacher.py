@@ -4,7 +4,7 @@
     pip install --no-deps open_clip_torch==3.3.0        # for CLIP's BPE file only
     python scripts/demo/train_teacher.py --work_dir /tmp/teacher
     python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl --init_from demo/teacher-sd15 \
-        --vae_steps 0 --unet_steps 4000 --unet_lr 5e-4
+        --vae_steps 0 --text_steps 1500 --unet_steps 2000 --unet_lr 5e-4
 
 Its parts, each kept in --work_dir, so that the same command goes on after a stop:
 1. the tokenizer: those entries of CLIP's own vocabulary that the captions need,
