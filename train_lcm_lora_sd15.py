@@ -33,6 +33,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
@@ -459,6 +460,7 @@ def make_loader(samples, args, first_step, rank, world):
 def quiet_libraries():
     """No progress bars and advice of libraries: this program has one bar and says itself what it does."""
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of what diffusers passes to it
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
