@@ -79,6 +79,14 @@ def parse_args(argv=None):
     return args
 
 
+def quiet_libraries():
+    """No progress bars and advice of libraries."""
+    datasets.disable_progress_bars()
+    for library in diffusers, transformers:
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+
+
 @contextmanager
 def stage(name):
     """Print a stage's name when it starts and its seconds when it ends."""
@@ -359,7 +367,7 @@ def show(e, factor=1.0, digits=2):
     return "{} [{}, {}]".format(*(f"{factor * x:.{digits}f}" for x in e.values())) if e else "not meaningful"
 
 
-def provenance(argv):
+def provenance(argv, program="scripts/evaluate.py"):
     """The command, the commit, the machine and the versions behind the figures, as Markdown."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
@@ -369,7 +377,7 @@ def provenance(argv):
         cpu = (models or [cpu])[0]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, diffusers, peft, transformers))
-    command = shlex.join(["python", "scripts/evaluate.py", *argv])
+    command = shlex.join(["python", program, *argv])
     machine = f"{cpu}, {os.cpu_count()} cores{gpu}. Python {platform.python_version()}"
     return f"`{command}`\n\nCommit {commit}. {machine}, {versions}.\n"
 
@@ -575,10 +583,7 @@ def main(argv=None):
     """Run one subcommand; its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    datasets.disable_progress_bars()
-    for library in diffusers, transformers:
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+    quiet_libraries()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too
     return (evaluate_teacher if args.command == "teacher" else evaluate_lora)(args, argv)
 

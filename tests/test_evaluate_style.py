@@ -1,0 +1,68 @@
+"""scripts/evaluate_style.py: its KID against sums written out, and which adapters draw what."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, load_script
+
+
+@pytest.fixture(scope="module")
+def style():
+    """The program as a module; it and train_style_lora.py import their neighbours."""
+    neighbours = [str(ROOT / "scripts"), str(ROOT / "scripts" / "demo")]
+    sys.path[:0] = neighbours
+    yield load_script("scripts/evaluate_style.py")
+    sys.path = [path for path in sys.path if path not in neighbours]
+
+
+def normal(*shape, seed=0):
+    """Standard normal float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_kid_is_the_weighted_sum_over_distinct_pictures(style):
+    x, y = normal(5, 3), normal(6, 3, seed=1) + 0.5
+    w = torch.tensor([[1.0] * 5, [2, 0, 1, 1, 1]], dtype=torch.float64)
+    v = torch.tensor([[1.0] * 6, [0, 3, 1, 1, 0, 1]], dtype=torch.float64)
+
+    def mean(pairs):
+        return sum(weight * (a @ b / 3 + 1) ** 3 for weight, a, b in pairs) / sum(weight for weight, _, _ in pairs)
+
+    def within(f, weights):
+        return [(weights[i] * weights[j], f[i], f[j]) for i in range(len(f)) for j in range(len(f)) if i != j]
+
+    for a, b, got in zip(w, v, style.kid_to(x, y, w, v)):
+        across = [(a[i] * b[j], x[i], y[j]) for i in range(5) for j in range(6)]
+        torch.testing.assert_close(got, mean(within(x, a)) + mean(within(y, b)) - 2 * mean(across))
+
+
+def test_kid_of_one_resample_is_evaluates(style):
+    x, y = normal(20, 4), normal(30, 4, seed=1)
+    ones = torch.ones(1, 20, dtype=torch.float64), torch.ones(1, 30, dtype=torch.float64)
+    torch.testing.assert_close(style.kid_to(x, y, *ones)[0], load_script("scripts/evaluate.py").kid(x, y))
+
+
+def test_style_lora_trains_and_adapters_are_plugged(style, tmp_path):
+    """A LoRA of a few steps on the demo teacher changes its prediction; plug() adds weights and takes all away."""
+    trainer = load_script("scripts/demo/train_style_lora.py")
+    trainer.main(["--steps", "2", "--batch_size", "2", "--learning_rate", "1e-2", "--output_dir", str(tmp_path)])
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "demo" / "teacher-sd15", use_safetensors=True)
+    z, t, prompt = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 32, 128)
+
+    @torch.no_grad()
+    def predict():
+        return pipe.unet(z, t, prompt).sample
+
+    bare = predict()
+    style.load_style(pipe, tmp_path / style.LORA_FILE)
+    pipe.load_lora_weights(tmp_path / style.LORA_FILE, adapter_name="lcm", use_safetensors=True)
+    style.plug(pipe.unet, {})
+    assert torch.equal(predict(), bare)
+    style.plug(pipe.unet, {"style": 0.5, "lcm": 0.5})
+    both = predict()
+    style.plug(pipe.unet, {"style": 1.0})
+    torch.testing.assert_close(predict(), both, rtol=0, atol=1e-5)
+    assert (both - bare).abs().max() > 1e-4
