@@ -41,7 +41,7 @@ def parse_args(argv=None):
 @torch.no_grad()
 def encode(pipe, pixels, captions):
     """Each picture's and caption's encoding: mean, std [N,4,h,w] of z, and prompt [N+1,L,D] with the empty one last."""
-    posteriors = [pipe.vae.encode(to_unit(part, pipe.device)).latent_dist for part in pixels.split(64)]
+    posteriors = [pipe.vae.encode(to_unit(part, pipe.device)).latent_dist for part in pixels.split(8)]
     mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
     words = [*captions, ""]
     parts = [pipe.encode_prompt(words[i : i + 64], pipe.device, 1, False)[0] for i in range(0, len(words), 64)]
