@@ -22,6 +22,7 @@ Deliberate differences from the paper:
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
@@ -109,6 +110,20 @@ NOT_IN_HEADER = (
 def fail(message):
     """End with one line on stderr, from the first process only, and exit status 1."""
     raise SystemExit(f"{Path(__file__).name}: error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def reason(error):
+    """The kind of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+
+
+@contextlib.contextmanager
+def or_fail(what, advice):
+    """A block that ends the run with one line on any error: each library has its own, none is swallowed."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what} ({reason(error)}); {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Arguments
@@ -212,9 +227,9 @@ def parse_args(argv=None):
     for flag in REFUSED:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for flag, reason in REFUSED.items():
+    for flag, why in REFUSED.items():
         if vars(args).pop(flag):
-            fail(f"--{flag}: {reason}")
+            fail(f"--{flag}: {why}")
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     name, one_file = args.pretrained_teacher_model, args.pretrained_teacher_model.endswith(".safetensors")
     if Path(name).is_file() and not one_file:
@@ -338,7 +353,7 @@ def load_records(args):
     """The training records as a map-style `datasets.Dataset` with undecoded pictures."""
     name, folder, cache = args.dataset_name, args.train_data_dir, args.cache_dir
     where = f"--dataset_name {name}" if name else f"--train_data_dir {folder}"
-    try:
+    with or_fail(f"{where}: cannot be opened", "give a hub id, a dataset folder, or pictures with metadata.jsonl"):
         if Path(name or folder, "dataset_info.json").exists():  # written by save_to_disk
             data = datasets.load_from_disk(name or folder)
             data = data["train"] if isinstance(data, dict) else data
@@ -346,8 +361,6 @@ def load_records(args):
             data = datasets.load_dataset(name, args.dataset_config_name, cache_dir=cache, split="train")
         else:
             data = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=cache, split="train")
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        fail(f"{where}: not a dataset with a split named train that can be opened ({reason(error)})")
     for name in ("image_column", "caption_column"):
         if getattr(args, name) not in data.column_names:
             fail(f"--{name} {getattr(args, name)}: the data have no such column, only {', '.join(data.column_names)}")
@@ -468,11 +481,6 @@ def quiet_libraries():
         library.utils.logging.disable_progress_bar()
 
 
-def reason(error):
-    """The kind of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-
-
 def teacher_parts(args):
     """The parts that the teacher has, such as unet and text_encoder; for one file with the number of their tensors."""
     name = args.pretrained_teacher_model
@@ -487,14 +495,13 @@ def teacher_parts(args):
 def open_teacher(pipeline_class, needed, args, dtype, **options):
     """The teacher, from a folder, the hub or one file, and perhaps with another VAE."""
     name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
-    common = {"cache_dir": args.cache_dir, "dtype": dtype}
+    common, flag = {"cache_dir": args.cache_dir, "dtype": dtype}, f"--pretrained_teacher_model {name}"
     options |= common | {"revision": args.teacher_revision}
-    flag = f"--pretrained_vae_model_name_or_path {vae}"
     advice = "give a diffusers folder with safetensors weights or a hub id"
-    try:
-        if vae:
+    if vae:
+        with or_fail(f"--pretrained_vae_model_name_or_path {vae}: cannot be loaded", advice):
             options["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **common)
-        flag, advice = f"--pretrained_teacher_model {name}", f"{advice}, or a .safetensors file"
+    with or_fail(f"{flag}: cannot be loaded", f"{advice}, or a .safetensors file"):
         parts = teacher_parts(args)
         if parts.keys() & {"unet", "text_encoder", "text_encoder_2"} != needed:
             has, wanted = (", ".join(sorted(names)) or "nothing known" for names in (parts, needed))
@@ -504,8 +511,8 @@ def open_teacher(pipeline_class, needed, args, dtype, **options):
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
         if not name.endswith(".safetensors"):
             return pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
-        flag += f" with --teacher_config {args.teacher_config or 'not given'}"
-        advice = "give the folder or hub id of configs and tokenizers of just this kind of model as --teacher_config"
+    advice = "give the folder or hub id of configs and tokenizers of just this kind of model as --teacher_config"
+    with or_fail(f"{flag} with --teacher_config {args.teacher_config or 'not given'}: cannot be loaded", advice):
         pipe = pipeline_class.from_single_file(name, config=args.teacher_config, **options)
         # The weights in the file are those of the pipeline, none left over and none never filled.
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -513,8 +520,6 @@ def open_teacher(pipeline_class, needed, args, dtype, **options):
         if empty or parts["unet"] != len(pipe.unet.state_dict()):
             raise ValueError("the file does not hold just the tensors that these configs speak of")
         return pipe
-    except Exception as error:  # hub, network, configs, weights: each library has its own; none is swallowed
-        fail(f"{flag}: cannot be loaded ({reason(error)}); {advice}")
 
 
 def load_teacher(args, dtype):
@@ -534,10 +539,8 @@ def attach_lora(unet, args):
     targets = args.lora_target_modules.replace(",", " ").split()
     strength = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     torch.manual_seed(args.seed)
-    try:
+    with or_fail("--lora_target_modules: no such layers", "give endings of the names of linear and conv layers"):
         unet.add_adapter(peft.LoraConfig(target_modules=targets, **strength))
-    except ValueError as error:
-        fail(f"--lora_target_modules: {reason(error)}")
     cast_training_params(unet, dtype=torch.float32)
     return unet
 
@@ -698,21 +701,22 @@ def header(pipe, args, step):
 
 def read_lora(pipe, teacher, path, flag=""):
     """The LoRA in a file, in the naming of any tool, as diffusers puts it on a UNet like the teacher: `lora_layers`."""
-    try:
+    advice = f"give a .safetensors file of this kind of teacher, or a folder with {LORA_FILE} or {PEFT_FILE}"
+    with or_fail(f"{flag} {path}: no LoRA that can be read".strip(), advice):
         with safe_open(path, "pt") as file:
             tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if not tensors or not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("a tensor of it is NaN or infinite" if tensors else "it is empty")
         weights = sum(not key.endswith(".alpha") for key in tensors)
-        # PEFT keeps rank and alpha in a file beside it, diffusers in the header, kohya in tensors.
+        # PEFT keeps rank and alpha in a file beside it, diffusers in the header, kohya in tensors
         config = json.loads(about.get("lora_adapter_metadata", "null"))
         if path.name == PEFT_FILE:
             config = {f"unet.{k}": v for k, v in peft.LoraConfig.from_pretrained(path.parent).to_dict().items()}
+        # One naming for all: diffusers goes by that of the first key and drops what is named otherwise
         if not any(key.startswith("lora_") for key in tensors):
-            # One naming for all: diffusers goes by that of the first key and drops what is named otherwise.
             bare = {key.removeprefix("unet.").removeprefix("base_model.model."): key for key in tensors}
             tensors = convert_unet_state_dict_to_peft({f"unet.{name}": tensors[key] for name, key in bare.items()})
-        # Without weights: no memory is taken, and the layers stay as precise as the file whatever the teacher is.
+        # Without base weights: no memory is taken, and the layers stay as precise as the file whatever the teacher is
         blank = {id(p): torch.nn.Parameter(torch.zeros(()).expand(p.shape), False) for p in teacher.parameters()}
         reader = copy.deepcopy(teacher, blank)
         state, alphas = pipe.lora_state_dict(tensors, unet_config=reader.config)
@@ -720,15 +724,12 @@ def read_lora(pipe, teacher, path, flag=""):
         pipe.load_lora_into_unet(state, unet=reader, **options)
         layers = lora_layers(reader)
         if 2 * len(layers) != weights:
-            raise ValueError(f"{len(layers)} layers of {weights / 2:g} belong to this teacher")
-        # diffusers gives some layers the alpha of others where alphas differ.
-        live = sorted(len(a) * scaling for a, _, scaling in layers.values())
-        if alphas and not np.allclose(sorted(alphas.values()), live):
-            raise ValueError("diffusers does not read the alpha of each of its layers")
+            raise ValueError(f"{len(layers)} of its {weights / 2:g} layers are layers of this teacher")
+        # diffusers gives some layers the alpha of others where alphas differ
+        read = sorted(len(a) * scaling for a, _, scaling in layers.values())
+        if alphas and not np.allclose(sorted(alphas.values()), read):
+            raise ValueError("its layers differ in alpha, which diffusers does not read")
         return layers
-    except Exception as error:  # each library has its own; none is swallowed
-        fail(f"{flag} {path}: no LoRA of this teacher ({reason(error)}); "
-             f"give a .safetensors file, or a folder with {LORA_FILE} or {PEFT_FILE}")  # fmt: skip
 
 
 @torch.no_grad()
@@ -736,12 +737,12 @@ def load_lora(pipe, teacher, student, source, flag):
     """Put the weights of a LoRA into the student; B is scaled so that under another alpha the update is the same."""
     path = next((file for file in (Path(source, LORA_FILE), Path(source, PEFT_FILE)) if file.exists()), Path(source))
     loaded, live = read_lora(pipe, teacher, path, flag), lora_layers(student)
-    sizes, of_run = ({name: len(a) for name, (a, _, _) in layers.items()} for layers in (loaded, live))
-    if sizes != of_run:
-        endings = {next(e for e in [*TARGET_MODULES.split(), name] if f".{name}".endswith(f".{e}")) for name in sizes}
-        ranks = " and ".join(map(str, sorted(set(sizes.values()))))
-        fail(f"{flag} {path}: it has {len(sizes)} layers of rank {ranks}, this run {len(of_run)}; "
-             f"--lora_rank {ranks} --lora_target_modules '{' '.join(sorted(endings))}' would fit")  # fmt: skip
+    given, wanted = ({name: len(a) for name, (a, _, _) in layers.items()} for layers in (loaded, live))
+    if given != wanted:
+        endings = {next(e for e in [*TARGET_MODULES.split(), name] if f".{name}".endswith(f".{e}")) for name in given}
+        rank = " or ".join(map(str, sorted(set(given.values()))))
+        fits = f"--lora_rank {rank} --lora_target_modules '{' '.join(sorted(endings))}'"
+        fail(f"{flag} {path}: its {len(given)} layers and their rank are not those of this run; give {fits}")
     for name, (a, b, scaling) in live.items():
         a.copy_(loaded[name][0])
         b.copy_(loaded[name][1] * (loaded[name][2] / scaling))
@@ -827,51 +828,41 @@ def validate(pipe, accelerator, args, step):
 
 
 def write_card(pipe, args, step):
-    """README.md: front matter for the hub, the last validation, how to load the LoRA; of paths on this machine, only names."""
+    """README.md: front matter for the hub, settings, the last validation, how to load the LoRA; of paths only names."""
     name, folder, kind = args.pretrained_teacher_model, Path(args.output_dir).resolve(), type(pipe).__name__
-    base, place = base_name(name), args.hub_model_id if args.push_to_hub else folder.name
+    base, ddim_steps = base_name(name), args.num_ddim_timesteps
+    place = args.hub_model_id if args.push_to_hub else folder.name
     opener = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
-    known = {} if Path(name).exists() else {"base_model": name}
     tags = ["lcm", "lora", "lcm-lora", "stable-diffusion-xl" if FAMILY == "sdxl" else "stable-diffusion"]
-    prompts = [" ".join(prompt.split()) for prompt in args.validation_prompts or ["a red apple"]]
-    picture = f"validation/step-{step:06d}.png"
-    drawn = f"![{' | '.join(prompts)}]({picture})\n\nIn 4 steps: {'; '.join(prompts)}.\n" * (folder / picture).is_file()
+    about = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    about |= {} if Path(name).exists() else {"base_model": name}
+    prompts, picture = args.validation_prompts or ["a red apple"], f"validation/step-{step:06d}.png"
+    drawn = f"\n![The prompts below in 4 steps]({picture})\n\n" + "".join(f"- {prompt}\n" for prompt in prompts)
     (folder / "README.md").write_text(f"""---
-{ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known)}
+{ModelCardData(**about)}
 ---
 
 # LCM-LoRA of {base}
 
-Draws in 1 to 8 steps, without guidance. Distilled from `{base}` by {Path(__file__).name} at {args.resolution} px: {step} steps of
-{args.train_batch_size} x {args.gradient_accumulation_steps} pictures a process, learning rate {args.learning_rate:g}, rank {args.lora_rank}, alpha {args.lora_alpha:g},
-omega {args.w_min:g} to {args.w_max:g}, {args.num_ddim_timesteps} DDIM steps, {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
-
-{drawn}
-diffusers:
-
+Draws in 1 to 8 steps, without guidance. Made from `{base}` by {Path(__file__).name}: {step} steps at {args.resolution} px,
+batch {args.train_batch_size} x {args.gradient_accumulation_steps}, learning rate {args.learning_rate:g},
+rank {args.lora_rank}, alpha {args.lora_alpha:g}, omega {args.w_min:g} to {args.w_max:g}, {ddim_steps} DDIM steps,
+{args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
+{drawn if (folder / picture).is_file() else ""}
 ```python
 from diffusers import {kind}, LCMScheduler
 
 pipe = {kind}.{opener}("{base}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps={args.num_ddim_timesteps})
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps={ddim_steps})
 pipe.load_lora_weights("{place}", weight_name="{LORA_FILE}")
+# or, by PEFT: pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "{place}", subfolder="unet")
 pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("lcm.png")
 ```
 
-- PEFT, in place of `load_lora_weights`: `pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "{place}", subfolder="unet")`
-- ComfyUI: `{LORA_FILE}` into `models/loras`; node LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
-- A1111 and Forge: the same file into `models/Lora`; `<lora:{Path(LORA_FILE).stem}:1>` in the prompt; sampler LCM, 4 steps, CFG 1
-- `python infer.py --lora {shlex.quote(folder.name)} --prompt {shlex.quote(prompts[0])} --output lcm.png`, beside this folder
+- ComfyUI: `{LORA_FILE}` into `models/loras`, LoraLoaderModelOnly; KSampler with 4 steps, cfg 1, lcm, sgm_uniform
+- A1111, Forge: the same file into `models/Lora`, `<lora:{Path(LORA_FILE).stem}:1>` in the prompt; LCM, 4 steps, CFG 1
+- `python infer.py --lora {shlex.quote(folder.name)} --prompt {shlex.quote(prompts[0])} --output lcm.png`
 """)
-
-
-def ask_hub(call, **what):
-    """What a function of the hub's API answers; a refusal ends the run in one line."""
-    try:
-        return call(**what)
-    except Exception as error:  # network, permission, name: the hub has one each; none is swallowed
-        fail(f"--push_to_hub: {call.__name__} fails ({reason(error)}); check the network, "
-             "--hub_model_id, and --hub_token or `hf auth login`")  # fmt: skip
 
 
 def open_hub(args, rank):
@@ -882,7 +873,8 @@ def open_hub(args, rank):
     if not args.push_to_hub or rank:
         return None
     hub, name = HfApi(token=token), args.hub_model_id or Path(args.output_dir).resolve().name
-    args.hub_model_id = ask_hub(hub.create_repo, repo_id=name, exist_ok=True).repo_id
+    with or_fail("--push_to_hub: no repository", "check --hub_token or `hf auth login`, --hub_model_id, the network"):
+        args.hub_model_id = hub.create_repo(name, exist_ok=True).repo_id
     return hub
 
 
@@ -891,9 +883,8 @@ class Log:
 
     def __init__(self, accelerator, args, step, keep):
         """Start the outputs of a run at `step`; `keep` what log.jsonl says of the steps before it."""
-        self.accelerator, self.step, self.pending, self.unreadable = accelerator, step, [], {}
-        main = accelerator.is_main_process
-        self.file = None
+        self.accelerator, self.rows, self.unreadable = accelerator, [], {}
+        main, self.file = accelerator.is_main_process, None
         if main:
             path = Path(args.output_dir, "log.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -908,42 +899,35 @@ class Log:
         wandb = {"dir": accelerator.logging_dir}  # else it writes into the working directory
         accelerator.init_trackers(args.tracker_project_name, plain, {"wandb": wandb})
         self.bar = tqdm(total=args.max_train_steps, initial=step, disable=not main, unit="step", dynamic_ncols=True)
-        self.restart_clock()
+        self.restart_clock(step)
 
-    def restart_clock(self):
+    def restart_clock(self, step):
         """Measure the speed from here on; what came before, such as a save, does not count."""
-        self.clock, self.clock_step = time.perf_counter(), self.step
+        self.clock, self.clock_step = time.perf_counter(), step
 
     def warn_of(self, unreadable):
         """Count and name the pictures, {row: why}, that were met for the first time and replaced."""
-        new = {row: why for row, why in unreadable.items() if row not in self.unreadable}
-        self.unreadable |= new
+        new = "; ".join(why for row, why in unreadable.items() if row not in self.unreadable)
+        self.unreadable |= unreadable
         if new:
-            names = "; ".join(new.values())
-            self.bar.write(f"warning: {len(self.unreadable)} unreadable pictures replaced so far: {names}", sys.stderr)
-
-    def add(self, **values):
-        """The values of one optimizer step, which this ends."""
-        self.step += 1
-        self.pending.append({"step": self.step} | values)
-        self.bar.update()
+            self.bar.write(f"warning: {len(self.unreadable)} unreadable pictures replaced so far: {new}", sys.stderr)
 
     def flush(self, global_batch):
         """Write the pending steps; losses are means over the processes."""
-        losses = self.accelerator.reduce(torch.stack([row["loss"] for row in self.pending]), "mean").tolist()
-        rate = global_batch * (self.step - self.clock_step) / (time.perf_counter() - self.clock)
+        losses = self.accelerator.reduce(torch.stack([row["loss"] for row in self.rows]), "mean").tolist()
+        rate = global_batch * (self.rows[-1]["step"] - self.clock_step) / (time.perf_counter() - self.clock)
         unit = 1 if platform.system() == "Darwin" else 2**10
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30  # of the process, or of its GPU
         if self.accelerator.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
-        for row, loss in zip(self.pending, losses, strict=True):
+        for row, loss in zip(self.rows, losses, strict=True):
             row |= {"loss": loss, "grad_norm": float(row["grad_norm"]), "images_per_s": rate, "memory_gib": memory}
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
             if self.file:
                 self.file.write(json.dumps(row) + "\n")
         shown = f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.1e}"
         self.bar.set_postfix_str(f"{shown} {rate:.1f} img/s {memory:.1f} GiB")
-        self.pending = []
+        self.rows = []
 
 
 # -------------------------------------------------------------------------------------------------------- 8. main
@@ -951,7 +935,7 @@ class Log:
 
 def make_accelerator(args):
     """The accelerator, its trackers named but not yet started."""
-    try:
+    with or_fail(f"--mixed_precision {args.mixed_precision}: not possible here", "give no, fp16 or bf16"):
         accelerator = Accelerator(
             # Without a GPU the launcher's processes would else not know of each other, and each train alone.
             cpu=not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -960,8 +944,6 @@ def make_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         )
-    except ValueError as error:
-        fail(f"--mixed_precision {args.mixed_precision}: {reason(error)}")
     if accelerator.mixed_precision not in DTYPES:
         fail(f"mixed precision {accelerator.mixed_precision} is not supported: give --mixed_precision no, fp16 or bf16")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -989,9 +971,7 @@ def main(argv=None):
     args.mixed_precision = accelerator.mixed_precision  # perhaps the launcher's
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     dtype = DTYPES[accelerator.mixed_precision]
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     quiet_libraries()
     hub = open_hub(args, rank)
 
@@ -1075,11 +1055,11 @@ def main(argv=None):
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
-        log.add(loss=torch.stack(micro_losses).mean(), grad_norm=grad_norm, lr=lr_scheduler.get_last_lr()[0])
-        micro_losses = []
+        step, loss, micro_losses = step + 1, torch.stack(micro_losses).mean(), []
+        log.rows.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]})
+        log.bar.update()
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
-        step += 1
         last = step == args.max_train_steps
         save = step % args.checkpointing_steps == 0
         draw = args.validation_prompts and (step % args.validation_steps == 0 or last)
@@ -1091,7 +1071,7 @@ def main(argv=None):
             log.bar.write(validate(pipe, accelerator, args, step))
         if save or draw:
             accelerator.wait_for_everyone()
-            log.restart_clock()
+            log.restart_clock(step)
 
     # The end
     log.bar.close()
@@ -1099,10 +1079,10 @@ def main(argv=None):
         print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
         write_card(pipe, args, step)
         if hub:
-            # Not the checkpoints and logs, nor args.json with the paths of this machine.
+            # Not the checkpoints and logs, nor args.json with the paths of this machine
             files = [LORA_FILE, "unet/*", "validation/*", "README.md"]
-            where = {"repo_id": args.hub_model_id, "folder_path": args.output_dir, "allow_patterns": files}
-            print(f"uploaded: {ask_hub(hub.upload_folder, **where).commit_url}")
+            with or_fail("--push_to_hub: the upload failed", f"`hf upload` sends {args.output_dir}, which is whole"):
+                hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=files)
     accelerator.end_training()
 
 
