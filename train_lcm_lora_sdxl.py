@@ -38,7 +38,6 @@ import shutil
 import sys
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
@@ -483,24 +482,15 @@ def make_loader(samples, args, first_step, rank, world):
 # ------------------------------------------------------------------------------------------------------ 5. Models
 
 
-def quiet_libraries():
-    """No progress bars and advice of libraries: this program has one bar and says itself what it does."""
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # of what diffusers passes to it
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
 def teacher_parts(args):
-    """The parts that the teacher has, such as unet and text_encoder; for one file with the number of their tensors."""
+    """The parts that the teacher has, such as unet and text_encoder; for one file each as often as it has tensors."""
     name = args.pretrained_teacher_model
     if name.endswith(".safetensors"):
         with safe_open(name, "pt") as file:
             keys = file.keys()
-        return Counter(part for key in keys for start, part in ONE_FILE_PARTS.items() if key.startswith(start))
+        return [part for key in keys for start, part in ONE_FILE_PARTS.items() if key.startswith(start)]
     index = DiffusionPipeline.load_config(name, revision=args.teacher_revision, cache_dir=args.cache_dir)
-    return {part: value for part, value in index.items() if isinstance(value, list) and value[0]}
+    return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
 def open_teacher(pipeline_class, needed, args, dtype, **options):
@@ -514,11 +504,11 @@ def open_teacher(pipeline_class, needed, args, dtype, **options):
             options["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **common)
     with or_fail(f"{flag}: cannot be loaded", f"{advice}, or a .safetensors file"):
         parts = teacher_parts(args)
-        if parts.keys() & {"unet", "text_encoder", "text_encoder_2"} != needed:
-            has, wanted = (", ".join(sorted(names)) or "nothing known" for names in (parts, needed))
+        if needed != {"unet", "text_encoder", "text_encoder_2"} & set(parts):
+            has, wanted = (", ".join(sorted(set(names))) or "nothing known" for names in (parts, needed))
             other = "train_lcm_lora_sd15.py" if FAMILY == "sdxl" else "train_lcm_lora_sdxl.py"
             fail(f"{flag}: it has {has}, not just {wanted}; it may be a teacher for {other}")
-        if "vae" not in parts.keys() | options.keys():
+        if "vae" not in [*parts, *options]:
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
         if not name.endswith(".safetensors"):
             return pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
@@ -528,7 +518,7 @@ def open_teacher(pipeline_class, needed, args, dtype, **options):
         # The weights in the file are those of the pipeline, none left over and none never filled.
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         empty = any(p.is_meta for module in modules for p in module.parameters())
-        if empty or parts["unet"] != len(pipe.unet.state_dict()):
+        if empty or parts.count("unet") != len(pipe.unet.state_dict()):
             raise ValueError("the file does not hold just the tensors that these configs speak of")
         return pipe
 
@@ -543,8 +533,7 @@ def load_teacher(args, dtype):
 
 def share_weights(unet):
     """Another UNet object over the very same Parameter and buffer objects: what is added to one is not in the other."""
-    tensors = [*unet.parameters(), *unet.buffers()]
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(unet, {id(tensor): tensor for tensor in [*unet.parameters(), *unet.buffers()]})
 
 
 def attach_lora(unet, args):
@@ -738,8 +727,7 @@ def read_lora(pipe, teacher, path, flag=""):
         blank = {id(p): torch.nn.Parameter(torch.zeros(()).expand(p.shape), False) for p in teacher.parameters()}
         reader = copy.deepcopy(teacher, blank)
         state, alphas = pipe.lora_state_dict(tensors, unet_config=reader.config)
-        options = {"network_alphas": alphas, "metadata": config, "low_cpu_mem_usage": True}
-        pipe.load_lora_into_unet(state, unet=reader, **options)
+        pipe.load_lora_into_unet(state, alphas, reader, metadata=config, low_cpu_mem_usage=True)
         layers = lora_layers(reader)
         if 2 * len(layers) != weights:
             raise ValueError(f"{len(layers)} of its {weights / 2:g} layers are layers of this teacher")
@@ -753,7 +741,8 @@ def read_lora(pipe, teacher, path, flag=""):
 @torch.no_grad()
 def load_lora(pipe, teacher, student, source, flag):
     """Put the weights of a LoRA into the student; B is scaled so that under another alpha the update is the same."""
-    path = next((file for file in (Path(source, LORA_FILE), Path(source, PEFT_FILE)) if file.exists()), Path(source))
+    names = ("unet/" + PEFT_FILE, PEFT_FILE, LORA_FILE)  # the most precise first
+    path = next((Path(source, name) for name in names if Path(source, name).exists()), Path(source))
     loaded, live = read_lora(pipe, teacher, path, flag), lora_layers(student)
     given, wanted = ({name: len(a) for name, (a, _, _) in layers.items()} for layers in (loaded, live))
     if given != wanted:
@@ -819,12 +808,12 @@ def save_checkpoint(pipe, teacher, student, states, args, step):
 
 def find_checkpoint(args):
     """The folder that --resume_from_checkpoint means, or None where a run with `latest` has none yet."""
-    if args.resume_from_checkpoint == "latest":
-        return (checkpoints(args.output_dir) or [None])[-1]
-    folder = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
-    if folder and not (folder / STATE_FILE).is_file():
-        fail(f"--resume_from_checkpoint {folder}: no checkpoint there; give a checkpoint-<step> folder, or `latest`")
-    return folder
+    name = args.resume_from_checkpoint
+    if name is None or name == "latest":
+        return (checkpoints(args.output_dir) or [None])[-1] if name else None
+    if not Path(name, STATE_FILE).is_file():
+        fail(f"--resume_from_checkpoint {name}: no checkpoint there; give a checkpoint-<step> folder, or `latest`")
+    return Path(name)
 
 
 @torch.no_grad()
@@ -978,8 +967,7 @@ def make_optimizer(parameters, args):
         kind = bitsandbytes.optim.AdamW8bit
     settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     optimizer = kind(parameters, betas=(args.adam_beta1, args.adam_beta2), **settings)
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
 
 
 def main(argv=None):
@@ -990,7 +978,12 @@ def main(argv=None):
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     dtype = DTYPES[accelerator.mixed_precision]
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    quiet_libraries()
+    # No bars and advice of libraries: this program has one bar and says itself what it does
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of what diffusers passes to it
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     hub = open_hub(args, rank)
 
     # Models: the teacher, the student over the same weights, the LoRA
@@ -1008,10 +1001,8 @@ def main(argv=None):
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval().to(device)
     student = attach_lora(share_weights(teacher), args)
-    if resumed:
-        load_lora(pipe, teacher, student, resumed / "unet", "--resume_from_checkpoint")
-    elif args.lora_path:
-        load_lora(pipe, teacher, student, args.lora_path, "--lora_path")
+    if source := resumed or args.lora_path:
+        load_lora(pipe, teacher, student, source, "--resume_from_checkpoint" if resumed else "--lora_path")
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     trained = [p for p in student.parameters() if p.requires_grad]
