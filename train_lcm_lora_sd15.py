@@ -363,15 +363,12 @@ def load_records(args):
     for name in ("image_column", "caption_column"):
         if getattr(args, name) not in data.column_names:
             fail(f"--{name} {getattr(args, name)}: the data have no such column, only {', '.join(data.column_names)}")
-    if args.image_column == args.caption_column:
-        fail(f"--caption_column {args.caption_column}: this is the --image_column too")
-    data = data.select_columns([args.image_column, args.caption_column])
     if not isinstance(data.features[args.image_column], datasets.Image):
         fail(f"--image_column {args.image_column}: a column of {data.features[args.image_column]}, not of pictures")
     if getattr(data.features[args.caption_column], "dtype", None) not in ("string", "large_string", "null"):
         fail(f"--caption_column {args.caption_column}: a column of {data.features[args.caption_column]}, not of texts")
-    if args.max_train_samples is not None:
-        data = data.select(range(min(args.max_train_samples, len(data))))
+    data = data.select_columns([args.image_column, args.caption_column])
+    data = data.select(range(len(data))[: args.max_train_samples])
     if len(data) == 0:
         fail(f"{where}: it holds no pictures")
     return data.cast_column(args.image_column, datasets.Image(decode=False))
@@ -433,8 +430,7 @@ class Samples(torch.utils.data.Dataset):
                 picture = open_picture(record[self.args.image_column])
                 break
             except Exception as error:  # whatever a broken file leads Pillow to; counted and named
-                name = record[self.args.image_column]["path"] or f"row {row}"
-                unreadable[row] = f"{name} ({reason(error)})"
+                unreadable[row] = f"{record[self.args.image_column]['path'] or f'row {row}'} ({reason(error)})"
         else:
             fail(f"none of the {len(self.records)} pictures can be read, the first: {next(iter(unreadable.values()))}")
         draw = [rng(self.args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption")]
@@ -458,14 +454,13 @@ def collate(samples):
 
 def make_loader(samples, args, first_step, rank, world):
     """One batch for each micro-step of this rank from `first_step` on; ranks and micro-steps take contiguous parts."""
-    size, parts = args.train_batch_size, args.gradient_accumulation_steps
+    size, parts, workers = args.train_batch_size, args.gradient_accumulation_steps, args.dataloader_num_workers
     batches = (
         [(step, (rank * parts + micro) * size + i) for i in range(size)]
         for step in range(first_step, args.max_train_steps)
         for micro in range(parts)
     )
-    options = {"collate_fn": collate, "num_workers": args.dataloader_num_workers}
-    return torch.utils.data.DataLoader(samples, batch_sampler=batches, **options)
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
 # ------------------------------------------------------------------------------------------------------ 5. Models
@@ -661,7 +656,7 @@ def lora_layers(unet):
 
 def base_name(name):
     """A hub id as it is, the last part of a local path."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
 
 
 def header(pipe, args, step):
@@ -688,10 +683,9 @@ def header(pipe, args, step):
     return {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in about.items()}
 
 
-def read_lora(pipe, teacher, path, flag=""):
+def read_lora(pipe, teacher, path, what, advice):
     """The LoRA in a file, in the naming of any tool, as diffusers puts it on a UNet like the teacher: `lora_layers`."""
-    advice = f"give a .safetensors file of this kind of teacher, or a folder with {LORA_FILE} or {PEFT_FILE}"
-    with or_fail(f"{flag} {path}: no LoRA that can be read".strip(), advice):
+    with or_fail(f"{what} {path}: no LoRA that can be read", advice):
         with safe_open(path, "pt") as file:
             tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if not tensors or not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -725,7 +719,8 @@ def load_lora(pipe, teacher, student, source, flag):
     """Put the weights of a LoRA into the student; B is scaled so that under another alpha the update is the same."""
     names = ("unet/" + PEFT_FILE, PEFT_FILE, LORA_FILE)  # the most precise first
     path = next((Path(source, name) for name in names if Path(source, name).exists()), Path(source))
-    loaded, live = read_lora(pipe, teacher, path, flag), lora_layers(student)
+    advice = f"give a .safetensors file of this kind of teacher, or a folder with {LORA_FILE} or {PEFT_FILE}"
+    loaded, live = read_lora(pipe, teacher, path, flag, advice), lora_layers(student)
     given, wanted = ({name: len(a) for name, (a, _, _) in layers.items()} for layers in (loaded, live))
     if given != wanted:
         endings = {next(e for e in [*TARGET_MODULES.split(), name] if f".{name}".endswith(f".{e}")) for name in given}
@@ -755,7 +750,7 @@ def save_lora(pipe, teacher, student, folder, args, step):
     config["target_modules"] = sorted(config["target_modules"])
     (peft_folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
-    loaded, wrong = read_lora(pipe, teacher, file), []
+    loaded, wrong = read_lora(pipe, teacher, file, "the saved", "where training diverged, lower --learning_rate"), []
     for path, (a, b, scaling) in layers.items():
         x, y, loaded_scaling = loaded.get(path, (a, b, math.nan))
         same = all(torch.equal(w.cpu().to(dtype), v.to(dtype)) for w, v in ((a, x), (b, y)))
@@ -833,7 +828,7 @@ def write_card(pipe, args, step):
 
 # LCM-LoRA of {base}
 
-Draws in 1 to 8 steps, without guidance. Made from `{base}` by {Path(__file__).name}: {step} steps at {args.resolution} px,
+Draws in 1 to 8 steps without guidance. Made of {base} by {Path(__file__).name}: {step} steps at {args.resolution} px,
 batch {args.train_batch_size} x {args.gradient_accumulation_steps}, learning rate {args.learning_rate:g},
 rank {args.lora_rank}, alpha {args.lora_alpha:g}, omega {args.w_min:g} to {args.w_max:g}, {ddim_steps} DDIM steps,
 {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
@@ -855,13 +850,13 @@ pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("
 
 
 def open_hub(args, rank):
-    """The hub's API, on rank 0 of a run with --push_to_hub, and a repository there. Afterwards only it has the token."""
+    """The hub's API, on rank 0 of a run with --push_to_hub, and a repository there; only it has the token afterwards."""
     token = args.hub_token
     del args.hub_token  # so log, trackers, args.json, header and card have no such setting
     sys.argv = [word.replace(token, "***") if token else word for word in sys.argv]  # which wandb notes down
     if not args.push_to_hub or rank:
         return None
-    hub, name = HfApi(token=token), args.hub_model_id or Path(args.output_dir).resolve().name
+    hub, name = HfApi(token=token or None), args.hub_model_id or Path(args.output_dir).resolve().name
     with or_fail("--push_to_hub: no repository", "check --hub_token or `hf auth login`, --hub_model_id, the network"):
         args.hub_model_id = hub.create_repo(name, exist_ok=True).repo_id
     return hub
@@ -924,7 +919,8 @@ class Log:
 
 def make_accelerator(args):
     """The accelerator, its trackers named but not yet started."""
-    with or_fail(f"--mixed_precision {args.mixed_precision}: not possible here", "give no, fp16 or bf16"):
+    what = f"accelerate does not start, with --mixed_precision {args.mixed_precision}"
+    with or_fail(what, "give no, bf16 or fp16, and start with `accelerate launch`"):
         accelerator = Accelerator(
             # Without a GPU the launcher's processes would else not know of each other, and each train alone.
             cpu=not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1,
