@@ -24,6 +24,7 @@ c is the prompt's two encodings, the pooled one, and the picture's size and crop
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
@@ -32,6 +33,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -53,21 +55,27 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMSchedu
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from huggingface_hub import HfApi, ModelCardData
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 FAMILY = "sdxl"
+USAGE_HINT = "LCM sampler, 4 steps (1 to 8), CFG scale 1"
 FORMAT_VERSION = "1"  # of the LoRA file's header
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
 STATE_FILE = "training_state.pt"
 CACHE_ROWS = 1000  # in a file of text embeddings
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the base, by --mixed_precision
+# Of the base, by --mixed_precision, and of the LoRA file, by --save_precision.
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGET_MODULES = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 )
+LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial".split()
 INTERPOLATION = [kind.name.lower() for kind in Image.Resampling]
 # Flags of other LCM-LoRA scripts that nothing here needs, and why.
 REFUSED = {
@@ -76,9 +84,6 @@ REFUSED = {
     "encode_batch_size": "captions are encoded with the batch they belong to; leave the flag out",
     "local_rank": "`accelerate launch` tells each process its rank; leave the flag out",
     "train_shards_path_or_url": "tar shards cannot be read yet; give --dataset_name or --train_data_dir",
-    "push_to_hub": "uploading is not built in yet; `hf upload` sends the output folder",
-    "hub_model_id": "uploading is not built in yet; `hf upload` sends the output folder",
-    "hub_token": "uploading is not built in yet; `hf auth login` keeps the token",
 }
 # What the keys of a checkpoint in one file begin with.
 ONE_FILE_PARTS = {
@@ -88,15 +93,38 @@ ONE_FILE_PARTS = {
     "conditioner.embedders.0.transformer.": "text_encoder",
     "conditioner.embedders.1.model.": "text_encoder_2",
 }
+# kohya's name of the base, by which A1111 files LoRAs, and ModelSpec's, by cross_attention_dim and prediction type.
+BASES = {
+    (768, "epsilon"): ("sd_v1", "stable-diffusion-v1"),
+    (1024, "epsilon"): ("sd_v2", "stable-diffusion-v2-512"),
+    (1024, "v"): ("sd_v2_v", "stable-diffusion-v2-768-v"),
+    (2048, "epsilon"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    (2048, "v"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
 # Where the results go and how they are shown, not what they are: kept out of the LoRA's header.
 NOT_IN_HEADER = (
-    "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint logging_steps".split()
-)
+    "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint logging_steps "
+    "push_to_hub hub_model_id"
+).split()
 
 
 def fail(message):
     """End with one line on stderr, from the first process only, and exit status 1."""
     raise SystemExit(f"{Path(__file__).name}: error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def reason(error):
+    """The kind of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+
+
+@contextlib.contextmanager
+def or_fail(what, advice):
+    """A block that ends the run with one line on any error: each library has its own, none is swallowed."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what} ({reason(error)}); {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Arguments
@@ -106,11 +134,9 @@ def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from `low` to `high`."""
 
     def check(text):
-        value = kind(text)
-        if not low <= value <= high:
-            limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: give {limits}")
-        return value
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from {low} to {high}")
+        return kind(text)
 
     check.__name__ = kind.__name__  # argparse names it in its own message
     return check
@@ -129,6 +155,7 @@ def parse_args(argv=None):
     add("--teacher_revision", "--revision", help="revision of the teacher on the hub")
     add("--variant", help="file variant of the teacher, such as fp16")
     add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's")
+    add("--lora_path", metavar="FILE_OR_FOLDER", help="LoRA to start from, in the naming of any tool")
     add("--lora_rank", type=count, default=64, help="rank of the LoRA layers")
     add("--lora_alpha", type=positive, help="strength: the update is scaled by alpha / rank (default: the rank)")
     add("--lora_dropout", type=share, default=0.0, help="dropout in front of the LoRA layers, 0..1")
@@ -169,7 +196,7 @@ def parse_args(argv=None):
     add("--num_train_epochs", type=count, default=100, help="passes over the data, where max_train_steps is not given")
     add("--learning_rate", type=positive, default=1e-4)
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch")
-    add("--lr_scheduler", default="constant", help="constant, constant_with_warmup, linear, cosine, polynomial, ...")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how the learning rate changes")
     add("--lr_warmup_steps", type=number(int, 0), default=0, help="steps of warm-up, for schedulers that have one")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit state")
     add("--adam_beta1", type=share, default=0.9)
@@ -185,6 +212,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("Output & tracking").add_argument
     add("--output_dir", default="lcm-lora", help="the LoRA, log.jsonl, args.json, checkpoints, pictures")
+    add("--save_precision", choices=["fp32", "fp16", "bf16"], default="fp32", help=f"of {LORA_FILE}; unet/ is fp32")
     add("--checkpointing_steps", type=count, default=500, help="optimizer steps between checkpoints")
     add("--checkpoints_total_limit", type=count, help="keep only the newest so many checkpoints")
     add("--resume_from_checkpoint", metavar="FOLDER", help="a checkpoint folder, or `latest` in --output_dir")
@@ -194,22 +222,24 @@ def parse_args(argv=None):
     add("--logging_dir", default="logs", help="folder of the trackers, inside --output_dir")
     add("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard", help="trackers")
     add("--tracker_project_name", default="lcm-lora", help="project name shown by the trackers")
+    add("--push_to_hub", action="store_true", help="upload LoRA, card and validation pictures at the end")
+    add("--hub_model_id", help="repository for them (default: your name and that of --output_dir)")
+    add("--hub_token", type=str.strip, help="token with write permission (default: that of `hf auth login`)")
 
     for flag in REFUSED:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for flag, reason in REFUSED.items():
+    for flag, why in REFUSED.items():
         if vars(args).pop(flag):
-            fail(f"--{flag}: {reason}")
+            fail(f"--{flag}: {why}")
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    one_file = args.pretrained_teacher_model.endswith(".safetensors")
-    if Path(args.pretrained_teacher_model).is_file() and not one_file:
-        fail(
-            f"--pretrained_teacher_model {args.pretrained_teacher_model}: pickled weights are not read; "
-            "give a .safetensors file, a diffusers folder or a hub id"
-        )
+    name, one_file = args.pretrained_teacher_model, args.pretrained_teacher_model.endswith(".safetensors")
+    if Path(name).is_file() and not one_file:
+        fail(f"--pretrained_teacher_model {name}: pickled weights are not read; give .safetensors, folder or hub id")
     if args.teacher_config and not one_file:
         fail(f"--teacher_config {args.teacher_config}: only a teacher in one .safetensors file needs it; leave it out")
+    if args.hub_token is not None and not args.push_to_hub:
+        fail("--hub_token: nothing is uploaded without --push_to_hub; give both or neither")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is drawn from w_min to w_max")
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -323,45 +353,28 @@ def normal(seed, step, places, purpose, shape):
 
 def load_records(args):
     """The training records as a map-style `datasets.Dataset` with undecoded pictures."""
-    source = args.dataset_name or args.train_data_dir
-    flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
-    if args.train_data_dir and not Path(source).is_dir():
-        fail(f"--train_data_dir {source}: no such folder")
-    try:
-        if Path(source, "dataset_info.json").exists():  # written by save_to_disk
-            data = datasets.load_from_disk(source)
-        elif args.dataset_name:
-            data = datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
+    name, folder, cache = args.dataset_name, args.train_data_dir, args.cache_dir
+    where = f"--dataset_name {name}" if name else f"--train_data_dir {folder}"
+    with or_fail(f"{where}: cannot be opened", "give a hub id, a dataset folder, or pictures with metadata.jsonl"):
+        if Path(name or folder, "dataset_info.json").exists():  # written by save_to_disk
+            data = datasets.load_from_disk(name or folder)
+            data = data["train"] if isinstance(data, dict) else data
+        elif name:
+            data = datasets.load_dataset(name, args.dataset_config_name, cache_dir=cache, split="train")
         else:
-            data = datasets.load_dataset("imagefolder", data_dir=source, cache_dir=args.cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fail(f"{flag} {source}: not a dataset that can be opened ({first_line(error)}); "
-             "give a hub id, a dataset folder, or a folder of pictures with metadata.jsonl")  # fmt: skip
-    if isinstance(data, dict):
-        if "train" not in data:
-            fail(f"{flag} {source}: it has no split named train, only {', '.join(data)}")
-        data = data["train"]
+            data = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=cache, split="train")
     for name in ("image_column", "caption_column"):
         if getattr(args, name) not in data.column_names:
             fail(f"--{name} {getattr(args, name)}: the data have no such column, only {', '.join(data.column_names)}")
-    if args.image_column == args.caption_column:
-        fail(f"--caption_column {args.caption_column}: this is the --image_column too")
-    data = data.select_columns([args.image_column, args.caption_column])
     if not isinstance(data.features[args.image_column], datasets.Image):
         fail(f"--image_column {args.image_column}: a column of {data.features[args.image_column]}, not of pictures")
-    if args.max_train_samples is not None:
-        data = data.select(range(min(args.max_train_samples, len(data))))
+    if getattr(data.features[args.caption_column], "dtype", None) not in ("string", "large_string", "null"):
+        fail(f"--caption_column {args.caption_column}: a column of {data.features[args.caption_column]}, not of texts")
+    data = data.select_columns([args.image_column, args.caption_column])
+    data = data.select(range(len(data))[: args.max_train_samples])
     if len(data) == 0:
-        fail(f"{flag} {source}: it holds no pictures")
+        fail(f"{where}: it holds no pictures")
     return data.cast_column(args.image_column, datasets.Image(decode=False))
-
-
-def caption_of(record, row, args):
-    """The caption of a record; a missing one is the empty one."""
-    caption = record[args.caption_column] or ""
-    if not isinstance(caption, str):
-        fail(f"--caption_column {args.caption_column}: row {row} holds {caption!r}, which is no text")
-    return caption
 
 
 def open_picture(record):
@@ -428,15 +441,13 @@ class Samples(torch.utils.data.Dataset):
                 picture = open_picture(record[self.args.image_column])
                 break
             except Exception as error:  # whatever a broken file leads Pillow to; counted and named
-                name = record[self.args.image_column]["path"] or f"row {row}"
-                unreadable[row] = f"{name} ({first_line(error)})"
+                unreadable[row] = f"{record[self.args.image_column]['path'] or f'row {row}'} ({reason(error)})"
         else:
-            first = "; ".join(list(unreadable.values())[:3])
-            fail(f"none of the {len(self.records)} pictures can be read, the first of them: {first}")
+            fail(f"none of the {len(self.records)} pictures can be read, the first: {next(iter(unreadable.values()))}")
         draw = [rng(self.args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption")]
         crop = (0.5, 0.5) if self.args.center_crop else draw[0]
         flip = self.args.random_flip and draw[1][0] < 0.5
-        caption = caption_of(record, row, self.args)
+        caption = record[self.args.caption_column] or ""
         if draw[2][0] < self.args.proportion_empty_prompts:
             caption, row = "", len(self.records)
         sample = prepare_picture(picture, crop, flip, self.args)
@@ -454,94 +465,62 @@ def collate(samples):
 
 def make_loader(samples, args, first_step, rank, world):
     """One batch for each micro-step of this rank from `first_step` on; ranks and micro-steps take contiguous parts."""
-    size, parts = args.train_batch_size, args.gradient_accumulation_steps
+    size, parts, workers = args.train_batch_size, args.gradient_accumulation_steps, args.dataloader_num_workers
     batches = (
         [(step, (rank * parts + micro) * size + i) for i in range(size)]
         for step in range(first_step, args.max_train_steps)
         for micro in range(parts)
     )
-    return torch.utils.data.DataLoader(
-        samples, batch_sampler=batches, collate_fn=collate, num_workers=args.dataloader_num_workers
-    )
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
 # ------------------------------------------------------------------------------------------------------ 5. Models
 
 
-def quiet_libraries():
-    """No progress bars and advice of libraries: this program has one bar and says itself what it does."""
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # of what diffusers passes to it
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def first_line(error):
-    """The first line of an exception's message."""
-    return f"{error}".strip().split("\n")[0] or type(error).__name__
-
-
-def tensor_names(file):
-    """The names of the tensors in a safetensors file."""
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
-
-
 def teacher_parts(args):
-    """The names of the parts that the teacher has, such as unet and text_encoder."""
+    """The parts that the teacher has, such as unet and text_encoder; for one file each as often as it has tensors."""
     name = args.pretrained_teacher_model
-    if not name.endswith(".safetensors"):
-        index = DiffusionPipeline.load_config(name, revision=args.teacher_revision, cache_dir=args.cache_dir)
-        return {part for part, value in index.items() if isinstance(value, list) and value[0]}
-    return {
-        part for prefix, part in ONE_FILE_PARTS.items() if any(key.startswith(prefix) for key in tensor_names(name))
-    }
+    if name.endswith(".safetensors"):
+        with safe_open(name, "pt") as file:
+            keys = file.keys()
+        return [part for key in keys for start, part in ONE_FILE_PARTS.items() if key.startswith(start)]
+    index = DiffusionPipeline.load_config(name, revision=args.teacher_revision, cache_dir=args.cache_dir)
+    return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
 def open_teacher(pipeline_class, needed, args, dtype, **options):
     """The teacher, from a folder, the hub or one file, and perhaps with another VAE."""
     name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
-    one_file = name.endswith(".safetensors")
-    options |= {"revision": args.teacher_revision, "cache_dir": args.cache_dir, "dtype": dtype}
-    flag = f"--pretrained_vae_model_name_or_path {vae}"
+    common, flag = {"cache_dir": args.cache_dir, "dtype": dtype}, f"--pretrained_teacher_model {name}"
+    options |= common | {"revision": args.teacher_revision}
     advice = "give a diffusers folder with safetensors weights or a hub id"
-    try:
-        if vae:
-            kinds = {"use_safetensors": True, "cache_dir": args.cache_dir, "dtype": dtype}
-            options["vae"] = AutoencoderKL.from_pretrained(vae, **kinds)
-        flag, advice = f"--pretrained_teacher_model {name}", f"{advice}, or a .safetensors file"
+    if vae:
+        with or_fail(f"--pretrained_vae_model_name_or_path {vae}: cannot be loaded", advice):
+            options["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **common)
+    with or_fail(f"{flag}: cannot be loaded", f"{advice}, or a .safetensors file"):
         parts = teacher_parts(args)
-        if parts & {"unet", "text_encoder", "text_encoder_2"} != needed:
-            fail(
-                f"{flag}: it has {', '.join(sorted(parts)) or 'no part that is known'}, not just {', '.join(sorted(needed))}; "
-                "train_lcm_lora_sd15.py distils the layout of Stable Diffusion 1.x and 2.x, train_lcm_lora_sdxl.py SDXL's"
-            )
-        if "vae" not in parts | options.keys():
+        if needed != {"unet", "text_encoder", "text_encoder_2"} & set(parts):
+            has, wanted = (", ".join(sorted(set(names))) or "nothing known" for names in (parts, needed))
+            other = "train_lcm_lora_sd15.py" if FAMILY == "sdxl" else "train_lcm_lora_sdxl.py"
+            fail(f"{flag}: it has {has}, not just {wanted}; it may be a teacher for {other}")
+        if "vae" not in [*parts, *options]:
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
-        if not one_file:
+        if not name.endswith(".safetensors"):
             return pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
-        flag += f" with --teacher_config {args.teacher_config or 'not given'}"
-        advice = "give the folder or hub id of configs and tokenizers of just this kind of model as --teacher_config"
+    advice = "give the folder or hub id of configs and tokenizers of just this kind of model as --teacher_config"
+    with or_fail(f"{flag} with --teacher_config {args.teacher_config or 'not given'}: cannot be loaded", advice):
         pipe = pipeline_class.from_single_file(name, config=args.teacher_config, **options)
-        check_one_file(name, pipe)
+        # The weights in the file are those of the pipeline, none left over and none never filled.
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        empty = any(p.is_meta for module in modules for p in module.parameters())
+        if empty or parts.count("unet") != len(pipe.unet.state_dict()):
+            raise ValueError("the file does not hold just the tensors that these configs speak of")
         return pipe
-    except Exception as error:  # hub, network, configs, weights: each library has its own; none is swallowed
-        fail(f"{flag}: cannot be loaded ({type(error).__name__}: {first_line(error)}); {advice}")
-
-
-def check_one_file(name, pipe):
-    """The weights in the file are those of the pipeline, none left over and none never filled."""
-    in_file = sum(key.startswith("model.diffusion_model.") for key in tensor_names(name))
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    if in_file != len(pipe.unet.state_dict()) or any(p.is_meta for module in modules for p in module.parameters()):
-        raise ValueError("the file does not hold just the tensors that these configs speak of")
 
 
 def load_teacher(args, dtype):
     """The teacher as a pipeline in its final precision."""
-    needed = {"unet", "text_encoder", "text_encoder_2"}
-    pipe = open_teacher(StableDiffusionXLPipeline, needed, args, dtype)
+    pipe = open_teacher(StableDiffusionXLPipeline, {"unet", "text_encoder", "text_encoder_2"}, args, dtype)
     if dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.float()  # SDXL's first VAE overflows in fp16; the fp16-fix one does not, and says so in its config
     return pipe
@@ -549,43 +528,23 @@ def load_teacher(args, dtype):
 
 def share_weights(unet):
     """Another UNet object over the very same Parameter and buffer objects: what is added to one is not in the other."""
-    tensors = [*unet.parameters(), *unet.buffers()]
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(unet, {id(tensor): tensor for tensor in [*unet.parameters(), *unet.buffers()]})
 
 
 def attach_lora(unet, args):
     """Add LoRA layers to the UNet, float32 whatever the base is; only they are trained."""
-    config = peft.LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules.replace(",", " ").split(),
-    )
+    targets = args.lora_target_modules.replace(",", " ").split()
+    strength = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     torch.manual_seed(args.seed)
-    try:
-        unet.add_adapter(config)
-    except ValueError as error:
-        fail(f"--lora_target_modules: {first_line(error)}")
+    with or_fail("--lora_target_modules: no such layers", "give endings of the names of linear and conv layers"):
+        unet.add_adapter(peft.LoraConfig(target_modules=targets, **strength))
     cast_training_params(unet, dtype=torch.float32)
     return unet
 
 
-def vae_factor(vae):
-    """How many pixels a latent is wide."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def count_parameters(parameters):
-    """Their number as text."""
-    return f"{sum(p.numel() for p in parameters) / 1e6:.2f}M parameters"
-
-
 @torch.no_grad()
 def encode_captions(pipe, captions):
-    """What the prompt conditions the UNet on, made as the pipeline makes it when it draws.
-
-    {"prompt": [B,L,D], "text_embeds": [B,P]}
-    """
+    """What the prompt conditions the UNet on, as the pipeline makes it: {"prompt": [B,L,D], "text_embeds": [B,P]}."""
     device = pipe.text_encoder.device
     prompt, _, pooled, _ = pipe.encode_prompt(captions, None, device, 1, False)
     if pipe.config.force_zeros_for_empty_prompt:
@@ -600,7 +559,7 @@ def cache_text_embeddings(pipe, records, c_null, args, accelerator):
     The files bear the name of the captions and of what the encoders say of a few of them, so that later runs use them again.
     A file is renamed when whole, so a kill costs one at most; the processes make them in turn.
     """
-    captions = [caption_of(record, row, args) for row, record in enumerate(records.select_columns(args.caption_column))]
+    captions = [caption or "" for caption in records[args.caption_column]]
     digest = hashlib.sha256(json.dumps(captions).encode())
     for value in [*c_null.values(), *encode_captions(pipe, captions[:4]).values()]:
         digest.update(to_bytes(value))
@@ -661,7 +620,7 @@ def draw_batch(pipe, batch, c_null, timesteps, step, args):
     """(x, c) ~ data, z = E(x), n ~ U, omega ~ U[w_min, w_max]; what `distillation_loss` takes, from z to omega."""
     places, device, vae = batch["place"], pipe.unet.device, pipe.vae
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))  # LoRA dropout draws from torch
-    side = args.resolution // vae_factor(vae)
+    side = args.resolution // pipe.vae_scale_factor
     shape = (vae.config.latent_channels, side, side)
     posterior_noise = normal(args.seed, step, places, "posterior", shape)
     z = encode_pictures(vae, batch["pixels"], posterior_noise, args.vae_encode_batch_size)
@@ -713,63 +672,111 @@ def lora_layers(unet):
     return layers
 
 
-def header(args, step):
+def base_name(name):
+    """A hub id as it is, the last part of a local path."""
+    return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def header(pipe, args, step):
     """The LoRA file's metadata: what it was made from and how. No time and no output path, so equal runs are equal."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_IN_HEADER}
-    for name in ("dataset_name", "train_data_dir"):
-        if settings[name] and Path(settings[name]).exists():
-            settings[name] = Path(settings[name]).resolve().name
-    return {
-        "format": "pt",
-        "lcm_lora_version": FORMAT_VERSION,
-        "base_model": args.pretrained_teacher_model,
-        "family": FAMILY,
-        "rank": f"{args.lora_rank}",
-        "alpha": f"{args.lora_alpha:g}",
-        "num_ddim_timesteps": f"{args.num_ddim_timesteps}",
-        "w_min": f"{args.w_min:g}",
-        "w_max": f"{args.w_max:g}",
-        "step": f"{step}",
-        "training_args": json.dumps(settings, sort_keys=True),
-    }
+    settings |= {k: base_name(settings[k]) for k in ("dataset_name", "train_data_dir", "lora_path") if settings[k]}
+    base, rank, alpha = args.pretrained_teacher_model, args.lora_rank, args.lora_alpha
+    about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "family": FAMILY, "step": step}
+    about |= {"rank": rank, "alpha": alpha, "num_ddim_timesteps": args.num_ddim_timesteps}
+    about |= {"w_min": args.w_min, "w_max": args.w_max, "training_args": json.dumps(settings, sort_keys=True)}
+    # What ComfyUI, A1111/Forge and kohya's tools show: ModelSpec's fields and those of kohya's scripts
+    prediction = pipe.scheduler.config.get("prediction_type", "epsilon").removesuffix("_prediction")
+    about |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers"}
+    about |= {"modelspec.title": f"LCM-LoRA of {base_name(base)}", "modelspec.prediction_type": prediction}
+    about |= {"modelspec.resolution": f"{args.resolution}x{args.resolution}", "modelspec.usage_hint": USAGE_HINT}
+    about |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha, "ss_steps": step}
+    about |= {"ss_sd_model_name": base_name(base), "ss_learning_rate": args.learning_rate}
+    about["ss_mixed_precision"] = args.mixed_precision
+    unet = pipe.unet.config
+    if known := BASES.get((unet.cross_attention_dim, prediction)):  # other sizes, such as the demo's, are no known base
+        about |= {"ss_base_model_version": known[0], "ss_v2": known[0].startswith("sd_v2")}
+        # A1111 files SSD-1B under SDXL; its architecture is another.
+        about |= {} if unet.reverse_transformer_layers_per_block else {"modelspec.architecture": f"{known[1]}/lora"}
+    return {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in about.items()}
+
+
+def read_lora(pipe, teacher, path, what, advice):
+    """The LoRA in a file, in the naming of any tool, as diffusers puts it on a UNet like the teacher: `lora_layers`."""
+    with or_fail(f"{what} {path}: no LoRA that can be read", advice):
+        with safe_open(path, "pt") as file:
+            tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        if not tensors or not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("a tensor of it is NaN or infinite" if tensors else "it is empty")
+        weights = sum(not key.endswith(".alpha") for key in tensors)
+        # PEFT keeps rank and alpha in a file beside it, diffusers in the header, kohya in tensors
+        config = json.loads(about.get("lora_adapter_metadata", "null"))
+        if path.name == PEFT_FILE:
+            config = {f"unet.{k}": v for k, v in peft.LoraConfig.from_pretrained(path.parent).to_dict().items()}
+        # One naming for all: diffusers goes by that of the first key and drops what is named otherwise
+        if not any(key.startswith("lora_") for key in tensors):
+            bare = {key.removeprefix("unet.").removeprefix("base_model.model."): key for key in tensors}
+            tensors = convert_unet_state_dict_to_peft({f"unet.{name}": tensors[key] for name, key in bare.items()})
+        # Without base weights: no memory is taken, and the layers stay as precise as the file whatever the teacher is
+        blank = {id(p): torch.nn.Parameter(torch.zeros(()).expand(p.shape), False) for p in teacher.parameters()}
+        reader = copy.deepcopy(teacher, blank)
+        state, alphas = pipe.lora_state_dict(tensors, unet_config=reader.config)
+        pipe.load_lora_into_unet(state, alphas, reader, metadata=config, low_cpu_mem_usage=True)
+        layers = lora_layers(reader)
+        if 2 * len(layers) != weights:
+            raise ValueError(f"{len(layers)} of its {weights / 2:g} layers are layers of this teacher")
+        # diffusers gives some layers the alpha of others where alphas differ
+        read = sorted(len(a) * scaling for a, _, scaling in layers.values())
+        if alphas and not np.allclose(sorted(alphas.values()), read):
+            raise ValueError("its layers differ in alpha, which diffusers does not read")
+        return layers
+
+
+@torch.no_grad()
+def load_lora(pipe, teacher, student, source, flag):
+    """Put the weights of a LoRA into the student; B is scaled so that under another alpha the update is the same."""
+    names = ("unet/" + PEFT_FILE, PEFT_FILE, LORA_FILE)  # the most precise first
+    path = next((Path(source, name) for name in names if Path(source, name).exists()), Path(source))
+    advice = f"give a .safetensors file of this kind of teacher, or a folder with {LORA_FILE} or {PEFT_FILE}"
+    loaded, live = read_lora(pipe, teacher, path, flag, advice), lora_layers(student)
+    given, wanted = ({name: len(a) for name, (a, _, _) in layers.items()} for layers in (loaded, live))
+    if given != wanted:
+        endings = {next(e for e in [*TARGET_MODULES.split(), name] if f".{name}".endswith(f".{e}")) for name in given}
+        rank = " or ".join(map(str, sorted(set(given.values()))))
+        fits = f"--lora_rank {rank} --lora_target_modules '{' '.join(sorted(endings))}'"
+        fail(f"{flag} {path}: its {len(given)} layers and their rank are not those of this run; give {fits}")
+    for name, (a, b, scaling) in live.items():
+        a.copy_(loaded[name][0])
+        b.copy_(loaded[name][1] * (loaded[name][2] / scaling))
 
 
 def save_lora(pipe, teacher, student, folder, args, step):
     """Write the LoRA file and the PEFT folder, then read the file back as a user's pipeline would and compare."""
-    layers = lora_layers(student)
+    layers, dtype = lora_layers(student), DTYPES[args.save_precision]
+    file, peft_folder = folder / LORA_FILE, folder / "unet"
     kohya, prefixed = {}, {}
-    for path, (a, b, scaling) in layers.items():
-        a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-        key = "lora_unet_" + path.replace(".", "_")
-        kohya |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
-        kohya[f"{key}.alpha"] = torch.tensor(float(scaling * args.lora_rank))
-        prefixed |= {f"base_model.model.{path}.lora_{n}.weight": w for n, w in (("A", a), ("B", b))}
-    peft_folder = folder / "unet"
+    for path, (a, b, _) in layers.items():
+        a, b, key = a.detach().cpu(), b.detach().cpu(), "lora_unet_" + path.replace(".", "_")
+        kohya |= {f"{key}.lora_down.weight": a.to(dtype), f"{key}.lora_up.weight": b.to(dtype)}
+        kohya[f"{key}.alpha"] = torch.tensor(float(args.lora_alpha))
+        prefixed |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
     peft_folder.mkdir(parents=True, exist_ok=True)
-    save_file(kohya, folder / LORA_FILE, metadata=header(args, step))
-    save_file(prefixed, peft_folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = student.peft_config["default"].to_dict() | {"base_model_name_or_path": args.pretrained_teacher_model}
+    save_file(kohya, file, metadata=header(pipe, args, step))
+    save_file(prefixed, peft_folder / PEFT_FILE, metadata={"format": "pt"})
+    config = student.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": args.pretrained_teacher_model, "inference_mode": True}
     config["target_modules"] = sorted(config["target_modules"])
-    config["inference_mode"] = True
     (peft_folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
-    reader = share_weights(teacher)
-    state, alphas = pipe.lora_state_dict(folder / LORA_FILE, unet_config=reader.config)
-    pipe.load_lora_into_unet(state, network_alphas=alphas, unet=reader)
-    loaded = lora_layers(reader)
-    wrong = [
-        path
-        for path, (a, b, scaling) in layers.items()
-        if path not in loaded
-        or loaded[path][2] != scaling
-        or not all(torch.equal(x.to(y), y) for x, y in zip((a, b), loaded[path][:2], strict=True))
-    ]
-    if wrong or len(loaded) != len(layers):
-        fail(
-            f"{folder / LORA_FILE}: diffusers loads {len(loaded)} of its {len(layers)} layers, "
-            f"{len(wrong)} are missing or differ, the first {wrong[:1]}"
-        )
-    return f"{folder / LORA_FILE}: {len(layers)} of {len(layers)} layers read back equal"
+    loaded, wrong = read_lora(pipe, teacher, file, "the saved", "where training diverged, lower --learning_rate"), []
+    for path, (a, b, scaling) in layers.items():
+        x, y, loaded_scaling = loaded.get(path, (a, b, math.nan))
+        same = all(torch.equal(w.cpu().to(dtype), v.to(dtype)) for w, v in ((a, x), (b, y)))
+        if not same or not math.isclose(scaling, loaded_scaling, rel_tol=1e-6):  # alpha is float32 in the file
+            wrong.append(path)
+    if wrong:
+        fail(f"{file}: as diffusers loads {len(layers)} layers, {len(wrong)} are missing or differ, first {wrong[0]}")
+    return f"{file}: {len(layers)} of {len(layers)} layers read back equal"
 
 
 def checkpoints(output_dir):
@@ -778,14 +785,14 @@ def checkpoints(output_dir):
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def save_checkpoint(pipe, teacher, student, optimizer, lr_scheduler, scaler, args, step):
+def save_checkpoint(pipe, teacher, student, states, args, step):
     """Write checkpoint-<step> under another name, then rename it; afterwards delete the oldest beyond the limit."""
     folder = Path(args.output_dir, f"checkpoint-{step}")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     report = save_lora(pipe, teacher, student, part, args, step).replace(str(part), str(folder))
-    state = {"step": step, "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
-    torch.save(state | {"scaler": scaler.state_dict() if scaler else None}, part / STATE_FILE)
+    state = {name: kept and kept.state_dict() for name, kept in states.items()}
+    torch.save(state | {"step": step}, part / STATE_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     if args.checkpoints_total_limit:
@@ -796,46 +803,25 @@ def save_checkpoint(pipe, teacher, student, optimizer, lr_scheduler, scaler, arg
 
 def find_checkpoint(args):
     """The folder that --resume_from_checkpoint means, or None where a run with `latest` has none yet."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "latest":
-        return (checkpoints(args.output_dir) or [None])[-1]
-    folder = Path(args.resume_from_checkpoint)
-    if not (folder / STATE_FILE).is_file():
-        fail(
-            f"--resume_from_checkpoint {folder}: no checkpoint there (no {STATE_FILE}); "
-            "give a checkpoint-<step> folder, or `latest`"
-        )
-    return folder
-
-
-def load_lora_weights(student, folder):
-    """Put a checkpoint's LoRA weights into the student."""
-    weights = load_file(folder / "unet" / "adapter_model.safetensors")
-    layers = lora_layers(student)
-    live = {f"base_model.model.{path}.lora_{n}.weight": w for path, ab in layers.items() for n, w in zip("AB", ab)}
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in live.items()}:
-        fail(f"--resume_from_checkpoint {folder}: its LoRA layers are not those of this run; "
-             "give the same teacher, --lora_rank and --lora_target_modules")  # fmt: skip
-    with torch.no_grad():
-        for name, weight in live.items():
-            weight.copy_(weights[name])
+    name = args.resume_from_checkpoint
+    if name is None or name == "latest":
+        return (checkpoints(args.output_dir) or [None])[-1] if name else None
+    if not Path(name, STATE_FILE).is_file():
+        fail(f"--resume_from_checkpoint {name}: no checkpoint there; give a checkpoint-<step> folder, or `latest`")
+    return Path(name)
 
 
 @torch.no_grad()
 def validate(pipe, accelerator, args, step):
     """Draw the validation prompts with the live student in 4 LCM steps, for a file and for all trackers."""
-    images = []
+    images, what = [], {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     for i, prompt in enumerate(args.validation_prompts):
-        z = pipe(
-            prompt, num_inference_steps=4, guidance_scale=1.0, height=args.resolution, width=args.resolution,
-            generator=torch.Generator().manual_seed(args.seed + i), output_type="latent",
-        ).images  # fmt: skip
+        noise = torch.Generator().manual_seed(args.seed + i)
+        z = pipe(prompt, num_inference_steps=4, guidance_scale=1.0, generator=noise, **what).images
         pixels = pipe.vae.decode(z.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
         images += VaeImageProcessor().postprocess(pixels)
-    folder = Path(args.output_dir, "validation")
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:06d}.png"
+    path = Path(args.output_dir, "validation", f"step-{step:06d}.png")
+    path.parent.mkdir(exist_ok=True)
     diffusers.utils.make_image_grid(images, 1, len(images)).save(path)
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -843,12 +829,55 @@ def validate(pipe, accelerator, args, step):
     return f"{path}: the validation prompts in 4 steps"
 
 
-def peak_memory(device):
-    """Peak memory in GiB: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if platform.system() == "Darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def write_card(pipe, args, step):
+    """README.md: front matter for the hub, settings, the last validation, how to load the LoRA; of paths only names."""
+    name, folder, kind = args.pretrained_teacher_model, Path(args.output_dir).resolve(), type(pipe).__name__
+    base, ddim_steps = base_name(name), args.num_ddim_timesteps
+    place = args.hub_model_id if args.push_to_hub else folder.name
+    opener = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
+    tags = ["lcm", "lora", "lcm-lora", "stable-diffusion-xl" if FAMILY == "sdxl" else "stable-diffusion"]
+    about = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    about |= {} if Path(name).exists() else {"base_model": name}
+    prompts, picture = args.validation_prompts or ["a red apple"], f"validation/step-{step:06d}.png"
+    drawn = f"\n![The prompts below in 4 steps]({picture})\n\n" + "".join(f"- {prompt}\n" for prompt in prompts)
+    (folder / "README.md").write_text(f"""---
+{ModelCardData(**about)}
+---
+
+# LCM-LoRA of {base}
+
+Draws in 1 to 8 steps without guidance. Made of {base} by {Path(__file__).name}: {step} steps at {args.resolution} px,
+batch {args.train_batch_size} x {args.gradient_accumulation_steps}, learning rate {args.learning_rate:g},
+rank {args.lora_rank}, alpha {args.lora_alpha:g}, omega {args.w_min:g} to {args.w_max:g}, {ddim_steps} DDIM steps,
+{args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
+{drawn if (folder / picture).is_file() else ""}
+```python
+from diffusers import {kind}, LCMScheduler
+
+pipe = {kind}.{opener}("{base}")
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps={ddim_steps})
+pipe.load_lora_weights("{place}", weight_name="{LORA_FILE}")
+# or, by PEFT: pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "{place}", subfolder="unet")
+pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("lcm.png")
+```
+
+- ComfyUI: `{LORA_FILE}` into `models/loras`, LoraLoaderModelOnly; KSampler with 4 steps, cfg 1, lcm, sgm_uniform
+- A1111, Forge: the same file into `models/Lora`, `<lora:{Path(LORA_FILE).stem}:1>` in the prompt; LCM, 4 steps, CFG 1
+- `python infer.py --lora {shlex.quote(folder.name)} --prompt {shlex.quote(prompts[0])} --output lcm.png`
+""")
+
+
+def open_hub(args, rank):
+    """The hub's API, on rank 0 of a run with --push_to_hub, and a repository there; only it has the token afterwards."""
+    token = args.hub_token
+    del args.hub_token  # so log, trackers, args.json, header and card have no such setting
+    sys.argv = [word.replace(token, "***") if token else word for word in sys.argv]  # which wandb notes down
+    if not args.push_to_hub or rank:
+        return None
+    hub, name = HfApi(token=token or None), args.hub_model_id or Path(args.output_dir).resolve().name
+    with or_fail("--push_to_hub: no repository", "check --hub_token or `hf auth login`, --hub_model_id, the network"):
+        args.hub_model_id = hub.create_repo(name, exist_ok=True).repo_id
+    return hub
 
 
 class Log:
@@ -856,9 +885,8 @@ class Log:
 
     def __init__(self, accelerator, args, step, keep):
         """Start the outputs of a run at `step`; `keep` what log.jsonl says of the steps before it."""
-        self.accelerator, self.step, self.pending, self.unreadable = accelerator, step, [], {}
-        main = accelerator.is_main_process
-        self.file = None
+        self.accelerator, self.rows, self.unreadable = accelerator, [], {}
+        main, self.file = accelerator.is_main_process, None
         if main:
             path = Path(args.output_dir, "log.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -866,59 +894,42 @@ class Log:
             versions = {m.__name__: m.__version__ for m in libraries} | {"python": platform.python_version()}
             about = {"arguments": vars(args), "processes": accelerator.num_processes, "versions": versions}
             Path(args.output_dir, "args.json").write_text(json.dumps(about, indent=2) + "\n")
-            old = path.read_text().splitlines(keepends=True) if keep and path.exists() else []
+            old = path.read_text().split("\n")[:-1] if keep and path.exists() else []  # a kill tears the last
             self.file = path.open("w", buffering=1)
-            whole = [line for line in old if line.endswith("\n")]  # a kill may have torn the last one
-            self.file.writelines(line for line in whole if json.loads(line)["step"] <= step)
+            self.file.writelines(f"{line}\n" for line in old if json.loads(line)["step"] <= step)
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         wandb = {"dir": accelerator.logging_dir}  # else it writes into the working directory
         accelerator.init_trackers(args.tracker_project_name, plain, {"wandb": wandb})
         self.bar = tqdm(total=args.max_train_steps, initial=step, disable=not main, unit="step", dynamic_ncols=True)
-        self.restart_clock()
+        self.restart_clock(step)
 
-    def restart_clock(self):
+    def restart_clock(self, step):
         """Measure the speed from here on; what came before, such as a save, does not count."""
-        self.clock, self.clock_step = time.perf_counter(), self.step
-
-    def say(self, line):
-        """A line above the bar, from the first process."""
-        if self.accelerator.is_main_process:
-            self.bar.write(line)
+        self.clock, self.clock_step = time.perf_counter(), step
 
     def warn_of(self, unreadable):
         """Count and name the pictures, {row: why}, that were met for the first time and replaced."""
-        new = {row: why for row, why in unreadable.items() if row not in self.unreadable}
-        self.unreadable |= new
+        new = "; ".join(why for row, why in unreadable.items() if row not in self.unreadable)
+        self.unreadable |= unreadable
         if new:
-            names = "; ".join(new.values())
-            self.bar.write(f"warning: {len(self.unreadable)} unreadable pictures replaced so far: {names}", sys.stderr)
-
-    def add(self, **values):
-        """The values of one optimizer step, which this ends."""
-        self.step += 1
-        self.pending.append({"step": self.step} | values)
-        self.bar.update()
+            self.bar.write(f"warning: {len(self.unreadable)} unreadable pictures replaced so far: {new}", sys.stderr)
 
     def flush(self, global_batch):
         """Write the pending steps; losses are means over the processes."""
-        losses = self.accelerator.reduce(torch.stack([row["loss"] for row in self.pending]), "mean").tolist()
-        rate = global_batch * (self.step - self.clock_step) / (time.perf_counter() - self.clock)
-        memory = peak_memory(self.accelerator.device)
-        for row, loss in zip(self.pending, losses, strict=True):
+        losses = self.accelerator.reduce(torch.stack([row["loss"] for row in self.rows]), "mean").tolist()
+        rate = global_batch * (self.rows[-1]["step"] - self.clock_step) / (time.perf_counter() - self.clock)
+        unit = 1 if platform.system() == "Darwin" else 2**10
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30  # of the process, or of its GPU
+        if self.accelerator.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
+        for row, loss in zip(self.rows, losses, strict=True):
             row |= {"loss": loss, "grad_norm": float(row["grad_norm"]), "images_per_s": rate, "memory_gib": memory}
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
             if self.file:
                 self.file.write(json.dumps(row) + "\n")
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.1e} {rate:.1f} img/s {memory:.1f} GiB"
-        )
-        self.pending = []
-
-    def close(self):
-        """The end of the run."""
-        self.bar.close()
-        if self.file:
-            self.file.close()
+        shown = f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.1e}"
+        self.bar.set_postfix_str(f"{shown} {rate:.1f} img/s {memory:.1f} GiB")
+        self.rows = []
 
 
 # -------------------------------------------------------------------------------------------------------- 8. main
@@ -926,7 +937,8 @@ class Log:
 
 def make_accelerator(args):
     """The accelerator, its trackers named but not yet started."""
-    try:
+    what = f"accelerate does not start, with --mixed_precision {args.mixed_precision}"
+    with or_fail(what, "give no, bf16 or fp16, and start with `accelerate launch`"):
         accelerator = Accelerator(
             # Without a GPU the launcher's processes would else not know of each other, and each train alone.
             cpu=not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -935,58 +947,49 @@ def make_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         )
-    except ValueError as error:
-        fail(f"--mixed_precision {args.mixed_precision}: {first_line(error)}")
     if accelerator.mixed_precision not in DTYPES:
         fail(f"mixed precision {accelerator.mixed_precision} is not supported: give --mixed_precision no, fp16 or bf16")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        fail(
-            f"{accelerator.distributed_type.value} is not supported, nor needed: the base is frozen, the LoRA small; "
-            "launch with --multi_gpu instead"
-        )
+        fail(f"{accelerator.distributed_type.value} is neither supported nor needed: launch with --multi_gpu instead")
     return accelerator
 
 
 def make_optimizer(parameters, args):
     """AdamW over the LoRA weights, and its learning-rate schedule counted in optimizer steps."""
-    optimizer_class = torch.optim.AdamW
+    kind = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    optimizer = optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    try:
-        return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
-    except ValueError as error:
-        fail(f"--lr_scheduler {args.lr_scheduler}: {first_line(error)}")
+        kind = bitsandbytes.optim.AdamW8bit
+    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    optimizer = kind(parameters, betas=(args.adam_beta1, args.adam_beta2), **settings)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
 
 
 def main(argv=None):
     """Set up, train, save."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
+    args.mixed_precision = accelerator.mixed_precision  # perhaps the launcher's
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     dtype = DTYPES[accelerator.mixed_precision]
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-
-    quiet_libraries()
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    # No bars and advice of libraries: this program has one bar and says itself what it does
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of what diffusers passes to it
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    hub = open_hub(args, rank)
 
     # Models: the teacher, the student over the same weights, the LoRA
     resumed = find_checkpoint(args)
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     pipe = load_teacher(args, dtype)
-    teacher, vae = pipe.unet, pipe.vae
-    args.resolution = args.resolution or teacher.config.sample_size * vae_factor(vae)
-    if args.resolution % vae_factor(vae):
-        fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {vae_factor(vae)}")
+    teacher = pipe.unet
+    args.resolution = args.resolution or teacher.config.sample_size * pipe.vae_scale_factor
+    if args.resolution % pipe.vae_scale_factor:
+        fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {pipe.vae_scale_factor}")
     schedule = NoiseSchedule(pipe.scheduler.config, device)
     if args.num_ddim_timesteps > len(schedule.alpha):
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {len(schedule.alpha)} timesteps")
@@ -994,6 +997,8 @@ def main(argv=None):
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval().to(device)
     student = attach_lora(share_weights(teacher), args)
+    if source := resumed or args.lora_path:
+        load_lora(pipe, teacher, student, source, "--resume_from_checkpoint" if resumed else "--lora_path")
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -1016,15 +1021,21 @@ def main(argv=None):
     optimizer, lr_scheduler = make_optimizer(trained, args)
     target = student
     student, optimizer = accelerator.prepare(student, optimizer)
+    states = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
     step = 0
     if resumed:
         state = torch.load(resumed / STATE_FILE, map_location="cpu", weights_only=True)
-        load_lora_weights(target, resumed)
-        optimizer.load_state_dict(state["optimizer"])
-        lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if accelerator.scaler and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
         step = state["step"]
+        for name, kept in states.items():
+            if kept and state[name]:
+                kept.load_state_dict(state[name])
+
+    sizes = [f"{count / 1e6:.2f}M parameters" for count in (teacher.num_parameters(), sum(p.numel() for p in trained))]
+    accelerator.print(f"teacher: {args.pretrained_teacher_model}, {sizes[0]}, {dtype}")
+    accelerator.print(f"LoRA: {len(lora_layers(target))} layers of rank {args.lora_rank}, {sizes[1]}")
+    batch_size = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
+    accelerator.print(f"data: {len(records)} pictures, in a step {batch_size}")
+    accelerator.print(f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else ""))
 
     # Outputs: nothing is written before this line
     log = Log(accelerator, args, step, keep=bool(resumed))
@@ -1032,11 +1043,6 @@ def main(argv=None):
     pipe.unet = target
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.num_ddim_timesteps)
     pipe.set_progress_bar_config(disable=True)
-    batch_size = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
-    log.say(f"teacher: {args.pretrained_teacher_model}, {count_parameters(teacher.parameters())}, {dtype}")
-    log.say(f"LoRA: {len(lora_layers(target))} layers of rank {args.lora_rank}, {count_parameters(trained)}")
-    log.say(f"data: {len(records)} pictures, in a step {batch_size}")
-    log.say(f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else ""))
 
     # The loop
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device)
@@ -1054,28 +1060,34 @@ def main(argv=None):
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
-        log.add(loss=torch.stack(micro_losses).mean(), grad_norm=grad_norm, lr=lr_scheduler.get_last_lr()[0])
-        micro_losses = []
+        step, loss, micro_losses = step + 1, torch.stack(micro_losses).mean(), []
+        log.rows.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]})
+        log.bar.update()
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
-        step += 1
         last = step == args.max_train_steps
         save = step % args.checkpointing_steps == 0
         draw = args.validation_prompts and (step % args.validation_steps == 0 or last)
         if step % args.logging_steps == 0 or save or draw or last:
             log.flush(global_batch)
         if save and accelerator.is_main_process:
-            log.say(save_checkpoint(pipe, teacher, target, optimizer, lr_scheduler, accelerator.scaler, args, step))
+            log.bar.write(save_checkpoint(pipe, teacher, target, states, args, step))
         if draw and accelerator.is_main_process:
-            log.say(validate(pipe, accelerator, args, step))
+            log.bar.write(validate(pipe, accelerator, args, step))
         if save or draw:
             accelerator.wait_for_everyone()
-            log.restart_clock()
+            log.restart_clock(step)
 
     # The end
-    log.close()
+    log.bar.close()
     if accelerator.is_main_process:
         print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
+        write_card(pipe, args, step)
+        if hub:
+            # Not the checkpoints and logs, nor args.json with the paths of this machine
+            files = [LORA_FILE, "unet/*", "validation/*", "README.md"]
+            with or_fail("--push_to_hub: the upload failed", f"`hf upload` sends {args.output_dir}, which is whole"):
+                hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=files)
     accelerator.end_training()
 
 

@@ -67,7 +67,11 @@ FLAGS = {
     "gradient_checkpointing": (None, True, EVERY, False),
     "validation_steps": ("7", 7, EVERY, 200),
     "tracker_project_name": ("t", "t", EVERY, "text2image-fine-tune"),
+    "push_to_hub": (None, True, EVERY, False),
+    "hub_model_id": ("h", "h", EVERY, None),
+    "hub_token": ("h", "h", EVERY, None),
 }
+WITH = {"hub_token": ["--push_to_hub"]}  # flags that are refused alone
 ALIAS = {"revision": "teacher_revision"}
 # {flag: (a value, a word of the message)}
 REFUSED = {
@@ -76,9 +80,6 @@ REFUSED = {
     "cast_teacher_unet": (None, "--mixed_precision"),
     "enable_xformers_memory_efficient_attention": (None, "attention"),
     "local_rank": ("0", "accelerate launch"),
-    "push_to_hub": (None, "hf upload"),
-    "hub_token": ("x", "token"),
-    "hub_model_id": ("x", "hf upload"),
 }
 NEEDED = ["--pretrained_teacher_model", "m", "--train_data_dir", "d"]
 
@@ -96,7 +97,7 @@ def test_flag_keeps_its_meaning(request, flag):
     value, parsed, scripts, _ = FLAGS[flag]
     for script in scripts:
         needed = NEEDED[:2] if flag in ("dataset_name", "train_data_dir") else NEEDED
-        words = [*needed, f"--{flag}"] + ([value] if value is not None else [])
+        words = [*needed, *WITH.get(flag, []), f"--{flag}"] + ([value] if value is not None else [])
         assert getattr(trainers(request)[script].parse_args(words), flag) == parsed
 
 

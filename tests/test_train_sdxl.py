@@ -312,7 +312,7 @@ def test_alone_in_a_folder(xl_teacher, pictures, tmp_path):
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert found == {
         LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors", "args.json", "log.jsonl",
-        "validation/step-000002.png",
+        "README.md", "validation/step-000002.png",
     }  # fmt: skip
     assert len(log(tmp_path / "out")) == 2
 
