@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Turn the pictures that you have into what the trainers read: columns `image` and `text`, in parquet files or tar shards.
+"""Turn the pictures that you have into what the trainers read: columns `image` and `text`, in parquet or tar shards.
 
-    python scripts/prepare_data.py my_pictures --output my_data          # a.png + a.txt (or a.caption), in any subfolder
-    python scripts/prepare_data.py my_pictures --output my_data --prompt "a photo of a sks dog"       # without captions
+    python scripts/prepare_data.py my_pictures --output my_data         # a.png + a.txt (or a.caption), in any subfolder
+    python scripts/prepare_data.py my_pictures --output my_data --prompt "a photo of a sks dog"      # without captions
     python scripts/prepare_data.py list.csv --output my_data --image_column path --caption_column short long
-    python scripts/prepare_data.py "shards/*.tar" --output my_data --min_side 512 --filter "aesthetic>=5" --drop_unreadable
+    python scripts/prepare_data.py "shards/*.tar" --output my_data --min_side 512 --filter "aesthetic>=5"
     accelerate launch train_lcm_lora_sd15.py --dataset_name my_data ...
 
 The source is a folder of pictures (with caption files, with metadata.jsonl as the trainers read it, or with neither and
---prompt), a table (csv, tsv, jsonl, parquet) of picture bytes or of paths, relative to the table, WebDataset tar shards, or
-what else `datasets` opens by name. Pictures are copied byte for byte in the order of the source; what is left out is
+--prompt), a table (csv, tsv, jsonl, parquet) of picture bytes or of paths relative to the table, WebDataset tar shards,
+or what else `datasets` opens by name. Pictures are copied byte for byte in the order of the source; what is left out is
 counted by reason, and the first ones are named.
 
 With several captions for a picture `text` is a list, and a tar shard holds key.json, {"text": [...]}, for key.txt. All
@@ -47,13 +47,10 @@ IN_TAR = set(".jpg .jpeg .png .webp".split())  # what every reader of tar shards
 CAPTIONS = (".txt", ".caption")
 IMAGE_COLUMNS = "image file_name path image_path jpg jpeg png webp".split()  # by default the first that is there
 CAPTION_COLUMNS = "text caption txt".split()
-SIZE_FILTERS = {
-    "min_side": lambda short, long, limit: short >= limit,
-    "max_side": lambda short, long, limit: long <= limit,
-    "max_aspect_ratio": lambda short, long, limit: long <= limit * short,
-}
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+SIZE_FILTERS = {"min_side": ">=", "max_side": "<=", "max_aspect_ratio": "<="}
 UNREADABLE = "--drop_unreadable"
+WRITTEN = "written"
 NAMED = 5  # records that are named for each reason
 ROWS = 100  # in a row group of parquet, and so in memory
 
@@ -89,7 +86,7 @@ def condition(text):
 
 
 def parse_args(argv=None):
-    """The command line; `size_filters` and `score_filters` hold the filters by the name that a report gives them."""
+    """The command line; its `size_filters` and `score_filters` are {reason for a report: (value, sign, limit)}."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = fail
@@ -112,11 +109,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         fail(f"--output {args.output}: it is there already; name a new folder")
-    limits = {flag: getattr(args, flag) for flag in SIZE_FILTERS if getattr(args, flag) is not None}
-    args.size_filters = {f"--{flag} {limit:g}": (SIZE_FILTERS[flag], limit) for flag, limit in limits.items()}
-    args.score_filters = {
-        f"--filter {name}{sign}{limit:g}": (name, COMPARE[sign], limit) for name, sign, limit in args.filter
-    }
+    limits = [(flag, sign, getattr(args, flag)) for flag, sign in SIZE_FILTERS.items()]
+    args.size_filters = {f"--{flag} {limit:g}": (flag, sign, limit) for flag, sign, limit in limits if limit}
+    args.score_filters = {f"--filter {name}{sign}{limit:g}": (name, sign, limit) for name, sign, limit in args.filter}
     return args
 
 
@@ -164,7 +159,8 @@ def read_dataset(data, args):
 
 def open_source(args):
     """(Rows of the source with undecoded pictures, folder that their paths are relative to)."""
-    source = Path(args.source).absolute()
+    source = Path(args.source)
+    source = source.resolve() if source.is_dir() else source.absolute()
     found = {path.name if path.name in METADATA else path.suffix.lower() for path in walk(source)}
     if found & PICTURES and not found & METADATA:
         return read_folder(source), source
@@ -186,7 +182,7 @@ def open_source(args):
 
 
 def choose_columns(row, args):
-    """(Picture column, caption columns) of the source whose first row is given."""
+    """(Picture column, caption columns, whether pictures have lists of captions), from the first row of the source."""
     images = [args.image_column] if args.image_column else [name for name in IMAGE_COLUMNS if name in row][:1]
     captions = args.caption_column or [name for name in CAPTION_COLUMNS if name in row][:1]
     scores = [name for name, _, _ in args.filter]
@@ -198,7 +194,8 @@ def choose_columns(row, args):
         fail(f"--image_column: name the column of the pictures, one of {', '.join(row)}")
     if not captions and args.prompt is None:
         fail(f"--caption_column: name the column of the captions, one of {', '.join(row)}, or give --prompt")
-    return images[0], captions
+    several = args.captions_per_line or len(captions) > 1 or any(isinstance(row[name], list) for name in captions)
+    return images[0], captions, several
 
 
 def read_captions(values, several, args):
@@ -221,7 +218,7 @@ def read_picture(data, path, base):
     """The bytes of a picture that is given by its bytes or its path."""
     if not data and path:
         try:
-            with fsspec.open(path if "://" in path else str(base / path), "rb") as file:
+            with fsspec.open(path) if "://" in path else open(base / path, "rb") as file:
                 data = file.read()
         except OSError:
             raise LeftOut("picture file cannot be opened") from None
@@ -230,121 +227,124 @@ def read_picture(data, path, base):
     return data
 
 
+def check(values, filters):
+    """Leave out a record one of whose values is missing, no number or on the wrong side of its limit."""
+    for reason, (name, sign, limit) in filters.items():
+        value = values.get(name)
+        if not isinstance(value, (int, float)) or not COMPARE[sign](value, limit):
+            raise LeftOut(reason)
+
+
 def check_picture(data, args):
     """Leave out a picture that a filter rejects; no more of it is decoded than the filters need."""
     try:
         picture = Image.open(io.BytesIO(data))
         if args.drop_unreadable:
             picture.load()
+        short, long = sorted(picture.size)
+        sizes = {"min_side": short, "max_side": long, "max_aspect_ratio": long / short}
     except Exception:  # whatever a broken file leads Pillow to
         raise LeftOut(UNREADABLE if args.drop_unreadable else "size cannot be read") from None
-    for name, (passes, limit) in args.size_filters.items():
-        if not passes(min(picture.size), max(picture.size), limit):
-            raise LeftOut(name)
+    check(sizes, args.size_filters)
 
 
-def read_records(rows, base, image, captions, several, args, left_out, names):
-    """Records to write; the others are counted in `left_out` by reason, the first of them in `names`."""
+def read_records(rows, base, args, counts, names):
+    """Records to write; the others are counted by reason, and the first of them named."""
     for i, row in enumerate(tqdm(rows, unit=" records", disable=None)):
+        if i == 0:
+            image, captions, several = choose_columns(row, args)
         picture = row.get(image)
         if not isinstance(picture, dict):
             picture = {"path": picture} if isinstance(picture, str) else {"bytes": picture}
         path = picture.get("path")
-        name = path.removeprefix(f"{base}/") if path else f"row {i}"
+        path = path and path.removeprefix(f"{base}/")
         try:
-            for reason, (column, compare, limit) in args.score_filters.items():
-                score = row.get(column)
-                if not isinstance(score, (int, float)) or not compare(score, limit):
-                    raise LeftOut(reason)
+            check(row, args.score_filters)
             texts = read_captions([row.get(column) for column in captions], several, args)
             data = read_picture(picture.get("bytes"), path, base)
             if args.size_filters or args.drop_unreadable:
                 check_picture(data, args)
         except LeftOut as error:
             reason = str(error)
-            left_out[reason] += 1
-            names[reason] += [name] if left_out[reason] <= NAMED else []
+            names[reason] += [path or f"row {i}"] if counts[reason] < NAMED else []
         else:
-            yield {"image": {"bytes": data, "path": name if path else None}, "text": texts if several else texts[0]}
+            reason = WRITTEN
+            yield {"image": {"bytes": data, "path": path}, "text": texts if several else texts[0]}
+        counts[reason] += 1
 
 
-class TarWriter:
-    """Writes records to a WebDataset tar file, as ParquetWriter does to a parquet file."""
-
-    def __init__(self, path, first, ending):
-        self.tar, self.key, self.ending = tarfile.open(path, "w"), first, ending
-
-    def write(self, record):
-        text = record["text"]
-        caption = (".txt", text) if isinstance(text, str) else (".json", json.dumps({"text": text}, ensure_ascii=False))
-        for ending, data in (self.ending, record["image"]["bytes"]), (caption[0], caption[1].encode()):
-            member = tarfile.TarInfo(f"{self.key:09}{ending}")  # without a time: equal records give equal files
-            member.size = len(data)
-            self.tar.addfile(member, io.BytesIO(data))
-        self.key += 1
-
-    def finalize(self):
-        self.tar.close()
-
-
-def write_shards(records, folder, several, args):
-    """Write records to shards in a folder; (number of records, number of shards)."""
+def write_parquet(records, path, several):
+    """Write records to a parquet file that `datasets` opens."""
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "text": datasets.List(text) if several else text})
-    count, shards, size, writer, ending = 0, 0, 0, None, None
+    writer = ParquetWriter(path=str(path), features=features, writer_batch_size=ROWS)
     for record in records:
-        more = len(record["image"]["bytes"])
-        if writer and size + more > args.shard_mb * 1e6:
-            writer.finalize()
-            writer = None
-        if not writer:
-            path, size = folder / f"train-{shards:05}.{args.to}", 0
-            if args.to == "tar":
-                own = Path(record["image"]["path"] or "").suffix.lower()
-                ending = ending or (own if own in IN_TAR else ".jpg")
-                writer = TarWriter(path, count, ending)
-            else:
-                writer = ParquetWriter(path=str(path), features=features, writer_batch_size=ROWS)
-            shards += 1
         writer.write(record)
-        count, size = count + 1, size + more
-    if writer:
-        writer.finalize()
-    return count, shards
+    writer.finalize()
+
+
+def write_tar(records, path, several, picture_ending):
+    """Write records to a WebDataset tar file."""
+    with tarfile.open(path, "w") as tar:
+        for i, record in enumerate(records):
+            text = json.dumps({"text": record["text"]}, ensure_ascii=False) if several else record["text"]
+            files = {picture_ending: record["image"]["bytes"], ".json" if several else ".txt": text.encode()}
+            for ending, data in files.items():
+                member = tarfile.TarInfo(f"{path.stem}-{i:06}{ending}")  # without a time: equal data, equal files
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def write_shards(records, folder, args):
+    """Write records to shards in a folder; the number of shards."""
+    first = next(records, None)
+    if first is None:
+        return 0
+    several, ending = isinstance(first["text"], list), Path(first["image"]["path"] or "").suffix.lower()
+    ending = ending if ending in IN_TAR else ".jpg"
+    total = 0
+
+    def shard_of(record):
+        nonlocal total
+        total += len(record["image"]["bytes"])
+        return (total - 1) // (args.shard_mb * 1e6)
+
+    for shard, (_, group) in enumerate(itertools.groupby(itertools.chain([first], records), shard_of)):
+        path = folder / f"train-{shard:05}.{args.to}"
+        write_tar(group, path, several, ending) if args.to == "tar" else write_parquet(group, path, several)
+    return shard + 1
 
 
 def main(argv=None):
-    """Read, filter, write beside the output folder, report, rename."""
+    """Read, filter, write beside the output folder, rename, report."""
     args = parse_args(argv)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors come as one line of ours
     rows, base = open_source(args)
-    first = next(rows, None)
-    if first is None:
-        fail(f"{args.source}: it holds no records")
-    image, captions = choose_columns(first, args)
-    several = args.captions_per_line or len(captions) > 1 or any(isinstance(first[name], list) for name in captions)
     filters = [*args.score_filters, *args.size_filters, *[UNREADABLE] * args.drop_unreadable]
-    left_out, names = Counter(dict.fromkeys(filters, 0)), defaultdict(list)
+    counts, names = Counter(dict.fromkeys([WRITTEN, *filters], 0)), defaultdict(list)
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.TemporaryDirectory(prefix=args.output.name, suffix=".part", dir=args.output.parent)
+        unfinished = tempfile.TemporaryDirectory(prefix=f"{args.output.name}.", suffix=".part", dir=args.output.parent)
     except OSError as error:
         fail(f"--output {args.output}: it cannot be written ({error.strerror}); name another folder")
     with unfinished as place:
-        folder = Path(place) / "data"
+        folder = Path(place, "data")
         folder.mkdir()
-        rows = itertools.chain([first], rows)
-        records = read_records(rows, base, image, captions, several, args, left_out, names)
-        count, shards = write_shards(records, folder, several, args)
-        lines = [f"{n} left out: {reason} ({', '.join(names[reason])}{', ...' * (n > NAMED)})" if n else f"0 left out: {reason}"
-                 for reason, n in left_out.items()]  # fmt: skip
-        total = count + left_out.total()
-        if not count:
-            reason, most = left_out.most_common(1)[0]
-            fail(f"0 of {total} records accepted: {reason} left out {most}, the first: {', '.join(names[reason])}")
+        shards = write_shards(read_records(rows, base, args, counts, names), folder, args)
+        total, written = counts.total(), counts.pop(WRITTEN)
+        if not total:
+            fail(f"{args.source}: it holds no records")
+        if not written:
+            reason, most = counts.most_common(1)[0]
+            fail(
+                f"0 of {total} records accepted: {reason} left out {most}, the first of them {', '.join(names[reason])}"
+            )
         folder.rename(args.output)
-    print("\n".join([f"{count} of {total} records written to {args.output}, {args.to} shards: {shards}", *lines]))
+    print(f"{written} of {total} records written to {args.output}, {args.to} files: {shards}")
+    for reason, count in counts.items():
+        first = f" ({', '.join(names[reason])}{', ...' * (count > NAMED)})" if count else ""
+        print(f"left out by {reason}: {count}{first}")
 
 
 if __name__ == "__main__":
