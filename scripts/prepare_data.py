@@ -37,16 +37,20 @@ from datasets.arrow_writer import ParquetWriter
 from PIL import Image
 from tqdm.auto import tqdm
 
+IN_TAR = "jpg jpeg png webp".split()  # endings that every reader of tar shards takes for a picture's
+# What is read from tar shards. Given, because `datasets` would take the fields and their types from five records.
+TAR_FIELDS = datasets.Features(
+    {ending: datasets.Image() for ending in IN_TAR} | {"txt": datasets.Value("string"), "json": datasets.Json()}
+)
 BUILDERS = {
     ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}), ".json": ("json", {}), ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}), ".tar": ("webdataset", {}),
+    ".parquet": ("parquet", {}), ".tar": ("webdataset", {"features": TAR_FIELDS}),
 }  # fmt: skip
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # what `datasets` looks for in a folder of pictures
 PICTURES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif".split())
-IN_TAR = set(".jpg .jpeg .png .webp".split())  # what every reader of tar shards takes for a picture
 CAPTIONS = (".txt", ".caption")
-IMAGE_COLUMNS = "image file_name path image_path jpg jpeg png webp".split()  # by default the first that is there
-CAPTION_COLUMNS = "text caption txt".split()
+IMAGE_COLUMNS = ["image", "file_name", "path", "image_path", *IN_TAR]
+CAPTION_COLUMNS = "text txt caption".split()
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 SIZE_FILTERS = {"min_side": ">=", "max_side": "<=", "max_aspect_ratio": "<="}
 UNREADABLE = "--drop_unreadable"
@@ -97,14 +101,14 @@ def parse_args(argv=None):
     add("--output", type=Path, required=True, help="new folder for the shards")
     add("--to", choices=["parquet", "tar"], default="parquet", help="kind of the shards")
     add("--shard_mb", type=number(float, 0.001), default=500.0, help="megabytes of pictures in a shard")
-    add("--image_column", help=f"column of the pictures (default: the first of {', '.join(IMAGE_COLUMNS)})")
+    add("--image_column", help=f"column of the pictures (default: {', '.join(IMAGE_COLUMNS)}, whatever is there)")
     add("--caption_column", nargs="+", help=f"columns of captions (default: the first of {', '.join(CAPTION_COLUMNS)})")
     add("--captions_per_line", action="store_true", help="each line of a caption is a caption of its own")
     add("--prompt", help="caption of the pictures that have none; may be empty")
     add("--min_side", type=number(int, 1), help="leave out pictures whose shorter side is less, in pixels")
     add("--max_side", type=number(int, 1), help="leave out pictures whose longer side is more, in pixels")
     add("--max_aspect_ratio", type=number(float, 1), help="leave out pictures whose longer / shorter side is more")
-    add("--filter", type=condition, action="append", default=[], help="keep only rows with COLUMN>=NUMBER (or > < <=)")
+    add("--filter", type=condition, nargs="+", default=[], help='keep only rows with "COLUMN>=NUMBER" (or > < <=)')
     add(UNREADABLE, action="store_true", help="decode each picture and leave out what cannot be")
     args = parser.parse_args(argv)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
@@ -142,7 +146,7 @@ def reading(source):
     """End with one line where the source cannot be read."""
     try:
         yield
-    except (OSError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         fail(f"{source}: it cannot be read ({reason}); "
              "give a folder of pictures, a csv, tsv, jsonl, parquet or tar file, or a hub id")  # fmt: skip
@@ -164,15 +168,16 @@ def open_source(args):
     found = {path.name if path.name in METADATA else path.suffix.lower() for path in walk(source)}
     if found & PICTURES and not found & METADATA:
         return read_folder(source), source
-    builder, options = BUILDERS.get(source.suffix.lower(), (None, {}))
+    files = f"{source}/**/*.tar" if ".tar" in found else args.source
+    builder, options = BUILDERS.get(Path(files).suffix.lower(), (None, {}))
     options = options | {"split": args.split, "streaming": True}
     with reading(args.source):
         if (source / "dataset_info.json").exists():  # written by save_to_disk
             data = datasets.load_from_disk(args.source).to_iterable_dataset()
         elif found & METADATA:
             data = datasets.load_dataset("imagefolder", data_dir=args.source, **options)
-        elif builder and not source.is_dir():
-            data = datasets.load_dataset(builder, data_files=args.source, **options)
+        elif builder:
+            data = datasets.load_dataset(builder, data_files=files, **options)
         else:
             data = datasets.load_dataset(args.source, args.config, **options)
         for name, feature in (data.features or {}).items():
@@ -182,8 +187,8 @@ def open_source(args):
 
 
 def choose_columns(row, args):
-    """(Picture column, caption columns, whether pictures have lists of captions), from the first row of the source."""
-    images = [args.image_column] if args.image_column else [name for name in IMAGE_COLUMNS if name in row][:1]
+    """(Picture columns, caption columns, whether pictures have lists of captions), from the first row of the source."""
+    images = [args.image_column] if args.image_column else [name for name in IMAGE_COLUMNS if name in row]
     captions = args.caption_column or [name for name in CAPTION_COLUMNS if name in row][:1]
     scores = [name for name, _, _ in args.filter]
     for flag, names in ("--image_column", images), ("--caption_column", captions), ("--filter", scores):
@@ -195,7 +200,7 @@ def choose_columns(row, args):
     if not captions and args.prompt is None:
         fail(f"--caption_column: name the column of the captions, one of {', '.join(row)}, or give --prompt")
     several = args.captions_per_line or len(captions) > 1 or any(isinstance(row[name], list) for name in captions)
-    return images[0], captions, several
+    return images, captions, several
 
 
 def read_captions(values, several, args):
@@ -227,7 +232,7 @@ def read_picture(data, path, base):
     return data
 
 
-def check(values, filters):
+def check_limits(values, filters):
     """Leave out a record one of whose values is missing, no number or on the wrong side of its limit."""
     for reason, (name, sign, limit) in filters.items():
         value = values.get(name)
@@ -245,21 +250,21 @@ def check_picture(data, args):
         sizes = {"min_side": short, "max_side": long, "max_aspect_ratio": long / short}
     except Exception:  # whatever a broken file leads Pillow to
         raise LeftOut(UNREADABLE if args.drop_unreadable else "size cannot be read") from None
-    check(sizes, args.size_filters)
+    check_limits(sizes, args.size_filters)
 
 
 def read_records(rows, base, args, counts, names):
     """Records to write; the others are counted by reason, and the first of them named."""
     for i, row in enumerate(tqdm(rows, unit=" records", disable=None)):
         if i == 0:
-            image, captions, several = choose_columns(row, args)
-        picture = row.get(image)
+            images, captions, several = choose_columns(row, args)
+        picture = next((row[name] for name in images if row.get(name)), None)  # in tar shards a field for each ending
         if not isinstance(picture, dict):
             picture = {"path": picture} if isinstance(picture, str) else {"bytes": picture}
         path = picture.get("path")
         path = path and path.removeprefix(f"{base}/")
         try:
-            check(row, args.score_filters)
+            check_limits(row, args.score_filters)
             texts = read_captions([row.get(column) for column in captions], several, args)
             data = read_picture(picture.get("bytes"), path, base)
             if args.size_filters or args.drop_unreadable:
@@ -283,14 +288,14 @@ def write_parquet(records, path, several):
     writer.finalize()
 
 
-def write_tar(records, path, several, picture_ending):
+def write_tar(records, path, several, image):
     """Write records to a WebDataset tar file."""
     with tarfile.open(path, "w") as tar:
         for i, record in enumerate(records):
             text = json.dumps({"text": record["text"]}, ensure_ascii=False) if several else record["text"]
-            files = {picture_ending: record["image"]["bytes"], ".json" if several else ".txt": text.encode()}
+            files = {image: record["image"]["bytes"], "json" if several else "txt": text.encode()}
             for ending, data in files.items():
-                member = tarfile.TarInfo(f"{path.stem}-{i:06}{ending}")  # without a time: equal data, equal files
+                member = tarfile.TarInfo(f"{path.stem}-{i:06}.{ending}")  # without a time: equal data, equal files
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
@@ -300,8 +305,8 @@ def write_shards(records, folder, args):
     first = next(records, None)
     if first is None:
         return 0
-    several, ending = isinstance(first["text"], list), Path(first["image"]["path"] or "").suffix.lower()
-    ending = ending if ending in IN_TAR else ".jpg"
+    several, ending = isinstance(first["text"], list), Path(first["image"]["path"] or "").suffix[1:].lower()
+    ending = ending if ending in IN_TAR else "jpg"
     total = 0
 
     def shard_of(record):
