@@ -340,16 +340,14 @@ def main(argv=None):
         total, written = counts.total(), counts.pop(WRITTEN)
         if not total:
             fail(f"{args.source}: it holds no records")
+        lines = [
+            f"{count} left out: {reason}{': ' * bool(count)}{', '.join(names[reason])}{', ...' * (count > NAMED)}"
+            for reason, count in counts.most_common()
+        ]
         if not written:
-            reason, most = counts.most_common(1)[0]
-            fail(
-                f"0 of {total} records accepted: {reason} left out {most}, the first of them {', '.join(names[reason])}"
-            )
+            fail(f"0 of {total} records accepted; {lines[0]}")
         folder.rename(args.output)
-    print(f"{written} of {total} records written to {args.output}, {args.to} files: {shards}")
-    for reason, count in counts.items():
-        first = f" ({', '.join(names[reason])}{', ...' * (count > NAMED)})" if count else ""
-        print(f"left out by {reason}: {count}{first}")
+    print(f"{written} of {total} records written to {args.output}, {args.to} files: {shards}", *lines, sep="\n")
 
 
 if __name__ == "__main__":
