@@ -234,10 +234,10 @@ def test_lines_are_captions(prepare, trained, tmp_path, to):
 def test_columns_of_captions(prepare, trained, tmp_path):
     """Several columns, a list column, or both; a list that is missing gets the prompt; a tar keeps the lists."""
     write(tmp_path / "data" / "a.png", picture())
-    rows = [{"short": "a", "long": ["b", "c"]}, {"short": None, "long": ["d"]}, {"short": None, "long": None}]
+    rows = [{"short": None, "long": None}, {"short": "a", "long": ["b", "c"]}, {"short": None, "long": ["d"]}]
     table = write(tmp_path / "data" / "list.jsonl", [{"image": "a.png"} | row for row in rows])
     out = prepare(table, caption_column=["short", "long"], prompt="p")
-    assert [caption for _, caption in trained(out)] == [["a", "b", "c"], ["d"], ["p"]]
+    assert [caption for _, caption in trained(out)] == [["p"], ["a", "b", "c"], ["d"]]
     out = prepare(table, caption_column="long", output=tmp_path / "one")
     assert [caption for _, caption in trained(out)] == [["b", "c"], ["d"]]
     tar = prepare(out, to="tar", output=tmp_path / "tar")
