@@ -1,0 +1,460 @@
+"""scripts/prepare_data.py: every kind of source, every filter, both kinds of shards, and what it says of bad input."""
+
+import io
+import json
+import tarfile
+import tracemalloc
+
+import datasets
+import pytest
+from conftest import command_line, load_script
+from PIL import Image
+
+RED, BLUE, GREEN = ((255, 0, 0), (0, 0, 255), (0, 255, 0))
+
+
+@pytest.fixture(scope="module")
+def program():
+    """scripts/prepare_data.py as a module."""
+    return load_script("scripts/prepare_data.py")
+
+
+@pytest.fixture
+def prepare(program, tmp_path, capsys):
+    """prepare(source, flag=value, ...) -> output folder; prepare.said is what was printed."""
+
+    def prepare(source, **flags):
+        flags = {"output": tmp_path / "out"} | flags
+        program.main([str(source), *command_line(flags)])
+        prepare.said = capsys.readouterr().out
+        return flags["output"]
+
+    return prepare
+
+
+@pytest.fixture
+def refused(program, tmp_path):
+    """refused(source, flag=value, ...) -> the one line it ends with, nothing having been written."""
+
+    def refused(source, **flags):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as end:
+            program.main([str(source), *command_line({"output": tmp_path / "out"} | flags)])
+        assert sorted(tmp_path.rglob("*")) == before
+        line = end.value.code
+        assert line.startswith("prepare_data.py: error: ") and "\n" not in line
+        return line
+
+    return refused
+
+
+@pytest.fixture
+def trained(sd15, tmp_path):
+    """trained(folder, flag=value, ...) -> [(bytes, caption)] as the SD 1.5 trainer reads that folder."""
+
+    def trained(folder, **flags):
+        flags = {"dataset_name": folder, "pretrained_teacher_model": "none", "cache_dir": tmp_path / "cache"} | flags
+        args = sd15.parse_args(command_line(flags))
+        rows = sd15.load_records(args)
+        pictures = [row[args.image_column] for row in rows]
+        pictures = [p["bytes"] or open(p["path"], "rb").read() for p in pictures]
+        return list(zip(pictures, rows[args.caption_column]))
+
+    return trained
+
+
+def picture(size=(12, 10), colour=RED, kind="PNG"):
+    """The bytes of a picture file."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return file.getvalue()
+
+
+def write(path, content):
+    """A file of bytes, of text, or of one JSON object a line; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    """A folder of pictures of four shapes and of two broken ones, all captioned."""
+    folder = tmp_path / "sizes"
+    for name, size in {"small": (8, 8), "square": (20, 20), "wide": (60, 20), "large": (90, 80)}.items():
+        write(folder / f"{name}.png", picture(size))
+    cut = Image.effect_noise((32, 32), 50)
+    cut.save(folder / "cut.jpg")
+    write(folder / "cut.jpg", (folder / "cut.jpg").read_bytes()[:-300])
+    write(folder / "text.png", b"no picture at all")
+    for path in list(folder.iterdir()):
+        write(path.with_suffix(".txt"), path.stem)
+    return folder
+
+
+# ---- sources
+
+
+def test_kohya_folder(prepare, trained, tmp_path):
+    """a.png + a.txt or a.caption, in repeat folders: the trainer reads the same bytes and captions, by path."""
+    source, red, blue = tmp_path / "mine", picture(), picture(colour=BLUE, kind="JPEG")
+    write(source / "10_cats" / "b.png", red)
+    write(source / "10_cats" / "b.txt", "\ufeffa cat,\nin bed\n")
+    write(source / "2_dogs" / "deep" / "a.v2.JPG", blue)
+    write(source / "2_dogs" / "deep" / "a.v2.caption", "ein Hündchen")
+    write(source / "none.png", red)
+    write(source / "odd.png", red)
+    write(source / "odd.txt", b"\xff\xfe\x00")
+    write(source / "blank.png", red)
+    write(source / "blank.txt", " \n")
+    write(source / ".hidden" / "c.png", red)
+    out = prepare(source)
+    assert trained(out) == [(red, "a cat,\nin bed"), (blue, "ein Hündchen")]
+    assert "10_cats: the repeats in folder names are ignored" in prepare.said
+    assert f"2 of 5 records written to {out}, parquet files: 1" in prepare.said
+    assert "2 left out: no caption (--prompt gives one): blank.png, none.png\n" in prepare.said
+    assert "1 left out: caption is no text: odd.png\n" in prepare.said
+    (file,) = out.iterdir()
+    rows = datasets.Dataset.from_parquet(str(file)).cast_column("image", datasets.Image(decode=False))
+    assert [row["image"]["path"] for row in rows] == ["10_cats/b.png", "2_dogs/deep/a.v2.JPG"]
+
+
+def test_folder_without_captions(prepare, trained, tmp_path):
+    """--prompt is the caption of all pictures that have none; it may be empty."""
+    for name in ("b", "a"):
+        write(tmp_path / "mine" / f"{name}.png", picture((10, ord(name))))
+    write(tmp_path / "mine" / "b.txt", "its own")
+    pictures = [picture((10, ord(name))) for name in "ab"]
+    assert trained(prepare(tmp_path / "mine", prompt="a sks dog")) == list(zip(pictures, ["a sks dog", "its own"]))
+    empty = prepare(tmp_path / "mine", prompt="", output=tmp_path / "empty")
+    assert trained(empty) == list(zip(pictures, ["", "its own"]))
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_table_of_paths(prepare, trained, tmp_path, ending):
+    """Paths are relative to the table, or absolute; a missing file and a missing caption are left out by name."""
+    red, blue = picture(), picture(colour=BLUE, kind="WEBP")
+    write(tmp_path / "data" / "pics" / "a.png", red)
+    far = write(tmp_path / "far.webp", blue)
+    rows = [("pics/a.png", "red, round"), (str(far), "blue"), ("pics/gone.png", "gone"), ("pics/a.png", None)]
+    table = tmp_path / "data" / f"list.{ending}"
+    if ending == "jsonl":
+        write(table, [{"path": path, "caption": caption} for path, caption in rows])
+    elif ending == "parquet":
+        datasets.Dataset.from_dict(dict(zip(("path", "caption"), zip(*rows)))).to_parquet(table)
+    else:
+        data = datasets.Dataset.from_dict(dict(zip(("path", "caption"), zip(*rows))))
+        data.to_csv(table, sep="," if ending == "csv" else "\t")
+    assert trained(prepare(table)) == [(red, "red, round"), (blue, "blue")]
+    assert "1 left out: picture file cannot be opened: pics/gone.png\n" in prepare.said
+    assert "1 left out: no caption (--prompt gives one): pics/a.png\n" in prepare.said
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_table_of_bytes(prepare, trained, tmp_path, decoded):
+    """A parquet column of pictures, or of bare bytes, under any name."""
+    pictures = [picture(), b"", picture(colour=BLUE)]
+    kind = datasets.Image() if decoded else datasets.Value("binary")
+    features = datasets.Features({"photo": kind, "words": datasets.Value("string")})
+    rows = [{"bytes": one, "path": None} for one in pictures] if decoded else pictures
+    data = datasets.Dataset.from_dict({"photo": rows, "words": ["red", "none", "blue"]}, features=features)
+    data.to_parquet(tmp_path / "table.parquet")
+    out = prepare(tmp_path / "table.parquet", image_column="photo", caption_column="words")
+    assert trained(out) == [(pictures[0], "red"), (pictures[2], "blue")]
+    assert "1 left out: no picture, or an empty one: row 1\n" in prepare.said
+
+
+def test_folder_with_metadata(prepare, trained, pictures):
+    """The same pictures, captions and order as the trainer reads from the folder itself."""
+    assert trained(prepare(pictures)) == trained(None, train_data_dir=pictures)
+
+
+def test_what_datasets_opens(prepare, trained, pictures, tmp_path):
+    """A folder written by save_to_disk, one of parquet files, and this program's own shards of both kinds."""
+    data = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train", cache_dir=str(tmp_path / "c"))
+    expected = trained(None, train_data_dir=pictures)
+    data.save_to_disk(tmp_path / "saved")
+    assert trained(prepare(tmp_path / "saved")) == expected
+    parquet = prepare(tmp_path / "out", output=tmp_path / "test-again", shard_mb=0.004)
+    assert trained(parquet) == expected and len(list(parquet.iterdir())) > 2
+    tar = prepare(parquet, to="tar", output=tmp_path / "tar", shard_mb=0.004)
+    assert len(list(tar.iterdir())) > 2
+    assert trained(prepare(tar, output=tmp_path / "back")) == expected
+    assert trained(prepare(tar / "*.tar", output=tmp_path / "pattern")) == expected
+
+
+def make_tar(path, samples):
+    """A tar file of samples {ending: bytes}."""
+    with tarfile.open(path, "w") as tar:
+        for i, sample in enumerate(samples):
+            for ending, data in sample.items():
+                member = tarfile.TarInfo(f"{i:03}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_tar_shards_of_others(prepare, trained, tmp_path):
+    """Pictures of several kinds, samples with other fields, json of other types; statistics beside the shards."""
+    red, blue = picture(kind="JPEG"), picture(colour=BLUE)
+    samples = [
+        {"jpg": red, "txt": b"red", "json": b'{"score": 1, "caption": "other"}'},
+        {"txt": b"nothing", "json": b'{"score": 1}'},
+        {"png": blue, "txt": b"blue", "json": b'{"score": 1.5, "tags": [1, "a"]}', "cls": b"3"},
+    ]
+    (tmp_path / "shards" / "sub").mkdir(parents=True)
+    make_tar(tmp_path / "shards" / "00000.tar", samples)
+    make_tar(tmp_path / "shards" / "sub" / "00001.tar", samples[::-1])
+    write(tmp_path / "shards" / "00000_stats.json", '{"count": 3}')
+    out = prepare(tmp_path / "shards")
+    assert trained(out) == [(red, "red"), (blue, "blue"), (blue, "blue"), (red, "red")]
+    assert "2 left out: no picture, or an empty one: row 1, row 4\n" in prepare.said
+
+
+# ---- several captions
+
+
+@pytest.mark.parametrize("to", ["parquet", "tar"])
+def test_lines_are_captions(prepare, trained, tmp_path, to):
+    """--captions_per_line: a list for every picture, of one line as well."""
+    write(tmp_path / "mine" / "a.png", picture())
+    write(tmp_path / "mine" / "a.txt", "a cat\n\n a tabby, “asleep” \n")
+    write(tmp_path / "mine" / "b.png", picture())
+    write(tmp_path / "mine" / "b.txt", "a dog")
+    out = prepare(tmp_path / "mine", captions_per_line=True, to=to)
+    if to == "parquet":
+        captions = [caption for _, caption in trained(out)]
+    else:
+        captions = [row["json"]["text"] for row in read_tars(out)]
+    assert captions == [["a cat", "a tabby, “asleep”"], ["a dog"]]
+
+
+def test_columns_of_captions(prepare, trained, tmp_path):
+    """Several columns, a list column, or both; a list that is missing gets the prompt; a tar keeps the lists."""
+    write(tmp_path / "data" / "a.png", picture())
+    rows = [{"short": None, "long": None}, {"short": "a", "long": ["b", "c"]}, {"short": None, "long": ["d"]}]
+    table = write(tmp_path / "data" / "list.jsonl", [{"image": "a.png"} | row for row in rows])
+    out = prepare(table, caption_column=["short", "long"], prompt="p")
+    assert [caption for _, caption in trained(out)] == [["p"], ["a", "b", "c"], ["d"]]
+    out = prepare(table, caption_column="long", output=tmp_path / "one")
+    assert [caption for _, caption in trained(out)] == [["b", "c"], ["d"]]
+    tar = prepare(out, to="tar", output=tmp_path / "tar")
+    back = prepare(tar, output=tmp_path / "back")
+    assert trained(back) == trained(out)
+
+
+def test_caption_that_is_no_text(prepare, trained, tmp_path):
+    """A number in the caption column is left out and named."""
+    write(tmp_path / "a.png", picture())
+    table = write(tmp_path / "l.jsonl", [{"image": "a.png", "text": 7}])
+    out = prepare(table, prompt="p", caption_column="image")
+    assert trained(out) == [(picture(), "a.png")]
+    with pytest.raises(SystemExit, match=r"0 of 1 records accepted; 1 left out: caption is no text: a\.png$"):
+        prepare(table, output=tmp_path / "none")
+
+
+# ---- filters
+
+
+@pytest.mark.parametrize(
+    "flags,kept,said",
+    [
+        ({}, "cut large small square text wide", None),
+        ({"min_side": 20}, "cut large square wide", "1 left out: --min_side 20: small.png"),
+        ({"max_side": 80}, "cut small square wide", "1 left out: --max_side 80: large.png"),
+        ({"max_aspect_ratio": 1.5}, "cut large small square", "1 left out: --max_aspect_ratio 1.5: wide.png"),
+        ({"drop_unreadable": True}, "large small square wide", "2 left out: --drop_unreadable: cut.jpg, text.png"),
+        ({"min_side": 1}, "cut large small square wide", "1 left out: size cannot be read: text.png"),
+        ({"min_side": 1}, "cut large small square wide", "0 left out: --min_side 1"),
+        (
+            {"min_side": 20, "max_side": 60, "drop_unreadable": True},
+            "square wide",
+            "1 left out: --max_side 60: large.png",
+        ),
+    ],
+)
+def test_filters(prepare, trained, sizes, flags, kept, said):
+    out = prepare(sizes, **flags)
+    assert [caption for _, caption in trained(out)] == kept.split()
+    assert f"{len(kept.split())} of 6 records written" in prepare.said
+    assert said is None or f"{said}\n" in prepare.said
+
+
+@pytest.mark.parametrize(
+    "conditions,kept",
+    [
+        (["score>=5"], "b c"),
+        (["score>5"], "c"),
+        (["score<=5"], "a b"),
+        (["score < 5"], "a"),
+        (["score>1", "score<6.5"], "a b"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "tar"])
+def test_filter_by_score(prepare, trained, tmp_path, kind, conditions, kept):
+    """A column of a table, or a field of a tar shard's key.json; a missing score is left out by every condition."""
+    rows = [{"text": text, "score": score} for text, score in (("a", 2), ("b", 5), ("c", 7.5), ("d", None))]
+    if kind == "jsonl":
+        write(tmp_path / "a.png", picture())
+        source = write(tmp_path / "list.jsonl", [row | {"image": "a.png"} for row in rows])
+    else:
+        samples = [{"jpg": picture(), "json": json.dumps(row).encode()} for row in rows]
+        source = make_tar(tmp_path / "shard.tar", samples)
+    out = prepare(source, filter=conditions)
+    assert [caption for _, caption in trained(out)] == kept.split()
+    assert all(f" left out: --filter {one.replace(' ', '')}: " in prepare.said for one in conditions)
+
+
+def test_nothing_is_decoded_without_need(prepare, sizes, monkeypatch):
+    """Without a filter no picture is opened; a filter of sizes reads headers only; --drop_unreadable decodes."""
+
+    def forbidden(*_):
+        raise AssertionError("decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.ImageFile.load", forbidden)
+        prepare(sizes, min_side=1, output=sizes / "headers")
+        assert "5 of 6" in prepare.said
+        patch.setattr("PIL.Image.open", forbidden)
+        prepare(sizes, output=sizes / "none", to="tar")
+    loaded = []
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda one: loaded.append(one.size))
+    prepare(sizes, drop_unreadable=True, output=sizes / "all")
+    assert len(loaded) == 5
+
+
+# ---- shards
+
+
+def read_tars(folder):
+    """Rows of a folder of tar shards as `datasets` reads them, pictures undecoded."""
+    data = datasets.load_dataset("webdataset", data_dir=str(folder), split="train", streaming=True)
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return list(data)
+
+
+@pytest.mark.parametrize("first,ending", [("PNG", "png"), ("JPEG", "jpeg"), ("GIF", "jpg")])
+def test_tar_shards(prepare, trained, tmp_path, first, ending):
+    """key.<ending of the first picture> + key.txt: `datasets` and the trainer read each picture, byte for byte."""
+    pictures = [picture(colour=colour, kind=kind) for colour, kind in ((RED, first), (BLUE, "JPEG"), (GREEN, "PNG"))]
+    for i, (data, kind) in enumerate(zip(pictures, (first, "jpeg", "png"))):
+        write(tmp_path / "mine" / f"{i}.{kind.lower()}", data)
+        write(tmp_path / "mine" / f"{i}.txt", f"number {i}")
+    expected = [(data, f"number {i}") for i, data in enumerate(pictures)]
+    out = prepare(tmp_path / "mine", to="tar")
+    assert [(row[ending]["bytes"], row["txt"]) for row in read_tars(out)] == expected
+    assert trained(out, image_column=ending, caption_column="txt") == expected
+    with tarfile.open(out / "train-00000.tar") as tar:
+        assert tar.getnames()[:2] == [f"train-00000-000000.{ending}", "train-00000-000000.txt"]
+
+
+@pytest.mark.parametrize("to", ["parquet", "tar"])
+def test_shards(prepare, trained, tmp_path, to):
+    """--shard_mb cuts without changing content or order; a second run writes the same bytes."""
+    source = tmp_path / "mine"
+    for i in range(12):
+        write(source / f"{i:02}.png", picture((20, 10 + i)) + bytes(1000))
+        write(source / f"{i:02}.txt", f"number {i}")
+    columns = {} if to == "parquet" else {"image_column": "png", "caption_column": "txt"}
+    one, many, again = (
+        prepare(source, to=to, shard_mb=mb, output=tmp_path / str(i)) for i, mb in enumerate((500, 0.004, 0.004))
+    )
+    assert f"{to} files: {len(list(many.iterdir()))}\n" in prepare.said
+    assert len(list(one.iterdir())) == 1 and 3 <= len(list(many.iterdir())) <= 5
+    assert trained(many, **columns) == trained(one, **columns)
+    assert [caption for _, caption in trained(one, **columns)] == [f"number {i}" for i in range(12)]
+    files = sorted(path.name for path in many.iterdir())
+    assert [(again / name).read_bytes() for name in files] == [(many / name).read_bytes() for name in files]
+    assert sum(path.stat().st_size for path in many.iterdir()) > 12_000
+
+
+@pytest.mark.parametrize("to", ["parquet", "tar"])
+def test_memory_is_bounded(program, prepare, tmp_path, monkeypatch, to):
+    """Four times as many pictures take no more memory."""
+    monkeypatch.setattr(program, "ROWS", 10)
+    peaks = []
+    for count in (30, 120):
+        source = tmp_path / str(count)
+        for i in range(count):
+            write(source / f"{i:03}.png", picture() + bytes(200_000))
+        tracemalloc.start()
+        prepare(source, prompt="p", to=to, output=tmp_path / f"out{count}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 200_000 < peaks[1] < 1.2 * peaks[0]
+
+
+# ---- errors
+
+
+def test_zero_accepted(refused, sizes):
+    """The filter that rejected most is named, with its first victims."""
+    said = refused(sizes, min_side=50, max_aspect_ratio=1.05)
+    assert "0 of 6 records accepted; 4 left out: --min_side 50: cut.jpg, small.png, square.png, wide.png" in said
+    for path in sizes.glob("*.txt"):
+        path.unlink()
+    assert "0 of 6 records accepted; 6 left out: no caption (--prompt gives one): cut.jpg, " in refused(sizes)
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        ({"filter": "aesthetic>=5"}, "--filter aesthetic: the source has no such column, only image, text"),
+        ({"filter": "aesthetic"}, "argument --filter: 'aesthetic' is no condition"),
+        ({"filter": "aesthetic=5"}, "is no condition"),
+        ({"image_column": "photo"}, "--image_column photo: the source has no such column, only image, text"),
+        ({"caption_column": ["text", "long"]}, "--caption_column long: the source has no such column"),
+        ({"min_side": 0}, "argument --min_side: 0 is not allowed: give 1 or more"),
+        ({"max_aspect_ratio": "nan"}, "argument --max_aspect_ratio: nan is not allowed"),
+        ({"shard_mb": 0}, "argument --shard_mb: 0 is not allowed"),
+        ({"to": "zip"}, "argument --to: invalid choice: 'zip'"),
+        ({"output": __file__}, "it is there already; name a new folder"),
+        ({"output": f"{__file__}/out"}, "it cannot be written (File exists)"),
+    ],
+)
+def test_bad_flags(refused, sizes, flags, said):
+    assert said in refused(sizes, **flags)
+
+
+def test_output_in_use(refused, prepare, sizes, tmp_path):
+    """A folder with anything in it is never touched; an empty one is filled."""
+    (tmp_path / "out").mkdir()
+    prepare(sizes)
+    assert "it is there already" in refused(sizes)
+
+
+def test_bad_sources(refused, tmp_path):
+    """One line for what is not there, not whole, or holds nothing that is wanted."""
+    assert "it cannot be read" in refused("no/such-dataset")
+    assert "it cannot be read" in refused(tmp_path / "gone.csv")
+    assert "it cannot be read" in refused(write(tmp_path / "a" / "list.jsonl", '{"image": "a.png", "te'))
+    assert "it cannot be read" in refused(write(tmp_path / "b" / "list.parquet", b"PAR1 not really"))
+    assert "it cannot be read" in refused(write(tmp_path / "c" / "shard.tar", b"no tar" * 200))
+    (tmp_path / "d").mkdir()
+    assert "it cannot be read" in refused(tmp_path / "d")
+    assert "it holds no records" in refused(write(tmp_path / "e" / "list.csv", "image,text\n"))
+    table = write(tmp_path / "f" / "list.csv", "photo,words\na.png,b\n")
+    assert "--image_column: name the column of the pictures, one of photo, words" in refused(table)
+    assert "name the column of the captions, one of photo, words, or give --prompt" in refused(
+        table, image_column="photo"
+    )
+
+
+def test_interrupted(program, sizes, tmp_path, monkeypatch):
+    """What ends half way leaves nothing, neither the output nor its unfinished folder."""
+    whole = program.read_picture
+
+    def broken(data, path, base):
+        if path == "square.png":
+            raise KeyboardInterrupt
+        return whole(data, path, base)
+
+    monkeypatch.setattr(program, "read_picture", broken)
+    for to in ("parquet", "tar"):
+        with pytest.raises(KeyboardInterrupt):
+            program.main([str(sizes), "--output", str(tmp_path / "out"), "--to", to, "--shard_mb", "0.001"])
+        assert [path.name for path in tmp_path.iterdir()] == ["sizes"]
