@@ -190,14 +190,6 @@ def find_lora(name, flag="--lora"):
     return path
 
 
-def json_object(text):
-    """The dict that a JSON text holds."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
 def read_lora(path):
     """All tensors, every value finite, and the header metadata; PEFT's adapter_config.json becomes a part of it."""
     from safetensors import SafetensorError, safe_open
@@ -207,15 +199,15 @@ def read_lora(path):
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         fail(f"LoRA {path}: not a whole safetensors file ({error})")
-    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+    if bad := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
         fail(f"LoRA {path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}")
     if metadata.get("lcm_lora_version", "1") != "1":
         fail(f"LoRA {path}: format version {metadata['lcm_lora_version']}; this infer.py reads version 1")
     config = path.with_name("adapter_config.json")
     if path.name == PEFT_NAME and config.is_file():
         try:
-            settings = json_object(config.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+            settings = dict(json.loads(config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError) as error:
             fail(f"LoRA {path}: {config.name} beside it cannot be read ({error})")
         metadata[PEFT_KEY] = json.dumps({f"unet.{key}": value for key, value in settings.items()})
         if settings.get("base_model_name_or_path"):
@@ -227,7 +219,7 @@ def header(path, metadata, key, default, read=float):
     """A value of the header metadata, where all are strings."""
     try:
         return read(metadata.get(key, default))
-    except ValueError:
+    except (ValueError, TypeError):
         fail(f"LoRA {path}: the header's {key} is {metadata[key]!r}, which cannot be read")
 
 
@@ -255,9 +247,7 @@ def group_layers(path, tensors, metadata, alpha=None):
     layers = {}
     for key, tensor in tensors.items():
         if kind := next((kind for word, kind in UNSUPPORTED.items() if word in key), None):
-            fail(
-                f"LoRA {path}: {key} belongs to a {kind}; only plain LoRA is supported, a down and an up matrix a layer"
-            )
+            fail(f"LoRA {path}: {key} belongs to a {kind}; only plain LoRA is supported, two matrices a layer")
         if not (parsed := parse_key(key)):
             fail(f"LoRA {path}: cannot read {key}; only LoRA layers of a UNet and its text encoders are known")
         name, part, naming = parsed
@@ -271,7 +261,7 @@ def group_layers(path, tensors, metadata, alpha=None):
             layer["naming"] = naming
     if not layers:
         fail(f"LoRA {path}: the file holds no LoRA layer")
-    config = header(path, metadata, PEFT_KEY, "{}", json_object)
+    config = header(path, metadata, PEFT_KEY, "{}", lambda text: dict(json.loads(text)))
     for name, layer in layers.items():
         for part, word in ("A", "down"), ("B", "up"):
             if part not in layer:
@@ -281,9 +271,9 @@ def group_layers(path, tensors, metadata, alpha=None):
             fail(f"LoRA {path}: the matrices of layer {name} do not fit together: {[*down]} and {[*up]}")
         layer["rank"] = down[0]
         if "alpha" not in layer:
-            stated = peft_alpha(config, *name.split(".", 1), down[0])
             # Without any alpha the scaling is 1.
-            layer["alpha"] = next(value for value in (stated, alpha, down[0]) if value is not None)
+            choices = (peft_alpha(config, *name.split(".", 1), down[0]), alpha, down[0])
+            layer["alpha"] = next(value for value in choices if value is not None)
     return layers
 
 
@@ -353,9 +343,8 @@ def match_layout(loras, base, names):
         ours = layout(layers, metadata.get("family"))
         if ours and theirs and ours != theirs:
             origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
-            fail(
-                f"LoRA {path} was trained for the {ours} layout{origin}; --base_model {base} is of the {theirs} layout"
-            )
+            says = f"was trained for the {ours} layout{origin}"
+            fail(f"LoRA {path} {says}; --base_model {base} is of the {theirs} layout")
 
 
 def match_base(pipe, path, layers, metadata, base):
@@ -369,23 +358,21 @@ def match_base(pipe, path, layers, metadata, base):
                 name = name.removesuffix(".base_layer")
                 short = f"{component}.{name}".replace(".", "_").replace("_text_model_", "_")
                 modules[short] = component, name, module.weight
-    origin = (
-        " ".join(metadata[key] for key in ("family", "base_model") if metadata.get(key)) or "another base (unnamed)"
-    )
-    matched, taken = {}, {}
+    origin = [metadata[key] for key in ("family", "base_model") if metadata.get(key)] or ["another base (unnamed)"]
+    matched = {}
     for name, layer in rename_blocks(path, layers, pipe.unet.config).items():
-        says = f"LoRA {path} was trained for {origin}, it does not fit --base_model {base}: layer {name}"
+        says = f"LoRA {path} was trained for {' '.join(origin)}, it does not fit --base_model {base}: layer {name}"
         short = name.replace(".", "_").replace("_text_model_", "_")
         if short not in modules:
             fail(f"{says} has no counterpart there")
-        if taken.setdefault(short, name) != name:
-            fail(f"LoRA {path}: {name} and {taken[short]} are the same layer")
         component, module, weight = modules[short]
+        if module in matched.setdefault(component, {}):
+            fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
         rank = layer["rank"]
         down, up = [rank, *weight.shape[1:]], [weight.shape[0], rank] + [1] * (weight.ndim - 2)
         if [*layer["A"].shape] != down or [*layer["B"].shape] != up:
             fail(f"{says} is {[*layer['A'].shape]} and {[*layer['B'].shape]}, needed are {down} and {up}")
-        matched.setdefault(component, {})[module] = layer
+        matched[component][module] = layer
     return matched
 
 
@@ -408,7 +395,7 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
         same = (bool((live.cpu() == ours.to(live.dtype)).all()) for ours, live in pairs)
         return all(same) and math.isclose(module.scaling[adapter], layer["alpha"] / layer["rank"], rel_tol=1e-6)
 
-    matched, lost, surplus = match_base(pipe, path, layers, metadata, base), [], 0
+    matched, wrong = match_base(pipe, path, layers, metadata, base), []
     for component, layers in matched.items():
         model = getattr(pipe, component)
         state = {f"{name}.lora_{part}.weight": layer[part] for name, layer in layers.items() for part in "AB"}
@@ -418,12 +405,12 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
         except Exception as error:  # noqa: BLE001 (the libraries raise whatever a strange layer leads to)
             fail(f"LoRA {path}: PEFT cannot load it ({type(error).__name__}: {error})")
         live = {name: module for name, module in model.named_modules() if adapter in getattr(module, "lora_A", {})}
-        lost += [f"{component}.{name}" for name in layers if name not in live or not arrived(live[name], layers[name])]
-        surplus += len(live.keys() - layers.keys())
+        good = {name for name in live.keys() & layers.keys() if arrived(live[name], layers[name])}
+        wrong += [f"{component}.{name}" for name in sorted((live.keys() | layers.keys()) - good)]
     flat = [layer for layers in matched.values() for layer in layers.values()]
-    if lost or surplus:
-        first = f", first missing or different: {lost[0]}" if lost else f", and {surplus} that are not in the file"
-        fail(f"LoRA {path}: {len(flat) - len(lost)} of {len(flat)} layers loaded{first}")
+    if wrong:
+        loaded = f"{len(flat) - len(wrong)} of {len(flat)} layers loaded"
+        fail(f"LoRA {path}: {loaded}, first missing or different: {wrong[0]}")
 
     # One number where all layers agree, else the span.
     facts = []
