@@ -305,18 +305,19 @@ def rename_blocks(path, layers, config):
     """The layers, those with block names of the original SDXL code in diffusers' words: diffusers knows the renaming."""
     from diffusers import StableDiffusionXLPipeline
 
-    old = [name for name in layers if name.startswith(ORIGINAL_BLOCKS)]
-    if not old:
-        return layers
-    keys = {f"lora_{name.replace('.', '_')}.lora_{part}.weight": name for name in old for part in ("down", "up")}
-    try:
-        keys, _ = StableDiffusionXLPipeline.lora_state_dict(keys, unet_config=config)
-    except Exception as error:  # noqa: BLE001 (it raises whatever a strange name leads to)
-        fail(f"LoRA {path}: diffusers cannot rename its blocks ({type(error).__name__}: {error})")
-    new = {name: parse_key(key)[0] for key, name in keys.items()}
-    renamed = {new.get(name, name): layer for name, layer in layers.items()}
-    if len(renamed) != len(layers) or new.keys() != set(old):
-        fail(f"LoRA {path}: {len(layers)} layers have but {len(renamed)} names in diffusers' words")
+    renamed = {}
+    for name, layer in layers.items():
+        if name.startswith(ORIGINAL_BLOCKS):
+            # One layer at a time: given all, diffusers takes input_blocks_10 for a part of input_blocks_1.
+            keys = {f"lora_{name.replace('.', '_')}.lora_{part}.weight": layer for part in ("down", "up")}
+            try:
+                keys, _ = StableDiffusionXLPipeline.lora_state_dict(keys, unet_config=config)
+            except Exception as error:  # noqa: BLE001 (it raises whatever a strange name leads to)
+                fail(f"LoRA {path}: diffusers cannot rename {name} ({type(error).__name__}: {error})")
+            name, _, _ = parse_key(next(iter(keys)))
+        if name in renamed:
+            fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
+        renamed[name] = layer
     return renamed
 
 
