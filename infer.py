@@ -40,10 +40,13 @@ COMPONENTS = {
     "": "unet", "unet.": "unet", "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
 }  # fmt: skip
-# How a UNet layer begins in the names of the original SDXL code, which kohya's files use.
-ORIGINAL_BLOCKS = tuple(
-    f"unet.{start}_" for start in "input_blocks middle_block output_blocks time_embed label_emb out".split()
-)
+# {name in the original code, with _ for every dot as in kohya's SDXL files: name in diffusers}
+ORIGINAL_NAMES = {
+    "input_blocks_0_0": "conv_in", "out_2": "conv_out", "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2", "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2", "in_layers_2": "conv1", "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj", "skip_connection": "conv_shortcut",
+}  # fmt: skip
 # What a key of another kind of adapter holds.
 UNSUPPORTED = {
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
@@ -301,24 +304,23 @@ def irregular(layers):
     return f"in the naming of Hugging Face's scripts: {counts}"
 
 
-def rename_blocks(path, layers, config):
-    """The layers, those with block names of the original SDXL code in diffusers' words: diffusers knows the renaming."""
-    from diffusers import StableDiffusionXLPipeline
+def diffusers_name(name, layers_per_block):
+    """A UNet layer's name in kohya's writing, its blocks counted as diffusers does and not through as the original code.
 
-    renamed = {}
-    for name, layer in layers.items():
-        if name.startswith(ORIGINAL_BLOCKS):
-            # One layer at a time: given all, diffusers takes input_blocks_10 for a part of input_blocks_1.
-            keys = {f"lora_{name.replace('.', '_')}.lora_{part}.weight": layer for part in ("down", "up")}
-            try:
-                keys, _ = StableDiffusionXLPipeline.lora_state_dict(keys, unet_config=config)
-            except Exception as error:  # noqa: BLE001 (it raises whatever a strange name leads to)
-                fail(f"LoRA {path}: diffusers cannot rename {name} ({type(error).__name__}: {error})")
-            name, _, _ = parse_key(next(iter(keys)))
-        if name in renamed:
-            fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
-        renamed[name] = layer
-    return renamed
+    diffusers' own renaming takes the upsamplers of SD 1.x for attention, and input_blocks_10 for a part of input_blocks_1.
+    """
+    name = ORIGINAL_NAMES.get(name, name)
+    if not (match := re.fullmatch(r"(input|middle|output)_blocks?_(\d+)_(?:([0-2])_)?(.+)", name)):
+        return name
+    side, count, place, rest = match.groups()
+    block, layer = divmod(int(count) - (side == "input"), layers_per_block + 1)
+    rest = ORIGINAL_NAMES.get(rest, rest)
+    if side == "middle":
+        return f"mid_block_{'attentions_0' if count == '1' else f'resnets_{int(count) // 2}'}_{rest}"
+    start = f"{'down' if side == 'input' else 'up'}_blocks_{block}"
+    if rest in ("op", "conv"):
+        return f"{start}_{'down' if rest == 'op' else 'up'}samplers_0_conv"
+    return f"{start}_{'resnets' if place == '0' else 'attentions'}_{layer}_{rest}"
 
 
 def layout(names, family=None):
@@ -350,23 +352,28 @@ def match_layout(loras, base, names):
 
 def match_base(pipe, path, layers, metadata, base):
     """{component: {module path: layer}}: every layer of the file is one module of the base, with fitting shapes."""
+
+    def plain(component, name):
+        # The text encoders have all their layers in text_model, or have not, by the version of transformers.
+        return f"{component}_{name}".replace(".", "_").replace("_text_model_", "_")
+
     # The base's own modules are the dictionary: turning _ back into . by rules would be guesswork. A module that bears
-    # another LoRA already is its base_layer. Some versions of the text encoders have all in text_model, some have not.
+    # a LoRA already has become its base_layer.
     modules = {}
     for component in set(COMPONENTS.values()):
         for name, module in getattr(getattr(pipe, component, None), "named_modules", tuple)():
             if getattr(module, "weight", None) is not None:
                 name = name.removesuffix(".base_layer")
-                short = f"{component}.{name}".replace(".", "_").replace("_text_model_", "_")
-                modules[short] = component, name, module.weight
+                modules[plain(component, name)] = name, module.weight
     origin = [metadata[key] for key in ("family", "base_model") if metadata.get(key)] or ["another base (unnamed)"]
     matched = {}
-    for name, layer in rename_blocks(path, layers, pipe.unet.config).items():
+    for name, layer in layers.items():
         says = f"LoRA {path} was trained for {' '.join(origin)}, it does not fit --base_model {base}: layer {name}"
-        short = name.replace(".", "_").replace("_text_model_", "_")
-        if short not in modules:
+        component, _, module = name.partition(".")
+        found = modules.get(plain(component, diffusers_name(module, pipe.unet.config.layers_per_block)))
+        if not found:
             fail(f"{says} has no counterpart there")
-        component, module, weight = modules[short]
+        module, weight = found
         if module in matched.setdefault(component, {}):
             fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
         rank = layer["rank"]

@@ -19,7 +19,6 @@ import math
 import re
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
@@ -68,10 +67,10 @@ def dotted(path, name):
 def full_names(path, layers):
     """{component: {module path: layer}} of what infer.py read."""
     parts = {}
-    # SD 1.x, SD 2.x, SDXL and SSD-1B alike have two layers in a block.
-    for name, layer in infer.rename_blocks(path, layers, SimpleNamespace(layers_per_block=2)).items():
+    # All of SD 1.x, SD 2.x, SDXL and SSD-1B have two layers in a block.
+    for name, layer in layers.items():
         component, _, module = name.partition(".")
-        module = dotted(path, module)
+        module = dotted(path, infer.diffusers_name(module, 2))
         if module in parts.setdefault(component, {}):
             infer.fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
         parts[component][module] = layer
