@@ -341,10 +341,12 @@ def layout(names, family=None):
 
 def match_layout(loras, base, names):
     """Each LoRA was trained for the layout of the base UNet, whose layers have these `names`."""
-    theirs = layout(names)
+    names = list(names)
+    theirs, shallow = layout(names), layout([name for name in names if "transformer_blocks" in name])
     for path, layers, metadata in loras.values():
         ours = layout(layers, metadata.get("family"))
-        if ours and theirs and ours != theirs:
+        # A header without a family leaves the transformers to tell; in a small SDXL they may be as shallow as in SD 1.x.
+        if ours and theirs and ours not in ((theirs,) if "family" in metadata else (theirs, shallow)):
             origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
             says = f"was trained for the {ours} layout{origin}"
             fail(f"LoRA {path} {says}; --base_model {base} is of the {theirs} layout")
@@ -682,7 +684,7 @@ def parameters(settings):
 def lora_name(path):
     """What a user calls this LoRA: the file, or its folder where all files have one name."""
     path = Path(path).resolve()
-    return path.parent.name if path.name == WEIGHTS_NAME else path.stem
+    return path.parent.name if path.name in (WEIGHTS_NAME, PEFT_NAME) else path.stem
 
 
 def save(image, path, settings, chunks):

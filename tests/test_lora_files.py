@@ -258,6 +258,17 @@ def test_original_block_names(sdxl, xl_teacher, tmp_path):
     assert count(unet) == count(student) and torch.allclose(forward(unet), forward(student), atol=1e-6)
 
 
+def test_shallow_sdxl_without_a_header(tmp_path):
+    """The transformers of the SDXL demo teacher are one block deep: a LoRA that tells no family is not taken for SD 1.x's."""
+    unet = DiffusionPipeline.from_pretrained(ROOT / "demo" / "teacher-sdxl").unet
+    names = [name for name, _ in unet.named_modules()]
+    layers = [name for name in names if name.endswith(tuple(PARTS))]
+    assert infer.layout(names) == "SDXL" and infer.layout(layers) == "Stable Diffusion 1.x / 2.x"
+    infer.match_layout({"lcm": ("x", layers, {})}, "base", names)
+    with pytest.raises(SystemExit, match="^error: LoRA x was trained for the Stable Diffusion 1.x / 2.x layout"):
+        infer.match_layout({"lcm": ("x", layers, {"family": "sd15"})}, "base", names)
+
+
 TEXT_NAMES = {
     "kohya": ("lora_te1_text_model_{}", "lora_te2_text_model_{}", "lora_down", "lora_up"),
     "diffusers": ("text_encoder.text_model.{}", "text_encoder_2.text_model.{}", "lora_A", "lora_B"),
