@@ -16,9 +16,12 @@ import sys
 import textwrap
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+PEFT_NAME = "adapter_model.safetensors"
+PEFT_KEY = "lora_adapter_metadata"  # PEFT's settings in the header of a file that diffusers wrote
 ADAPTER = "lcm"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # The key by which diffusers knows the text encoder of a checkpoint in one file, and the pipeline of such a checkpoint.
@@ -27,6 +30,28 @@ ONE_FILE = {
     "cond_stage_model.model.token_embedding.weight": "StableDiffusionPipeline",  # SD 2.x
     "conditioner.embedders.1.model.positional_embedding": "StableDiffusionXLPipeline",
 }
+# A LoRA tensor's key: in kohya's naming lora_unet_X.lora_down.weight, in diffusers' unet.X.lora_A.weight, formerly
+# unet.X.lora.down.weight or unet.X.processor.to_q_lora.down.weight, in PEFT's base_model.model.X.lora_A.weight.
+LORA_KEY = re.compile(
+    r"(?P<component>lora_unet_|lora_te[12]?_|unet\.|text_encoder(?:_2)?\.)?(?P<peft>base_model\.model\.)?(?P<name>.+?)"
+    r"(?:[._]lora[._](?:linear_layer\.)?(?P<part>down|up|A|B)\.weight)?(?P<alpha>\.alpha)?"
+)
+COMPONENTS = {
+    "": "unet", "unet.": "unet", "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
+}  # fmt: skip
+# {name in the original code, with _ for every dot as in kohya's SDXL files: name in diffusers}
+ORIGINAL_NAMES = {
+    "input_blocks_0_0": "conv_in", "out_2": "conv_out", "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2", "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2", "in_layers_2": "conv1", "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+# What a key of another kind of adapter holds.
+UNSUPPORTED = {
+    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
+    "lora_mid": "LoCon with a core tensor", ".diff": "difference of whole weights",
+}  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
 
@@ -59,6 +84,20 @@ def number(kind, low, high):
     return convert
 
 
+def weighted(weight, default):
+    """An argparse type: PATH or PATH:WEIGHT, as (path, weight); a colon may belong to the path, as in C:\\x or a:b."""
+
+    def convert(text):
+        path, _, last = text.rpartition(":")
+        try:
+            float(last)
+        except ValueError:
+            return text, default
+        return (path, weight(last)) if path and not Path(text).exists() else (text, default)
+
+    return convert
+
+
 def parse_args(argv=None):
     """Read the command line; what can be judged without a model is judged here."""
     count, seed = number(int, 1, 10**6), number(int, 0, 2**32 - 1)
@@ -68,9 +107,21 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("Model")
     group.add_argument(
-        "--lora", required=True, metavar="PATH", help=f"a .safetensors file, or a folder of {WEIGHTS_NAME}"
+        "--lora",
+        required=True,
+        metavar="PATH",
+        help="the LCM-LoRA: a .safetensors file, an output folder, a PEFT folder",
     )
-    group.add_argument("--lora_scale", type=strength, default=1.0, help="1 (default): as strong as trained")
+    group.add_argument("--lcm_weight", "--lora_scale", type=strength, default=1.0, help="1 (default): as trained")
+    group.add_argument(
+        "--style_lora",
+        metavar="PATH[:WEIGHT]",
+        nargs="+",
+        action="extend",
+        type=weighted(strength, 0.8),
+        default=[],
+        help="LoRAs that are added to the LCM-LoRA; weight 0.8 by default",
+    )
     group.add_argument(
         "--base_model", metavar="PATH_OR_ID", help="folder, .safetensors file or hub id; default: what the header names"
     )
@@ -122,38 +173,48 @@ def parse_args(argv=None):
 # 2. The LoRA file
 
 
-def find_lora(name):
-    """The .safetensors file that --lora means."""
+def find_lora(name, flag="--lora"):
+    """The .safetensors file that a user means by a file or a folder."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / WEIGHTS_NAME).is_file():
-            checkpoints = ", ".join(sorted(file.parent.name for file in path.glob(f"*/{WEIGHTS_NAME}")))
-            fail(
-                f"--lora {name}: no {WEIGHTS_NAME} in this folder" + (f", but in {checkpoints}" if checkpoints else "")
-            )
-        return path / WEIGHTS_NAME
-    if not path.is_file():
-        fail(f"--lora {name}: no such file or folder")
-    if path.suffix != ".safetensors":
-        fail(
-            f"--lora {name}: must be a .safetensors file, or a folder with {WEIGHTS_NAME}; pickled weights are not read"
+        for file in (path / WEIGHTS_NAME, path / PEFT_NAME, path / "unet" / PEFT_NAME):
+            if file.is_file():
+                return file
+        others = sorted(
+            str(file.relative_to(path)) for depth in ("", "*/") for file in path.glob(f"{depth}*.safetensors")
         )
+        hint = f", but {', '.join(others)}" if others else ""
+        fail(f"{flag} {name}: no {WEIGHTS_NAME} or {PEFT_NAME} in this folder{hint}")
+    if not path.is_file():
+        fail(f"{flag} {name}: no such file or folder")
+    if path.suffix != ".safetensors":
+        valid = f"a .safetensors file, or a folder with {WEIGHTS_NAME} or {PEFT_NAME}"
+        fail(f"{flag} {name}: must be {valid}; pickled weights are not read")
     return path
 
 
 def read_lora(path):
-    """All tensors and the header metadata of a safetensors file, every value finite."""
+    """All tensors, every value finite, and the header metadata; PEFT's adapter_config.json becomes a part of it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        fail(f"--lora {path}: not a whole safetensors file ({error})")
-    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        fail(f"--lora {path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}")
+        fail(f"LoRA {path}: not a whole safetensors file ({error})")
+    if bad := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+        fail(f"LoRA {path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}")
     if metadata.get("lcm_lora_version", "1") != "1":
-        fail(f"--lora {path}: format version {metadata['lcm_lora_version']}; this infer.py reads version 1")
+        fail(f"LoRA {path}: format version {metadata['lcm_lora_version']}; this infer.py reads version 1")
+    config = path.with_name("adapter_config.json")
+    if path.name == PEFT_NAME and config.is_file():
+        try:
+            settings = dict(json.loads(config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError) as error:
+            fail(f"LoRA {path}: {config.name} beside it cannot be read ({error})")
+        metadata[PEFT_KEY] = json.dumps({f"unet.{key}": value for key, value in settings.items()})
+        if settings.get("base_model_name_or_path"):
+            metadata.setdefault("base_model", settings["base_model_name_or_path"])
     return tensors, metadata
 
 
@@ -161,32 +222,105 @@ def header(path, metadata, key, default, read=float):
     """A value of the header metadata, where all are strings."""
     try:
         return read(metadata.get(key, default))
-    except ValueError:
-        fail(f"--lora {path}: the header's {key} is {metadata[key]!r}, which cannot be read")
+    except (ValueError, TypeError):
+        fail(f"LoRA {path}: the header's {key} is {metadata[key]!r}, which cannot be read")
 
 
-def group_layers(path, tensors, metadata):
-    """{layer: {A, B, alpha, rank}}; a layer is named by its module path with _ for every dot, in whatever layout."""
-    pattern = re.compile(r"(?:lora_unet_|unet\.)(.+?)(?:[._]lora[._](down|up|A|B)\.weight)?(\.alpha)?")
+def parse_key(key):
+    """(layer, part, naming) of a tensor's key, None if it is of no LoRA layer; the part is A, B or alpha."""
+    match = LORA_KEY.fullmatch(key)
+    if not match or not (match["part"] or match["alpha"]):
+        return None
+    component, name = match["component"] or "", match["name"]
+    name = re.sub(r"(?<=[._])processor[._]", "", name)
+    name = re.sub(r"(self_attn[._])to_(q|k|v|out)$", r"\1\2_proj", name)
+    name = re.sub(r"([._])to_out$", r"\1to_out\g<1>0", name)
+    part = "alpha" if match["alpha"] else {"down": "A", "up": "B"}.get(match["part"], match["part"])
+    naming = "lora_A/B" if match["part"] in ("A", "B") else f"lora{'_' if component.startswith('lora') else '.'}down/up"
+    if component and match["peft"]:
+        naming = f"{component}{match['peft']}*.{naming}"
+    return f"{COMPONENTS[component]}.{name}", part, naming
+
+
+def group_layers(path, tensors, metadata, alpha=None):
+    """{layer: {A, B, alpha, rank, naming}} of a file in whatever naming, `alpha` being for layers that tell none.
+
+    A layer is unet.X, text_encoder.X or text_encoder_2.X; X is the module path, in kohya's naming with _ for every dot.
+    """
     layers = {}
     for key, tensor in tensors.items():
-        match = pattern.fullmatch(key)
-        if not match or not (match[2] or match[3]):
-            fail(f"--lora {path}: cannot read {key}; only LoRA layers of a UNet are, as lora_unet_* or unet.* keys")
-        name = match[1].replace(".", "_").replace("_processor_", "_")
-        part = "alpha" if match[3] else "A" if match[2] in ("down", "A") else "B"
-        layers.setdefault(name, {})[part] = tensor.item() if part == "alpha" and tensor.numel() == 1 else tensor
+        if kind := next((kind for word, kind in UNSUPPORTED.items() if word in key), None):
+            fail(f"LoRA {path}: {key} belongs to a {kind}; only plain LoRA is supported, two matrices a layer")
+        if not (parsed := parse_key(key)):
+            fail(f"LoRA {path}: cannot read {key}; only LoRA layers of a UNet and its text encoders are known")
+        name, part, naming = parsed
+        layer = layers.setdefault(name, {})
+        if part in layer:
+            fail(f"LoRA {path}: {key} is in the file twice, under two names")
+        if part == "alpha" and tensor.numel() != 1:
+            fail(f"LoRA {path}: {key} is no number but of shape {[*tensor.shape]}")
+        layer[part] = tensor.item() if part == "alpha" else tensor
+        if part == "A":
+            layer["naming"] = naming
     if not layers:
-        fail(f"--lora {path}: the file holds no LoRA layer")
-    # Files that PEFT or diffusers wrote may carry alpha in the header; without any alpha the scaling is 1.
-    config = header(path, metadata, "lora_adapter_metadata", "{}", json.loads)
+        fail(f"LoRA {path}: the file holds no LoRA layer")
+    config = header(path, metadata, PEFT_KEY, "{}", lambda text: dict(json.loads(text)))
     for name, layer in layers.items():
         for part, word in ("A", "down"), ("B", "up"):
             if part not in layer:
-                fail(f"--lora {path}: layer {name} has no {word} matrix ({part}); the file is incomplete")
-        layer["rank"] = layer["A"].shape[0]
-        layer.setdefault("alpha", config.get("unet.lora_alpha", layer["rank"]))
+                fail(f"LoRA {path}: layer {name} has no {word} matrix ({part}); the file is incomplete")
+        down, up = layer["A"].shape, layer["B"].shape
+        if len(down) not in (2, 4) or len(up) != len(down) or down[0] != up[1] or down[0] == 0:
+            fail(f"LoRA {path}: the matrices of layer {name} do not fit together: {[*down]} and {[*up]}")
+        layer["rank"] = down[0]
+        if "alpha" not in layer:
+            # Without any alpha the scaling is 1.
+            choices = (peft_alpha(config, *name.split(".", 1), down[0]), alpha, down[0])
+            layer["alpha"] = next(value for value in choices if value is not None)
     return layers
+
+
+def peft_alpha(config, component, name, rank):
+    """alpha of a layer by the settings that PEFT keeps, such that the scaling is alpha / rank; None where they are silent."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get(f"{component}.alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns, name), config.get(f"{component}.lora_alpha"))
+    return alpha * math.sqrt(rank) if alpha is not None and config.get(f"{component}.use_rslora") else alpha
+
+
+def open_lora(path):
+    """(path, layers, metadata) of a LoRA file."""
+    tensors, metadata = read_lora(path)
+    return path, group_layers(path, tensors, metadata), metadata
+
+
+def irregular(layers):
+    """What a file's naming is, if it is one that diffusers refuses or, looking at the first key only, reads in part."""
+    namings = Counter(layer["naming"] for layer in layers)
+    if len(namings) == 1 and "base_model" not in next(iter(namings)):
+        return ""
+    counts = ", ".join(f"{count} as {naming}" for naming, count in namings.most_common())
+    return f"in the naming of Hugging Face's scripts: {counts}"
+
+
+def diffusers_name(name, layers_per_block):
+    """A UNet layer's name in kohya's writing, its blocks counted as diffusers does and not through as the original code.
+
+    diffusers' own renaming takes the upsamplers of SD 1.x for attention, and input_blocks_10 for a part of input_blocks_1.
+    """
+    name = ORIGINAL_NAMES.get(name, name)
+    if not (match := re.fullmatch(r"(input|middle|output)_blocks?_(\d+)_(?:([0-2])_)?(.+)", name)):
+        return name
+    side, count, place, rest = match.groups()
+    block, layer = divmod(int(count) - (side == "input"), layers_per_block + 1)
+    rest = ORIGINAL_NAMES.get(rest, rest)
+    if side == "middle":
+        return f"mid_block_{'attentions_0' if count == '1' else f'resnets_{int(count) // 2}'}_{rest}"
+    start = f"{'down' if side == 'input' else 'up'}_blocks_{block}"
+    if rest in ("op", "conv"):
+        return f"{start}_{'down' if rest == 'op' else 'up'}samplers_0_conv"
+    return f"{start}_{'resnets' if place == '0' else 'attentions'}_{layer}_{rest}"
 
 
 def layout(names, family=None):
@@ -194,7 +328,7 @@ def layout(names, family=None):
 
     In Stable Diffusion 1.x and 2.x transformers are one block deep, in SDXL deeper; SSD-1B has none in the middle.
     """
-    names = [name.replace(".", "_").removeprefix("model_diffusion_model_") for name in names]
+    names = [re.sub("^(unet|model_diffusion_model)_", "", name.replace(".", "_")) for name in names]
     # down_blocks, mid_block, up_blocks; in the original code input_blocks, middle_block, output_blocks.
     places = {name[0] for name in names if "_transformer_blocks_" in name}
     if not (places & set("di") and places & set("uo")):
@@ -205,74 +339,118 @@ def layout(names, family=None):
     return "Stable Diffusion 1.x / 2.x" if not xl else "SDXL" if "m" in places else "SSD-1B"
 
 
-def match_layout(path, layers, metadata, base, names):
-    """The LoRA was trained for the layout of the base UNet, whose layers have these `names`."""
-    ours, theirs = layout(layers, metadata.get("family")), layout(names)
-    if ours and theirs and ours != theirs:
-        origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
-        fail(f"--lora {path} was trained for the {ours} layout{origin}; --base_model {base} is of the {theirs} layout")
+def match_layout(loras, base, names):
+    """Each LoRA was trained for the layout of the base UNet, whose layers have these `names`."""
+    names = list(names)
+    theirs, shallow = layout(names), layout([name for name in names if "transformer_blocks" in name])
+    for path, layers, metadata in loras.values():
+        ours = layout(layers, metadata.get("family"))
+        # A header without a family leaves the transformers to tell; in a small SDXL they may be as shallow as in SD 1.x.
+        if ours and theirs and ours not in ((theirs,) if "family" in metadata else (theirs, shallow)):
+            origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
+            says = f"was trained for the {ours} layout{origin}"
+            fail(f"LoRA {path} {says}; --base_model {base} is of the {theirs} layout")
 
 
-def match_base(path, tensors, metadata, pipe, base):
-    """{module path: layer}: every layer of the file belongs to a module of the base UNet, with fitting shapes."""
-    layers = group_layers(path, tensors, metadata)
-    if any(name.startswith(("input_blocks_", "middle_block_", "output_blocks_")) for name in layers):
-        # Block names of the original SDXL code: diffusers knows the renaming.
-        tensors, alphas = pipe.lora_state_dict(dict(tensors), unet_config=pipe.unet.config)
-        alphas = {key: tensors[next(iter(tensors))].new_tensor(value) for key, value in alphas.items()}
-        layers = group_layers(path, tensors | alphas, metadata)
+def match_base(pipe, path, layers, metadata, base):
+    """{component: {module path: layer}}: every layer of the file is one module of the base, with fitting shapes."""
 
-    # The base's own modules are the dictionary: turning _ back into . by rules would be guesswork.
-    modules = {
-        name: module for name, module in pipe.unet.named_modules() if getattr(module, "weight", None) is not None
-    }
-    paths = {name.replace(".", "_"): name for name in modules}
-    paths |= {name.removesuffix("_0"): full for name, full in paths.items() if name.endswith("_to_out_0")}
-    origin = (
-        " ".join(metadata[key] for key in ("family", "base_model") if metadata.get(key)) or "another base (unnamed)"
-    )
+    def plain(component, name):
+        # The text encoders have all their layers in text_model, or have not, by the version of transformers.
+        return f"{component}_{name}".replace(".", "_").replace("_text_model_", "_")
+
+    # The base's own modules are the dictionary: turning _ back into . by rules would be guesswork. A module that bears
+    # a LoRA already has become its base_layer.
+    modules = {}
+    for component in set(COMPONENTS.values()):
+        for name, module in getattr(getattr(pipe, component, None), "named_modules", tuple)():
+            if getattr(module, "weight", None) is not None:
+                name = name.removesuffix(".base_layer")
+                modules[plain(component, name)] = name, module.weight
+    origin = [metadata[key] for key in ("family", "base_model") if metadata.get(key)] or ["another base (unnamed)"]
     matched = {}
     for name, layer in layers.items():
-        says = f"--lora {path} was trained for {origin}, it does not fit --base_model {base}: layer {name}"
-        if name not in paths:
+        says = f"LoRA {path} was trained for {' '.join(origin)}, it does not fit --base_model {base}: layer {name}"
+        component, _, module = name.partition(".")
+        found = modules.get(plain(component, diffusers_name(module, pipe.unet.config.layers_per_block)))
+        if not found:
             fail(f"{says} has no counterpart there")
-        weight, rank = modules[paths[name]].weight, layer["rank"]
+        module, weight = found
+        if module in matched.setdefault(component, {}):
+            fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
+        rank = layer["rank"]
         down, up = [rank, *weight.shape[1:]], [weight.shape[0], rank] + [1] * (weight.ndim - 2)
         if [*layer["A"].shape] != down or [*layer["B"].shape] != up:
             fail(f"{says} is {[*layer['A'].shape]} and {[*layer['B'].shape]}, needed are {down} and {up}")
-        matched[paths[name]] = layer
+        matched[component][module] = layer
     return matched
 
 
-def attach_lora(pipe, path, layers, metadata, scale):
-    """Load the file as any diffusers user would, then prove that all of it arrived: each A, each B, each scaling."""
-    try:
-        pipe.load_lora_weights(str(path), adapter_name=ADAPTER, use_safetensors=True)
-    except Exception as error:  # noqa: BLE001 (its converters raise whatever a strange layout leads to)
-        fail(f"--lora {path}: diffusers cannot load it ({type(error).__name__}: {error})")
+def peft_settings(layers):
+    """PEFT's words for {module path: layer}: the commonest rank and alpha, and patterns for the layers that differ."""
+    settings = {"target_modules": sorted(layers)}
+    for key, word in ("rank", "r"), ("alpha", "lora_alpha"):
+        settings[word] = common = Counter(layer[key] for layer in layers.values()).most_common(1)[0][0]
+        settings[f"{key}_pattern"] = {name: layer[key] for name, layer in layers.items() if layer[key] != common}
+    return settings
+
+
+def attach_lora(pipe, adapter, path, layers, metadata, base):
+    """Put the layers into the pipeline, then prove that all of them arrived: each A, each B, each scaling."""
+    from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict
 
     def arrived(module, layer):
-        same = (
-            bool((live.weight.cpu() == layer[part].to(pipe.unet.dtype)).all())
-            for part, live in (("A", module.lora_A[ADAPTER]), ("B", module.lora_B[ADAPTER]))
-        )
-        return all(same) and math.isclose(module.scaling[ADAPTER], layer["alpha"] / layer["rank"], rel_tol=1e-6)
+        pairs = ((layer["A"], module.lora_A[adapter].weight), (layer["B"], module.lora_B[adapter].weight))
+        same = (bool((live.cpu() == ours.to(live.dtype)).all()) for ours, live in pairs)
+        return all(same) and math.isclose(module.scaling[adapter], layer["alpha"] / layer["rank"], rel_tol=1e-6)
 
-    live = {name: module for name, module in pipe.unet.named_modules() if ADAPTER in getattr(module, "lora_A", {})}
-    missing = [name for name, layer in layers.items() if name not in live or not arrived(live[name], layer)]
-    if missing or len(live) != len(layers):
-        first = f", first missing or different: {missing[0]}" if missing else ""
-        fail(f"--lora {path}: {len(layers) - len(missing)} of {len(layers)} layers loaded{first}")
+    matched, wrong = match_base(pipe, path, layers, metadata, base), []
+    for component, layers in matched.items():
+        model = getattr(pipe, component)
+        state = {f"{name}.lora_{part}.weight": layer[part] for name, layer in layers.items() for part in "AB"}
+        try:
+            model.add_adapter(LoraConfig(**peft_settings(layers)), adapter_name=adapter)
+            set_peft_model_state_dict(model, state, adapter_name=adapter)
+        except Exception as error:  # noqa: BLE001 (the libraries raise whatever a strange layer leads to)
+            fail(f"LoRA {path}: PEFT cannot load it ({type(error).__name__}: {error})")
+        live = {name: module for name, module in model.named_modules() if adapter in getattr(module, "lora_A", {})}
+        good = {name for name in live.keys() & layers.keys() if arrived(live[name], layers[name])}
+        wrong += [f"{component}.{name}" for name in sorted((live.keys() | layers.keys()) - good)]
+    flat = [layer for layers in matched.values() for layer in layers.values()]
+    if wrong:
+        loaded = f"{len(flat) - len(wrong)} of {len(flat)} layers loaded"
+        fail(f"LoRA {path}: {loaded}, first missing or different: {wrong[0]}")
 
     # One number where all layers agree, else the span.
     facts = []
     for key in "rank", "alpha":
-        low, high = (pick(layer[key] for layer in layers.values()) for pick in (min, max))
+        low, high = (pick(layer[key] for layer in flat) for pick in (min, max))
         facts.append(f"{key} {low:g}" if low == high else f"{key} {low:g} to {high:g}")
+    facts += [f"{len(layers)} in {component}" for component, layers in matched.items() if component != "unet"]
     facts += [f"trained from {metadata['base_model']}"] if "base_model" in metadata else []
     facts += [f"{metadata['step']} steps"] if "step" in metadata else []
-    print(f"LoRA: {len(layers)} of {len(layers)} layers loaded ({', '.join(facts)})")
-    pipe.set_adapters([ADAPTER], [scale])
+    facts += [naming] if (naming := irregular(flat)) else []
+    title = "LoRA" if adapter == ADAPTER else f"Style LoRA {lora_name(path)}"
+    print(f"{title}: {len(flat)} of {len(flat)} layers loaded ({', '.join(facts)})")
+
+
+def set_loras(pipe, args, lcm=True):
+    """tau' = lambda_1 tau_style + lambda_2 tau_LCM; with no LoRA left, the base to the bit."""
+    weights = {f"style_{index}": weight for index, (_, weight) in enumerate(args.style_lora)}
+    weights |= {ADAPTER: args.lcm_weight} if lcm else {}
+    if weights:
+        pipe.enable_lora()
+        pipe.set_adapters(list(weights), list(weights.values()))
+    else:
+        # Switched off, a LoRA layer calls its base layer and nothing else.
+        pipe.disable_lora()
+
+
+def fuse(pipe):
+    """Merge the LoRAs, at the weights they are set to, into the base: as fast as the base alone, and for good."""
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,8 +589,7 @@ def compare(pipe, args, schedulers, lcm_steps, teacher_guidance):
     columns = []
     for group, scheduler, steps, guidance in plan:
         pipe.scheduler = schedulers[scheduler]
-        # Switched off, a LoRA layer calls its base layer and nothing else: this is the teacher, to the bit.
-        pipe.enable_lora() if scheduler == "lcm" else pipe.disable_lora()
+        set_loras(pipe, args, lcm=scheduler == "lcm")
         images, seconds = draw(pipe, args, args.prompt, seeds, steps, guidance)
         column = {"group": group, "steps": steps, "guidance": guidance, "passes": steps * (2 if guidance > 1 else 1)}
         columns.append(column | {"seconds": seconds, "images": images})
@@ -488,6 +665,7 @@ def grid(columns, prompts, title):
 
 def parameters(settings):
     """The settings in the words that A1111, Forge and their relatives read back from a PNG."""
+    loras = [(settings["lora"], settings["lcm_weight"]), *settings["style_lora"]]
     pairs = {
         "Steps": str(settings["steps"]),
         "Sampler": "LCM",
@@ -495,7 +673,7 @@ def parameters(settings):
         "Seed": str(settings["seed"]),
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(settings["base_model"]).name,
-        "Lora": f"{lora_name(settings['lora'])} {settings['lora_scale']:g}",
+        "Lora": ", ".join(f"{lora_name(path)} {weight:g}" for path, weight in loras),
     }
     # A value with a comma or colon would end early: it is quoted.
     quoted = {key: json.dumps(text) if re.search("[,:]", text) else text for key, text in pairs.items()}
@@ -506,7 +684,7 @@ def parameters(settings):
 def lora_name(path):
     """What a user calls this LoRA: the file, or its folder where all files have one name."""
     path = Path(path).resolve()
-    return path.parent.name if path.name == WEIGHTS_NAME else path.stem
+    return path.parent.name if path.name in (WEIGHTS_NAME, PEFT_NAME) else path.stem
 
 
 def save(image, path, settings, chunks):
@@ -540,12 +718,13 @@ def import_quietly():
 def main(argv=None):
     """Load, check, draw, save."""
     args = parse_args(argv)
-    path = find_lora(args.lora)
+    files = {ADAPTER: find_lora(args.lora)}
+    files |= {f"style_{index}": find_lora(name, "--style_lora") for index, (name, _) in enumerate(args.style_lora)}
     import_quietly()
     import diffusers
 
-    tensors, metadata = read_lora(path)
-    layers = group_layers(path, tensors, metadata)  # an incomplete file is refused before a base model is fetched
+    loras = {adapter: open_lora(file) for adapter, file in files.items()}  # damage is seen before a base is fetched
+    path, _, metadata = loras[ADAPTER]
     base = args.base_model or metadata.get("base_model")
     if not base:
         fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
@@ -562,10 +741,14 @@ def main(argv=None):
     teacher_guidance = 1 + mean_omega if args.compare_guidance is None else args.compare_guidance
 
     device, dtype = pick_device(args.device, args.dtype)
-    match = functools.partial(match_layout, path, layers, metadata, base)
+    match = functools.partial(match_layout, loras, base)
     pipe = load_pipeline(base, base_config, args.variant, device, dtype, match)
     picture_size(args, pipe)
-    attach_lora(pipe, path, match_base(path, tensors, metadata, pipe, base), metadata, args.lora_scale)
+    for adapter, lora in loras.items():
+        attach_lora(pipe, adapter, *lora, base)
+    set_loras(pipe, args)
+    if not args.compare:
+        fuse(pipe)
 
     config = pipe.scheduler.config
     schedulers = {
@@ -589,6 +772,7 @@ def main(argv=None):
     settings = {
         key: value for key, value in vars(args).items() if key not in ("prompt", "output", "num_images", "compare")
     }
+    settings["style_lora"] = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
     settings |= {"lora": str(path), "base_model": base, "device": device, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"base_config": base_config, "original_inference_steps": original_steps}
     settings |= {"diffusers": diffusers.__version__}

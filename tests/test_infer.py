@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageChops
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_file import as_single_file
 
@@ -151,7 +152,7 @@ def test_same_as_diffusers(tiny, tmp_path):
     pipe.load_lora_weights(folder / "run" / WEIGHTS_NAME)
     generator = torch.Generator("cpu").manual_seed(0)
     pipe("a cat", num_inference_steps=4, guidance_scale=1, generator=generator).images[0].save(tmp_path / "y.png")
-    assert difference(tmp_path / "x.png", tmp_path / "y.png") == 0
+    assert difference(tmp_path / "x.png", tmp_path / "y.png") <= 1  # infer.py fuses: rounding
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny, tmp_path):
@@ -205,32 +206,39 @@ def test_other_layouts_load_completely(tiny, tmp_path, capsys, style, dtype):
     assert f"LoRA: {count} of {count} layers loaded (rank 8, alpha 8)" in capsys.readouterr().out
 
 
-def test_defect_2_partly_loaded_file_stops(tiny, tmp_path):
-    """Attention as lora.down/up, the rest as lora_A/B: diffusers drops one kind without an error; infer.py stops."""
+def test_defect_2_mixed_naming_loads_completely(tiny, tmp_path, capsys):
+    """Attention as lora.down/up, the rest as lora_A/B: the picture is that of the same layers in one naming."""
     folder, count = tiny
     rename(folder, tmp_path / "mixed.safetensors", lambda layer: "old" if "attn" in layer else "peft")
-    flags = ("--prompt", "a", "--output", tmp_path / "x.png", "--base_model", folder / "base")
-    with pytest.raises(SystemExit, match=rf"^error: .*mixed.safetensors: \d+ of {count} layers loaded"):
-        run(tmp_path, *flags, lora="mixed.safetensors")
-    assert not (tmp_path / "x.png").exists()
+    rename(folder, tmp_path / "one.safetensors", lambda layer: "peft")
+    for name in ("mixed", "one"):
+        flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / f"{name}.png", "--base_model", folder / "base")
+        run(tmp_path, *flags, lora=f"{name}.safetensors")
+    mixed, _, one, _ = capsys.readouterr().out.splitlines()
+    with safe_open(tmp_path / "mixed.safetensors", "pt") as file:
+        old, peft = (sum(word in key for key in file.keys()) for word in ("lora.down", "lora_A"))  # noqa: SIM118
+    assert old and peft and old + peft == count
+    assert mixed.startswith(f"LoRA: {count} of {count} layers loaded")
+    assert f"{peft} as lora_A/B" in mixed and f"{old} as lora.down/up" in mixed and "Hugging Face" not in one
+    assert difference(tmp_path / "mixed.png", tmp_path / "one.png") == 0
 
 
 def test_defect_4_wrong_scaling_stops(tiny, tmp_path, monkeypatch):
     """A loader that forgets alpha is caught."""
     folder, _ = tiny
-    from diffusers import StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel
     from peft.tuners.lora import LoraLayer
 
-    load = StableDiffusionPipeline.load_lora_weights
+    load = UNet2DConditionModel.add_adapter
 
-    def forget(pipe, *args, **kwargs):
-        load(pipe, *args, **kwargs)
-        for module in pipe.unet.modules():
+    def forget(unet, *args, **kwargs):
+        load(unet, *args, **kwargs)
+        for module in unet.modules():
             if isinstance(module, LoraLayer):
                 module.scaling = dict.fromkeys(module.scaling, 1.0)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", forget)
-    with pytest.raises(SystemExit, match="error: .* 0 of .* layers loaded, first missing or different: down_blocks"):
+    monkeypatch.setattr(UNet2DConditionModel, "add_adapter", forget)
+    with pytest.raises(SystemExit, match="error: .* 0 of .* loaded, first missing or different: unet.down_blocks"):
         run(folder, "--prompt", "a", "--output", tmp_path / "x.png")
 
 
@@ -272,7 +280,8 @@ def test_compare(tiny, tmp_path, capsys, monkeypatch):
     teacher = pipe("a cat", num_inference_steps=50, guidance_scale=5.0, generator=generator).images[0]
     assert teacher.tobytes() == cells[0]["images"][0].tobytes()
     run(folder, "--prompt", "a cat", *flags, "--output", tmp_path / "lcm.png")
-    assert Image.open(tmp_path / "lcm.png").tobytes() == cells[6]["images"][0].tobytes()
+    cells[6]["images"][0].save(tmp_path / "cell.png")
+    assert difference(tmp_path / "lcm.png", tmp_path / "cell.png") <= 1  # there the LoRA is fused: rounding
 
 
 def bad_file(kind, folder, path):
@@ -325,7 +334,7 @@ def test_bad_file(tiny, tmp_path, kind, message):
         (["--base_model", "nowhere.safetensors"], "nowhere.safetensors: no such file or folder; give --base_model"),
         (["--base_config", "x"], "--base_config has no effect: base model .*base is no .safetensors file"),
         (["--lora", "nowhere"], "--lora nowhere: no such file or folder"),
-        (["--lora", "."], f"no {WEIGHTS_NAME} in this folder"),
+        (["--lora", "."], f"--lora .: no {WEIGHTS_NAME} or .* in this folder"),
         (["--seed", "x"], "--seed"),
     ],
 )
@@ -340,7 +349,7 @@ def test_bad_flag(tiny, tmp_path, monkeypatch, flags, message):
 def test_lora_of_another_base(tiny, tmp_path):
     """Other channel widths: the message names family, base and the first layer that does not fit."""
     folder, _ = tiny
-    with pytest.raises(SystemExit, match=r"trained for sd15 .*base, it does not fit .*wide: layer down_blocks_1"):
+    with pytest.raises(SystemExit, match=r"trained for sd15 .*base, it does not fit .*wide: layer unet.down_blocks_1"):
         run(folder, "--prompt", "a", "--base_model", folder / "wide", "--output", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
@@ -390,7 +399,7 @@ def test_layout_by_names(layouts):
         for names in (layers, load_file(file), [name for name, _ in unet.named_modules()]):
             assert infer.layout(names) == LAYOUTS[layout]
         assert infer.layout([name for name in layers if "conv" in name]) is None
-        assert infer.layout([name for name in layers if name.startswith("up_blocks")]) is None
+        assert infer.layout([name for name in layers if name.startswith("unet.up_blocks")]) is None
 
 
 def refused(lora, message, out, *flags):
