@@ -145,7 +145,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--controlnet", metavar="FOLDER_OR_ID", help="a ControlNet of the base model's layout")
     group.add_argument("--control_image", metavar="FILE", help="what the ControlNet follows: edges, depth, a pose ...")
-    group.add_argument("--controlnet_scale", type=scale, help="1 (default): as strong as trained")
+    group.add_argument("--controlnet_scale", type=scale, default=1.0, help="1 (default): as strong as trained")
 
     group = parser.add_argument_group("Output")
     group.add_argument("--output", type=Path, default=Path("lcm.png"), help="a .png; x-0.png, x-1.png ... if several")
@@ -265,7 +265,8 @@ def read_jobs(args):
         for copy in range(args.num_images):
             seed = row["seed"] + copy if "seed" in row else args.seed + len(jobs)
             jobs.append(Job(**defaults | row | {"seed": seed}))
-    if any(job.negative_prompt for job in jobs) and args.guidance_scale <= 1:
+    distilled = not args.compare or any(name in DISTILLED for name, _ in args.plan)
+    if any(job.negative_prompt for job in jobs) and args.guidance_scale <= 1 and distilled:
         where = "in the LCM-LoRA columns" if args.compare else "here"
         warn(f"--negative_prompt does nothing {where}: it needs a --guidance_scale above 1")
     return jobs
@@ -543,7 +544,7 @@ def load_controlnet(name, pipe):
         fail(f"--controlnet {name} cannot be opened ({reason(error)}); valid are a diffusers folder or a hub id")
     if info["missing_keys"] or info["unexpected_keys"]:
         fail(f"--controlnet {name}: its weights are not those of a ControlNet")
-    for key in "cross_attention_dim", "block_out_channels", "layers_per_block":
+    for key in "cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block":
         if net.config[key] != pipe.unet.config[key]:
             says = f"of another layout than the base model: {key} is {net.config[key]}"
             fail(f"--controlnet {name} is {says}, needed is {pipe.unet.config[key]}")
@@ -592,12 +593,11 @@ def with_sizes(jobs, args, pictures, pipe):
     if args.image:
         default = [max(round(side / multiple), 1) * multiple for side in reversed(pictures["image"].size)]
     sized = [job._replace(height=job.height or default[0], width=job.width or default[1]) for job in jobs]
-    for name, value in ((name, getattr(job, name)) for job in sized for name in ("height", "width")):
-        if value % multiple:
-            flag = (
-                f"--{name}" if getattr(args, name) in (None, value) else f"--prompts_file {args.prompts_file}: {name}"
-            )
-            fail(f"{flag} {value}: must be a multiple of {multiple}, e.g. {-(-value // multiple) * multiple}")
+    for job in sized:
+        for name, value, chosen in ("height", job.height, args.height), ("width", job.width, args.width):
+            if value % multiple:
+                flag = f"--{name}" if value == chosen or not args.prompts_file else f"--prompts_file: {name}"
+                fail(f"{flag} {value}: must be a multiple of {multiple}, e.g. {-(-value // multiple) * multiple}")
     return sized
 
 
@@ -621,7 +621,10 @@ def draw(pipe, args, pictures, jobs, steps, guidance, warm=True):
     for places in batches(jobs, args.batch_size):
         start, part = time.perf_counter(), [jobs[place] for place in places]
         height, width = part[0].height, part[0].width
-        given = {key: image.resize((width, height), Image.Resampling.LANCZOS) for key, image in pictures.items()}
+        given = {}
+        for key, image in pictures.items():  # Lanczos is sharp, but overshoots: black in a mask would not stay black
+            how = Image.Resampling.BILINEAR if key == "mask_image" else Image.Resampling.LANCZOS
+            given[key] = image.resize((width, height), how)
         more = {key: [image] * len(part) for key, image in given.items()}
         more |= {"strength": enough(args.strength, steps)} if args.image else {}
         more |= {"controlnet_conditioning_scale": args.controlnet_scale} if args.controlnet else {}
@@ -734,7 +737,7 @@ def grid(columns, prompts, title):
     for group, members in itertools.groupby(zip(lefts, columns), lambda member: member[1]["group"]):
         (first, column), *_, (last, _) = [*members] * 2
         colour, right = colours.get(group, faint), last + width - 1
-        pen.text((first, band), wrap(group, font, right + gap - first, 1)[0], colour, font)
+        pen.text((first, band), group, colour, font)
         if "guidance" in column:
             pen.text((first, band + line), f"guidance {column['guidance']:g}", faint, font)
         pen.rectangle((first, band + 2.2 * line, right, band + 2.2 * line + max(2, gap // 3)), colour)
@@ -752,8 +755,10 @@ def grid(columns, prompts, title):
             place = (x + width / 2, band + round((2.6 + row) * line))
             pen.text(place, text, ink if row == 0 else faint, font, anchor="ma")
         for row, image in enumerate(column["images"]):
-            image = ImageOps.pad(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS, "white")
-            sheet.paste(image, (x, top + row * (height + gap)))
+            image, y = image.convert("RGB"), top + row * (height + gap)
+            sheet.paste(ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, "white"), (x, y))
+            if "label" in column:  # a mask is white on the white sheet
+                pen.rectangle((x, y, x + width - 1, y + height - 1), outline=faint)
     for row, prompt in enumerate(prompts):
         lines = wrap(prompt, font, label - gap, max(1, height // line))
         y = top + row * (height + gap) + (height - len(lines) * line) // 2
@@ -878,6 +883,8 @@ def main(argv=None):
         fail(f"--output {args.output}: its folder cannot be made ({error})")
     # From here on the libraries' warnings are about the user's input, such as a prompt that is cut at 77 tokens.
     diffusers.utils.logging.set_verbosity_warning()
+    # SDXL's pipelines take their VAE to float32 and back, about which this one warns at each picture.
+    diffusers.utils.logging.get_logger("diffusers.models.modeling_utils").setLevel("ERROR")
 
     left_out = ("prompt", "prompts_file", "output", "num_images", "compare", "fused_output", "plan")
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
