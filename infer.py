@@ -2,6 +2,8 @@
 
     python infer.py --lora runs/my-lora --prompt "a red apple, Noto style" --output apple.png
     python infer.py --lora runs/my-lora --prompt "a red apple" "a house" --compare --output grid.png
+    python infer.py --lora runs/my-lora --prompt "a red apple" --image sketch.png --strength 0.6 --steps 2 4 8
+    python infer.py --lora runs/my-lora --fused_output my-fast-model
 
 The base model and the number of DDIM steps come from the header of the LoRA file. After loading, every matrix and every
 scaling in the UNet is compared with the file: a LoRA that is only partly applied stops the program.
@@ -9,15 +11,18 @@ scaling in the UNet is compared with the file: a LoRA that is only partly applie
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
@@ -52,6 +57,24 @@ UNSUPPORTED = {
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
     "lora_mid": "LoCon with a core tensor", ".diff": "difference of whole weights",
 }  # fmt: skip
+# What --scheduler names: the class in diffusers, the name in A1111, the group of columns in a grid and its colour.
+SCHEDULERS = {
+    "lcm": ("LCMScheduler", "LCM", "LCM-LoRA", "#0969da"),
+    "tcd": ("TCDScheduler", "TCD", "LCM-LoRA, TCD", "#8250df"),
+    "ddim": ("DDIMScheduler", "DDIM", "Teacher, DDIM", "#57606a"),
+    "dpm++": ("DPMSolverMultistepScheduler", "DPM++ 2M", "Teacher, DPM-Solver++", "#bc4c00"),
+    "euler": ("EulerDiscreteScheduler", "Euler", "Teacher, Euler", "#9a6700"),
+}
+DISTILLED = ("lcm", "tcd")  # those that step over the LoRA's own timesteps
+SEEDS, PIXELS = (0, 2**32 - 1), (1, 10**6)
+# What a line of --prompts_file may hold.
+LINE_KEYS = {
+    "prompt": (str, None, None),
+    "negative_prompt": (str, None, None),
+    "seed": (int, *SEEDS),
+    "height": (int, *PIXELS),
+    "width": (int, *PIXELS),
+}
 HERE = Path(__file__).resolve().parent
 
 
@@ -100,7 +123,7 @@ def weighted(weight, default):
 
 def parse_args(argv=None):
     """Read the command line; what can be judged without a model is judged here."""
-    count, seed = number(int, 1, 10**6), number(int, 0, 2**32 - 1)
+    count, seed = number(int, *PIXELS), number(int, *SEEDS)
     scale, strength = number(float, 0, 1000), number(float, -10, 10)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (python infer.py --help lists every flag)")
@@ -136,37 +159,184 @@ def parse_args(argv=None):
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: fp16 on cuda, else fp32")
 
     group = parser.add_argument_group("Picture")
-    group.add_argument("--prompt", required=True, nargs="+", help="one or more, each in quotes")
+    group.add_argument("--prompt", nargs="+", default=[], help="one or more, each in quotes")
+    group.add_argument(
+        "--prompts_file",
+        metavar="FILE",
+        help="a prompt a line (# starts a comment); .jsonl: {"
+        + ", ".join(f'"{key}": ...' for key in LINE_KEYS)
+        + "} a line, of which only prompt is needed",
+    )
     group.add_argument("--negative_prompt", help="has an effect only where guidance is above 1")
-    group.add_argument("--steps", type=count, help="LCM steps, one UNet pass each (default 4)")
+    group.add_argument(
+        "--steps",
+        type=number(int, 1, 1000),
+        nargs="+",
+        help="one UNet pass each (default 4); several: a picture for each, in a grid a column",
+    )
+    group.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        nargs="+",
+        help="lcm (default); several in a grid, where all but lcm and tcd are the teacher",
+    )
     group.add_argument("--guidance_scale", type=scale, default=1.0, help="1 (default) to 2; above 1 passes double")
     group.add_argument("--seed", type=seed, default=0, help="picture i is drawn from seed + i")
     group.add_argument("--num_images", type=count, help="pictures for each prompt (default 1)")
-    group.add_argument("--height", type=count, help="in pixels; default: what the base model was made for")
-    group.add_argument("--width", type=count, help="in pixels; default: what the base model was made for")
+    size = "in pixels; default: that of --image, else what the base model was made for"
+    group.add_argument("--height", type=count, help=size)
+    group.add_argument("--width", type=count, help=size)
     group.add_argument("--batch_size", type=count, default=4, help="most pictures at a time: memory and speed only")
+
+    group = parser.add_argument_group("Pictures to start from")
+    group.add_argument("--image", metavar="FILE", help="drawn over: img2img, or inpainting where --mask is given")
+    group.add_argument("--mask", metavar="FILE", help="white is redrawn, black stays as it is in --image")
+    group.add_argument(
+        "--strength", type=number(float, 0, 1), help="part of the steps that is taken (0.8; 1 where --mask is given)"
+    )
+    group.add_argument("--controlnet", metavar="FOLDER_OR_ID", help="a ControlNet of the base model's layout")
+    group.add_argument("--control_image", metavar="FILE", help="what the ControlNet follows: edges, depth, a pose ...")
+    group.add_argument("--controlnet_scale", type=scale, default=1.0, help="1 (default): as strong as trained")
 
     group = parser.add_argument_group("Output")
     group.add_argument("--output", type=Path, default=Path("lcm.png"), help="a .png; x-0.png, x-1.png ... if several")
     group.add_argument(
-        "--compare", action="store_true", help="one grid: teacher in 50, 1, 2, 4 steps, LoRA in 1, 2, 4, 8"
+        "--compare",
+        action="store_true",
+        help="one grid: teacher in 50, 1, 2, 4 steps, LoRA in 1, 2, 4, 8; or a column for each --scheduler and --steps",
     )
     group.add_argument("--compare_guidance", type=scale, metavar="G", help="of the teacher (1 + mean omega, else 7.5)")
+    group.add_argument(
+        "--fused_output", type=Path, metavar="DIR", help="save the base with the LoRA merged in, as a diffusers folder"
+    )
 
     args = parser.parse_args(argv)
-    if args.output.suffix.lower() != ".png" or args.output.is_dir():
-        fail(f"--output {args.output}: must name a .png file")
-    if args.compare and (args.steps or args.num_images):
-        fail("--steps and --num_images do not go with --compare: its columns are fixed, one picture a cell")
-    if args.compare_guidance is not None and not args.compare:
-        fail("--compare_guidance has no effect without --compare")
-    args.steps, args.num_images = args.steps or 4, args.num_images or 1
+    check_args(args, parser)
+    args.plan, args.num_images = make_plan(args), args.num_images or 1
+    teacher = [name not in DISTILLED for name, _ in args.plan]
+    if args.compare_guidance is not None and not (args.compare and any(teacher)):
+        fail("--compare_guidance has no effect without --compare and a column of the teacher")
+    if args.guidance_scale != 1 and args.compare and all(teacher):
+        fail("--guidance_scale has no effect without a column of the LCM-LoRA; the teacher's is --compare_guidance")
     if args.guidance_scale > 2:
         warn(f"--guidance_scale {args.guidance_scale:g}: guidance is distilled in already; above 2 pictures burn out")
-    if args.negative_prompt and args.guidance_scale <= 1:
+    if args.image:
+        args.strength = (1.0 if args.mask else 0.8) if args.strength is None else args.strength
+        for steps in sorted({steps for _, steps in args.plan if enough(args.strength, steps) != args.strength}):
+            says = f"--strength {args.strength:g} x {plural(steps, 'step')} is less than one step"
+            warn(f"{says}: raised to {enough(args.strength, steps):.3g}, so that one is taken")
+    return args
+
+
+def check_args(args, parser):
+    """Refuse what does not go together."""
+    if args.output.suffix.lower() != ".png" or args.output.is_dir():
+        fail(f"--output {args.output}: must name a .png file")
+    if args.prompt and args.prompts_file:
+        fail("--prompt and --prompts_file do not go together: give one of them")
+    folder = args.fused_output
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"--fused_output {folder}: must be a new or an empty folder")
+    prompts = args.prompt or args.prompts_file
+    if not prompts and not args.fused_output:
+        fail("nothing to do: give --prompt, --prompts_file or --fused_output")
+    drawing = "image controlnet steps scheduler seed num_images height width batch_size guidance_scale negative_prompt"
+    # (flags, what they need to have an effect, its name)
+    for names, effect, needed in (
+        (f"{drawing} compare output", prompts, "--prompt or --prompts_file"),
+        ("mask strength", args.image, "--image"),
+        ("controlnet", args.control_image, "--control_image"),
+        ("control_image controlnet_scale", args.controlnet, "--controlnet"),
+    ):
+        for name in names.split():
+            if getattr(args, name) != parser.get_default(name) and not effect:
+                fail(f"--{name} has no effect without {needed}")
+    if args.compare and args.num_images:
+        fail("--num_images does not go with --compare: one picture a cell")
+    if len(args.scheduler or ()) > 1 and not args.compare:
+        fail(f"--scheduler {' '.join(args.scheduler)}: several need --compare")
+
+
+def make_plan(args):
+    """[(scheduler, steps)]: the columns of a grid, or one scheduler and a picture for each number of steps."""
+    if args.compare and not (args.scheduler or args.steps):
+        plan = {"ddim": [50], "dpm++": [1, 2, 4], "lcm": [1, 2, 4, 8]}
+    else:
+        schedulers, steps = (["dpm++", "lcm"], [1, 2, 4, 8]) if args.compare else (["lcm"], [4])
+        plan = dict.fromkeys(args.scheduler or schedulers, dict.fromkeys(args.steps or steps))  # each of them once
+    return [(name, steps) for name, counts in plan.items() for steps in counts]
+
+
+def enough(strength, steps):
+    """`strength`, or what it needs to be for one step: pipelines take int(steps * strength) steps."""
+    return strength if int(steps * strength) else math.nextafter(1 / steps, 1)  # 49 * (1 / 49) is below 1
+
+
+class Job(NamedTuple):
+    """A picture to draw; height and width are in pixels."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    height: int | None
+    width: int | None
+
+
+def read_lines(file):
+    """The lines of --prompts_file as dicts of LINE_KEYS."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--prompts_file {file}: cannot be read as text ({error})")
+    rows = []
+    for index, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        row = {"prompt": line}
+        if Path(file).suffix.lower() == ".jsonl":
+            where = f"--prompts_file {file}, line {index}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                fail(f"{where}: not JSON ({error})")
+            if not isinstance(row, dict) or "prompt" not in row or row.keys() - LINE_KEYS.keys():
+                fail(f'{where}: must be {{"prompt": ...}}, beside it only {", ".join([*LINE_KEYS][1:])}')
+            for key, value in row.items():
+                kind, low, high = LINE_KEYS[key]
+                if type(value) is not kind or kind is int and not low <= value <= high:
+                    fail(f"{where}: {key} is {value!r}, needed is " + (f"{low} to {high}" if kind is int else "a text"))
+        rows.append(row)
+    return rows or fail(f"--prompts_file {file}: it holds no prompt")
+
+
+def read_jobs(args):
+    """The pictures to draw: picture i from seed + i, where its line names no seed."""
+    jobs, defaults = [], {"negative_prompt": args.negative_prompt, "height": args.height, "width": args.width}
+    for row in read_lines(args.prompts_file) if args.prompts_file else [{"prompt": prompt} for prompt in args.prompt]:
+        for copy in range(args.num_images):
+            seed = row["seed"] + copy if "seed" in row else args.seed + len(jobs)
+            jobs.append(Job(**defaults | row | {"seed": seed}))
+    distilled = not args.compare or any(name in DISTILLED for name, _ in args.plan)
+    if any(job.negative_prompt for job in jobs) and args.guidance_scale <= 1 and distilled:
         where = "in the LCM-LoRA columns" if args.compare else "here"
         warn(f"--negative_prompt does nothing {where}: it needs a --guidance_scale above 1")
-    return args
+    return jobs
+
+
+def read_pictures(args):
+    """{argument of the pipeline: picture} of --image, --mask and --control_image, upright."""
+    from PIL import Image, ImageOps
+
+    # A pipeline with a ControlNet and nothing to draw over calls the control image `image`.
+    control = "control_image" if args.image else "image"
+    pictures = {}
+    for flag, key, mode in ("image", "image", "RGB"), ("mask", "mask_image", "L"), ("control_image", control, "RGB"):
+        if file := getattr(args, flag):
+            try:
+                pictures[key] = ImageOps.exif_transpose(Image.open(file)).convert(mode)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                fail(f"--{flag} {file}: not a picture that can be read ({error})")
+    return pictures
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -540,60 +710,158 @@ def load_pipeline(base, config, variant, device, dtype, match):
     return pipe.to(device)
 
 
-def picture_size(args, pipe):
-    """Height and width in pixels: the flags, else what the UNet was made for."""
+def load_controlnet(name, pipe):
+    """A ControlNet that fits the base model, of its device and type."""
+    from diffusers import ControlNetModel
+
+    place = local(name)
+    kinds = {"dtype": pipe.dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        net, info = ControlNetModel.from_pretrained(str(place or name), **kinds)
+    except Exception as error:  # noqa: BLE001 (hub, network, configs, weights: each library has its own; none is swallowed)
+        fail(f"--controlnet {name} cannot be opened ({reason(error)}); valid are a diffusers folder or a hub id")
+    if info["missing_keys"] or info["unexpected_keys"]:
+        fail(f"--controlnet {name}: its weights are not those of a ControlNet")
+    for key in "cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block":
+        if net.config[key] != pipe.unet.config[key]:
+            says = f"of another layout than the base model: {key} is {net.config[key]}"
+            fail(f"--controlnet {name} is {says}, needed is {pipe.unet.config[key]}")
+    return net.to(pipe.device)
+
+
+def with_pictures(pipe, args):
+    """The pipeline that takes the pictures given, over the same weights."""
+    import diffusers
+
+    task = "Inpainting" if args.mask else "Image2Image" if args.image else "Text2Image"
+    more = {"controlnet": load_controlnet(args.controlnet, pipe)} if args.controlnet else {}
+    pipe = getattr(diffusers, f"AutoPipelineFor{task}").from_pipe(pipe, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_scheduler(name, config, original_steps):
+    """A scheduler of --scheduler over the noise schedule of `config`."""
+    import diffusers
+
+    settings = {
+        "lcm": {"original_inference_steps": original_steps},
+        "tcd": {"original_inference_steps": original_steps},
+        # 999, 979 ... 19: the grid that the LoRA was distilled on. Latents are not pictures: never clip to [-1, 1].
+        "ddim": {"timestep_spacing": "trailing", "clip_sample": False},
+        # Trailing spacing starts at t = 999, where the latent really is noise: with "leading", SD's usual setting, one
+        # step would start at t = 1 and return noise. Second order, the last step first order (the library's default
+        # below 15 steps) and down to sigma = 0, so one step is the teacher's own prediction of the clean latent.
+        "dpm++": {
+            "timestep_spacing": "trailing",
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "final_sigmas_type": "zero",
+        },
+        "euler": {"timestep_spacing": "trailing"},
+    }
+    return getattr(diffusers, SCHEDULERS[name][0]).from_config(config, **settings[name])
+
+
+def with_sizes(jobs, args, pictures, pipe):
+    """The jobs with height and width in pixels: their own, else those of --image, else what the UNet was made for."""
     multiple = math.lcm(8, pipe.vae_scale_factor)
     sample = pipe.unet.config.sample_size
-    for flag, default in zip(("height", "width"), (sample, sample) if isinstance(sample, int) else sample):
-        value = getattr(args, flag) or default * pipe.vae_scale_factor
-        if value % multiple:
-            fail(f"--{flag} {value}: must be a multiple of {multiple}, e.g. {-(-value // multiple) * multiple}")
-        setattr(args, flag, value)
+    default = [side * pipe.vae_scale_factor for side in ((sample, sample) if isinstance(sample, int) else sample)]
+    if args.image:
+        default = [max(round(side / multiple), 1) * multiple for side in reversed(pictures["image"].size)]
+    sized = [job._replace(height=job.height or default[0], width=job.width or default[1]) for job in jobs]
+    for job in sized:
+        for name, value, chosen in ("height", job.height, args.height), ("width", job.width, args.width):
+            if value % multiple:
+                flag = f"--{name}" if value == chosen or not args.prompts_file else f"--prompts_file: {name}"
+                fail(f"{flag} {value}: must be a multiple of {multiple}, e.g. {-(-value // multiple) * multiple}")
+    return sized
 
 
-def draw(pipe, args, prompts, seeds, steps, guidance):
-    """Pictures and seconds an image, text encoding and VAE included; each picture has its own generator."""
+def batches(jobs, size):
+    """Places in `jobs`, at most `size` at a time, of pictures of one size that all have a negative prompt or none."""
+    kinds = {}
+    for place, job in enumerate(jobs):
+        kinds.setdefault((job.height, job.width, job.negative_prompt is None), []).append(place)
+    return [places[i : i + size] for places in kinds.values() for i in range(0, len(places), size)]
+
+
+def draw(pipe, args, pictures, jobs, steps, guidance, warm=True):
+    """Pictures and seconds an image, text encoding and VAE included; each picture has its own generator.
+
+    The first call of a process pays for allocations and kernel choice: if not `warm`, it is left out of several.
+    """
     import torch
+    from PIL import Image
 
-    images, start = [], time.perf_counter()
-    for first in range(0, len(prompts), args.batch_size):
-        part = slice(first, first + args.batch_size)
-        # Noise drawn on the CPU is the same on every device, and one generator a picture the same in every batch.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        images += pipe(
-            prompts[part],
-            negative_prompt=[args.negative_prompt] * len(generators) if args.negative_prompt else None,
+    images, times = {}, []
+    for places in batches(jobs, args.batch_size):
+        start, part = time.perf_counter(), [jobs[place] for place in places]
+        height, width = part[0].height, part[0].width
+        given = {}
+        for key, image in pictures.items():  # Lanczos is sharp, but overshoots: black in a mask would not stay black
+            how = Image.Resampling.BILINEAR if key == "mask_image" else Image.Resampling.LANCZOS
+            given[key] = image.resize((width, height), how)
+        more = {key: [image] * len(part) for key, image in given.items()}
+        more |= {"strength": enough(args.strength, steps)} if args.image else {}
+        more |= {"controlnet_conditioning_scale": args.controlnet_scale} if args.controlnet else {}
+        drawn = pipe(
+            [job.prompt for job in part],
+            negative_prompt=None if part[0].negative_prompt is None else [job.negative_prompt for job in part],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            height=args.height,
-            width=args.width,
-            generator=generators,
+            height=height,
+            width=width,
+            # Noise drawn on the CPU is the same on every device, and one generator a picture the same in every batch.
+            generator=[torch.Generator("cpu").manual_seed(job.seed) for job in part],
+            eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,  # TCD's own default
+            **more,
         ).images
-    return images, (time.perf_counter() - start) / len(prompts)
+        if args.mask:  # the VAE does not give back to the bit what is to stay
+            drawn = [Image.composite(image, given["image"], given["mask_image"]) for image in drawn]
+        images |= zip(places, drawn)
+        times.append((time.perf_counter() - start, len(part)))
+    timed = times if warm else times[1:] or times
+    return [images[place] for place in range(len(jobs))], sum(t for t, _ in timed) / sum(n for _, n in timed)
+
+
+def save_fused(pipe, folder):
+    """The pipeline as a diffusers folder, which is there when it is whole."""
+    folder = folder.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            pipe.save_pretrained(Path(place) / folder.name)
+            if folder.exists():
+                folder.rmdir()  # it is empty; not every system renames over it
+            (Path(place) / folder.name).rename(folder)
+    except OSError as error:
+        fail(f"--fused_output {folder}: cannot be written ({error})")
+    print(f"{folder}: the base model with the LoRA merged in")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The comparison
 
 
-def compare(pipe, args, schedulers, lcm_steps, teacher_guidance):
+def compare(pipe, args, pictures, jobs, schedulers, teacher_guidance):
     """All columns of the grid, each a dict with its pictures (a row a prompt), UNet passes and seconds an image."""
-    seeds = [args.seed + row for row in range(len(args.prompt))]
-    plan = [("Teacher, DDIM", "ddim", 50, teacher_guidance)]
-    plan += [("Teacher, DPM-Solver++", "dpm", steps, teacher_guidance) for steps in (1, 2, 4)]
-    plan += [("LCM-LoRA", "lcm", steps, args.guidance_scale) for steps in lcm_steps]
-
-    # The first call of a process pays for allocations and kernel choice: it is not timed.
-    pipe.scheduler = schedulers["dpm"]
-    draw(pipe, args, args.prompt[: args.batch_size], seeds[: args.batch_size], 1, teacher_guidance)
     columns = []
-    for group, scheduler, steps, guidance in plan:
-        pipe.scheduler = schedulers[scheduler]
-        set_loras(pipe, args, lcm=scheduler == "lcm")
-        images, seconds = draw(pipe, args, args.prompt, seeds, steps, guidance)
-        column = {"group": group, "steps": steps, "guidance": guidance, "passes": steps * (2 if guidance > 1 else 1)}
-        columns.append(column | {"seconds": seconds, "images": images})
+    for name, steps in args.plan:
+        group, teacher = SCHEDULERS[name][2], name not in DISTILLED
+        guidance = teacher_guidance if teacher else args.guidance_scale
+        pipe.scheduler = schedulers[name]
+        set_loras(pipe, args, lcm=not teacher)
+        if not columns:
+            draw(pipe, args, pictures, jobs[: args.batch_size], 1, guidance)  # not timed: the first call is slow
+        images, seconds = draw(pipe, args, pictures, jobs, steps, guidance)
+        passes = int(steps * enough(args.strength, steps)) if args.image else steps
+        column = {"group": group, "scheduler": name, "steps": steps, "guidance": guidance}
+        column |= {"passes": passes * (2 if guidance > 1 else 1), "seconds": seconds}
+        columns.append(column | {"images": images})
         print(f"{group}, {plural(steps, 'step')}: {plural(column['passes'], 'UNet pass')}, {seconds:.3g} s/image")
+    set_loras(pipe, args)
     return columns
 
 
@@ -610,16 +878,16 @@ def wrap(text, font, width, limit):
 
 def grid(columns, prompts, title):
     """One picture of all columns: title, a band for each group, a header for each column, prompts at the left."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     # Small pictures grow by a whole factor to 128 px or more; large ones shrink to 512 so that the grid fits a screen.
-    width, height = columns[0]["images"][0].size
+    width, height = columns[-1]["images"][0].size
     factor = -(-128 // min(width, height)) if min(width, height) < 128 else min(1, 512 / max(width, height))
     width, height = round(width * factor), round(height * factor)
     font, large = (ImageFont.load_default(size=max(13, round(width / divisor))) for divisor in (11, 9))
     line, gap, label = round(font.size * 1.4), max(6, width // 20), round(width * 1.35)
     ink, faint = "#1f2328", "#656d76"
-    colours = {"Teacher, DDIM": "#57606a", "Teacher, DPM-Solver++": "#bc4c00", "LCM-LoRA": "#0969da"}
+    colours = {group: colour for _, _, group, colour in SCHEDULERS.values()}
 
     # Columns of one group stand close, groups apart.
     lefts, left = [], label + 2 * gap
@@ -633,24 +901,31 @@ def grid(columns, prompts, title):
     pen.text((2 * gap, 2 * gap), wrap(title, large, sheet.width - 4 * gap, 1)[0], ink, large)
 
     band = 2 * gap + 2 * line
-    for group, colour in colours.items():
-        members = [(x, column) for x, column in zip(lefts, columns) if column["group"] == group]
-        (first, column), last = members[0], members[-1][0]
+    for group, members in itertools.groupby(zip(lefts, columns), lambda member: member[1]["group"]):
+        (first, column), *_, (last, _) = [*members] * 2
+        colour, right = colours.get(group, faint), last + width - 1
         pen.text((first, band), group, colour, font)
-        pen.text((first, band + line), f"guidance {column['guidance']:g}", faint, font)
-        pen.rectangle((first, band + 2.2 * line, last + width - 1, band + 2.2 * line + max(2, gap // 3)), colour)
+        if "guidance" in column:
+            pen.text((first, band + line), f"guidance {column['guidance']:g}", faint, font)
+        pen.rectangle((first, band + 2.2 * line, right, band + 2.2 * line + max(2, gap // 3)), colour)
     for x, column in zip(lefts, columns):
         texts = (
-            plural(column["steps"], "step"),
-            plural(column["passes"], "UNet pass"),
-            f"{column['seconds']:.3g} s/image",
+            [column["label"]]
+            if "label" in column
+            else [
+                plural(column["steps"], "step"),
+                plural(column["passes"], "UNet pass"),
+                f"{column['seconds']:.3g} s/image",
+            ]
         )
         for row, text in enumerate(texts):
             place = (x + width / 2, band + round((2.6 + row) * line))
             pen.text(place, text, ink if row == 0 else faint, font, anchor="ma")
         for row, image in enumerate(column["images"]):
-            image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(image, (x, top + row * (height + gap)))
+            image, y = image.convert("RGB"), top + row * (height + gap)
+            sheet.paste(ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, "white"), (x, y))
+            if "label" in column:  # a mask is white on the white sheet
+                pen.rectangle((x, y, x + width - 1, y + height - 1), outline=faint)
     for row, prompt in enumerate(prompts):
         lines = wrap(prompt, font, label - gap, max(1, height // line))
         y = top + row * (height + gap) + (height - len(lines) * line) // 2
@@ -668,13 +943,15 @@ def parameters(settings):
     loras = [(settings["lora"], settings["lcm_weight"]), *settings["style_lora"]]
     pairs = {
         "Steps": str(settings["steps"]),
-        "Sampler": "LCM",
+        "Sampler": SCHEDULERS[settings["scheduler"]][1],
         "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": str(settings["seed"]),
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(settings["base_model"]).name,
         "Lora": ", ".join(f"{lora_name(path)} {weight:g}" for path, weight in loras),
     }
+    if settings["image"]:
+        pairs["Denoising strength"] = f"{settings['strength']:.3g}"
     # A value with a comma or colon would end early: it is quoted.
     quoted = {key: json.dumps(text) if re.search("[,:]", text) else text for key, text in pairs.items()}
     negative = [f"Negative prompt: {settings['negative_prompt']}"] if settings["negative_prompt"] else []
@@ -700,6 +977,24 @@ def save(image, path, settings, chunks):
         fail(f"--output {path}: cannot be written ({error})")
 
 
+def draw_all(pipe, args, pictures, jobs, schedulers, settings):
+    """Each job in each number of steps, each picture a file with its settings."""
+    warm = len(args.plan) > 1
+    if warm:  # step counts are compared: none of them pays for the first call
+        pipe.scheduler = schedulers[args.plan[0][0]]
+        draw(pipe, args, pictures, jobs[: args.batch_size], 1, args.guidance_scale)
+    for name, steps in args.plan:
+        pipe.scheduler = schedulers[name]
+        images, seconds = draw(pipe, args, pictures, jobs, steps, args.guidance_scale, warm)
+        for index, (image, job) in enumerate(zip(images, jobs)):
+            ending = (f"-{index}" if len(jobs) > 1 else "") + (f"-steps{steps}" if len(args.plan) > 1 else "")
+            output = args.output.with_stem(args.output.stem + ending)
+            one = settings | job._asdict() | {"scheduler": name, "steps": steps}
+            one |= {"strength": enough(args.strength, steps)} if args.image else {}
+            save(image, output, one, {"parameters": parameters(one)})
+            print(f"{output} ({seconds:.3g} s/image)")
+
+
 def import_quietly():
     """Import the libraries without their chatter about optional parts and coming versions; errors still show."""
     warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|peft|transformers")
@@ -718,6 +1013,7 @@ def import_quietly():
 def main(argv=None):
     """Load, check, draw, save."""
     args = parse_args(argv)
+    jobs, pictures = read_jobs(args), read_pictures(args)
     files = {ADAPTER: find_lora(args.lora)}
     files |= {f"style_{index}": find_lora(name, "--style_lora") for index, (name, _) in enumerate(args.style_lora)}
     import_quietly()
@@ -735,66 +1031,60 @@ def main(argv=None):
     if one_file and not base_config:
         base_config = header(path, metadata, "training_args", "{}", json.loads).get("teacher_config")
     original_steps = int(header(path, metadata, "num_ddim_timesteps", 50))
-    if args.steps > original_steps:
-        fail(f"--steps {args.steps}: must be from 1 to {original_steps}, the DDIM steps this LoRA was distilled over")
+    if args.compare and not (args.scheduler or args.steps):
+        args.plan = [(name, steps) for name, steps in args.plan if name not in DISTILLED or steps <= original_steps]
+    for name, steps in args.plan:
+        if name in DISTILLED and steps > original_steps:
+            fail(f"--steps {steps}: must be from 1 to {original_steps}, the DDIM steps this LoRA was distilled over")
     mean_omega = sum(header(path, metadata, key, 6.5) for key in ("w_min", "w_max")) / 2
     teacher_guidance = 1 + mean_omega if args.compare_guidance is None else args.compare_guidance
 
     device, dtype = pick_device(args.device, args.dtype)
     match = functools.partial(match_layout, loras, base)
     pipe = load_pipeline(base, base_config, args.variant, device, dtype, match)
-    picture_size(args, pipe)
+    jobs = with_sizes(jobs, args, pictures, pipe)
     for adapter, lora in loras.items():
         attach_lora(pipe, adapter, *lora, base)
     set_loras(pipe, args)
     if not args.compare:
         fuse(pipe)
-
-    config = pipe.scheduler.config
-    schedulers = {
-        "lcm": diffusers.LCMScheduler.from_config(config, original_inference_steps=original_steps),
-        # 999, 979 ... 19: the grid that the LoRA was distilled on. Latents are not pictures: never clip to [-1, 1].
-        "ddim": diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False),
-        # Trailing spacing starts at t = 999, where the latent really is noise: with "leading", SD's usual setting, one
-        # step would start at t = 1 and return noise. Second order, the last step first order (the library's default
-        # below 15 steps) and down to sigma = 0, so one step is the teacher's own prediction of the clean latent.
-        "dpm": diffusers.DPMSolverMultistepScheduler.from_config(
-            config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
-        ),
-    }
+    drawing = with_pictures(pipe, args)
+    schedulers = {name: make_scheduler(name, pipe.scheduler.config, original_steps) for name in SCHEDULERS}
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output {args.output}: its folder cannot be made ({error})")
     # From here on the libraries' warnings are about the user's input, such as a prompt that is cut at 77 tokens.
     diffusers.utils.logging.set_verbosity_warning()
+    # SDXL's pipelines take their VAE to float32 and back, about which this one warns at each picture.
+    diffusers.utils.logging.get_logger("diffusers.models.modeling_utils").setLevel("ERROR")
 
-    settings = {
-        key: value for key, value in vars(args).items() if key not in ("prompt", "output", "num_images", "compare")
-    }
+    left_out = ("prompt", "prompts_file", "output", "num_images", "compare", "fused_output", "plan")
+    settings = {key: value for key, value in vars(args).items() if key not in left_out}
     settings["style_lora"] = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
     settings |= {"lora": str(path), "base_model": base, "device": device, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"base_config": base_config, "original_inference_steps": original_steps}
     settings |= {"diffusers": diffusers.__version__}
     if args.compare:
-        columns = compare(pipe, args, schedulers, [k for k in (1, 2, 4, 8) if k <= original_steps], teacher_guidance)
-        title = f"{lora_name(path)} on {Path(base).name}, {args.width} x {args.height} px, seed {args.seed}"
-        sheet = grid(columns, args.prompt, title)
+        columns = compare(drawing, args, pictures, jobs, schedulers, teacher_guidance)
+        given = {"image": args.image, "mask": args.mask, "control": args.control_image}
+        sources = [
+            {"group": "Source", "label": label, "images": [picture] * len(jobs)}
+            for label, picture in zip(filter(given.get, given), pictures.values())
+        ]
+        title = f"{lora_name(path)} on {Path(base).name}, {jobs[0].width} x {jobs[0].height} px, seed {args.seed}"
+        sheet = grid(sources + columns, [job.prompt for job in jobs], title)
         facts = [{key: value for key, value in column.items() if key != "images"} for column in columns]
-        settings |= {"prompts": args.prompt, "columns": facts, "compare_guidance": teacher_guidance}
+        settings |= {"jobs": [job._asdict() for job in jobs], "columns": facts, "compare_guidance": teacher_guidance}
         save(sheet, args.output, settings, {})
         print(f"{args.output} ({sum(column['seconds'] for column in columns):.3g} s a row)")
-        return
-
-    pipe.scheduler = schedulers["lcm"]
-    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    seeds = [args.seed + index for index in range(len(prompts))]
-    images, seconds = draw(pipe, args, prompts, seeds, args.steps, args.guidance_scale)
-    for index, (image, prompt, seed) in enumerate(zip(images, prompts, seeds)):
-        output = args.output.with_stem(f"{args.output.stem}-{index}") if len(images) > 1 else args.output
-        one = settings | {"prompt": prompt, "seed": seed}
-        save(image, output, one, {"parameters": parameters(one)})
-        print(f"{output} ({seconds:.3g} s/image)")
+    elif jobs:
+        draw_all(drawing, args, pictures, jobs, schedulers, settings)
+    if args.fused_output:
+        if args.compare:
+            fuse(pipe)
+        pipe.scheduler = schedulers["lcm"]
+        save_fused(pipe, args.fused_output)
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def test_bad_file(tiny, tmp_path, kind, message):
         (["--output", "x.jpg"], r"--output x.jpg: must name a .png"),
         (["--steps", "0"], "--steps.*from 1 to"),
         (["--steps", "51"], "--steps 51: must be from 1 to 50"),
-        (["--steps", "4", "--compare"], "do not go with --compare"),
+        (["--num_images", "2", "--compare"], "does not go with --compare"),
         (["--height", "60"], "--height 60: must be a multiple of 8, e.g. 64"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--base_model", "./nowhere"], "nowhere: no such file or folder; give --base_model"),

@@ -1,0 +1,500 @@
+"""What infer.py draws from pictures, prompt files and schedulers, in grids and fused, mostly on the demo's teachers."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageChops, ImageDraw
+from test_infer import difference, infer, make_lora
+
+DEMO = {family: ROOT / "demo" / f"teacher-{family}" for family in ("sd15", "sdxl")}
+NAMES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory):
+    """A folder: a random LoRA and ControlNet of each demo teacher; apple.png of 90 x 64, mask.png with a white half."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("kit")
+    for family, base in DEMO.items():
+        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+        make_lora(unet, folder / f"{family}.safetensors", base, family=family)
+        torch.manual_seed(0)
+        net = ControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=(16, 32, 96)
+        )  # this VAE's factor is 4
+        for weight in net.parameters():
+            if not weight.any():  # the zero convolutions, where training starts
+                torch.nn.init.normal_(weight, std=0.05)
+        net.save_pretrained(folder / f"control-{family}")
+    apple, mask = Image.new("RGB", (90, 64), "white"), Image.new("L", (64, 64))
+    ImageDraw.Draw(apple).ellipse((20, 8, 70, 60), fill="#d02020")
+    ImageDraw.Draw(mask).rectangle((32, 0, 64, 64), fill=255)
+    apple.save(folder / "apple.png")
+    mask.save(folder / "mask.png")
+    return folder
+
+
+def run(kit, output, *flags, family="sd15", prompt=("a cat",)):
+    """Draw on the CPU; the path of the picture."""
+    prompt = ["--prompt", *prompt] if prompt else []
+    output_flag = ["--output", output] if output else []
+    words = ["--lora", kit / f"{family}.safetensors", "--device", "cpu", *prompt, *output_flag, *flags]
+    infer.main([*map(str, words)])
+    return output
+
+
+def settings(path):
+    """What a picture says about itself."""
+    return json.loads(Image.open(path).text["infer_args"])
+
+
+def is_picture(path, size=(64, 64)):
+    """Whether a file holds an RGB picture of this size that is neither flat nor black, white or clipped all over."""
+    image = Image.open(path)
+    low, high = image.convert("L").getextrema()
+    edges = image.convert("L").histogram()
+    return (image.size, image.mode) == (size, "RGB") and high - low > 30 and edges[0] + edges[255] < 0.9 * sum(edges)
+
+
+def pipeline(kit, kind, family="sd15", scheduler=("LCMScheduler", {}), lora=True, **parts):
+    """A user's own pipeline of this class with the LoRA, by diffusers alone."""
+    import diffusers
+
+    pipe = getattr(diffusers, NAMES[family] + kind).from_pretrained(DEMO[family], **parts)
+    pipe.set_progress_bar_config(disable=True)
+    name, more = scheduler
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **more)
+    if lora:
+        pipe.load_lora_weights(kit / f"{family}.safetensors")
+    return pipe
+
+
+def call(pipe, path, *args, steps=4, guidance=1.0, seed=0, **kwargs):
+    """The pipeline's picture as a file."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    kwargs |= {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
+    pipe(*args, **kwargs).images[0].save(path)
+    return path
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """The columns of the grids that the test draws."""
+    seen, grid = [], infer.grid
+    monkeypatch.setattr(infer, "grid", lambda columns, *rest: seen.extend(columns) or grid(columns, *rest))
+    return seen
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "eta"),
+    [
+        ("lcm", ("LCMScheduler", {"original_inference_steps": 50}), 0),
+        ("tcd", ("TCDScheduler", {"original_inference_steps": 50}), 0.3),
+        ("ddim", ("DDIMScheduler", TRAILING | {"clip_sample": False}), 0),
+        ("dpm++", ("DPMSolverMultistepScheduler", TRAILING), 0),
+        ("euler", ("EulerDiscreteScheduler", TRAILING), 0),
+    ],
+)
+def test_scheduler(kit, tmp_path, name, theirs, eta):
+    """Each draws what diffusers draws with it and the LoRA, another picture than the base, and says its name."""
+    path = run(kit, tmp_path / "x.png", "--scheduler", name)
+    assert is_picture(path)
+    pipe = pipeline(kit, "Pipeline", scheduler=theirs)
+    assert difference(path, call(pipe, tmp_path / "y.png", "a cat", eta=eta)) <= 1
+    pipe.disable_lora()
+    assert difference(path, call(pipe, tmp_path / "base.png", "a cat", eta=eta)) > 8
+    assert f"Sampler: {infer.SCHEDULERS[name][1]}, " in Image.open(path).text["parameters"]
+    assert settings(path)["scheduler"] == name
+
+
+def test_original_steps_of_the_header(kit, tmp_path, cells):
+    """With 20 DDIM steps, 3 steps of lcm and tcd stand elsewhere than with 50; 21 steps are refused."""
+    from safetensors.torch import load_file, save_file
+
+    header = {"base_model": str(DEMO["sd15"]), "num_ddim_timesteps": "20"}
+    save_file(load_file(kit / "sd15.safetensors"), tmp_path / "sd15.safetensors", header)
+    flags = ("--scheduler", "lcm", "tcd", "--steps", 3, "--compare")
+    assert settings(run(tmp_path, tmp_path / "20.png", *flags))["original_inference_steps"] == 20
+    assert settings(run(kit, tmp_path / "50.png", *flags))["original_inference_steps"] == 50
+    images = [column["images"][0] for column in cells]
+    for ours, theirs in zip(images[:2], images[2:]):
+        assert max(high for _, high in ImageChops.difference(ours, theirs).getextrema()) > 8
+    for name in "lcm", "tcd":
+        with pytest.raises(SystemExit, match="--steps 21: must be from 1 to 20"):
+            run(tmp_path, tmp_path / "x.png", "--scheduler", name, "--steps", 21)
+
+
+@pytest.mark.parametrize("family", DEMO)
+def test_img2img(kit, tmp_path, family, capsys):
+    """As diffusers draws it; of the picture's size; half the steps for half the strength; nearer to it when weak."""
+    flags = ("--image", kit / "apple.png", "--strength")
+    half = run(kit, tmp_path / "half.png", *flags, 0.5, family=family)
+    assert capsys.readouterr().err == ""
+    assert is_picture(half, (88, 64))
+    source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
+    pipe = pipeline(kit, "Img2ImgPipeline", family)
+    # A pipeline of img2img asks for an image a prompt: with one and a list of generators all would share its noise.
+    theirs = call(pipe, tmp_path / "theirs.png", "a cat", image=source, strength=0.5)
+    assert difference(half, theirs) <= 1
+    full = run(kit, tmp_path / "full.png", *flags, 1, family=family)
+    source.save(tmp_path / "source.png")
+
+    def distance(path):
+        return sum(
+            i * n for i, n in enumerate(ImageChops.difference(Image.open(path), source).convert("L").histogram())
+        )
+
+    assert distance(half) < distance(full)
+    base = run(kit, tmp_path / "base.png", *flags, 0.5, "--lora_scale", 0, family=family)
+    assert difference(half, base) > 8
+    said = settings(half)
+    assert (said["image"], said["strength"], said["mask"]) == (str(kit / "apple.png"), 0.5, None)
+    assert "Denoising strength: 0.5" in Image.open(half).text["parameters"]
+
+
+def test_pictures_are_read_upright(kit, tmp_path):
+    """A camera's turned picture, a grey one and one with a palette are what their RGB copy is."""
+    apple = Image.open(kit / "apple.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise to be seen
+    apple.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    apple.convert("P").save(tmp_path / "palette.png")
+    expected = run(kit, tmp_path / "x.png", "--image", kit / "apple.png", "--steps", 2)
+    assert difference(expected, run(kit, tmp_path / "y.png", "--image", tmp_path / "turned.png", "--steps", 2)) == 0
+    args = infer.parse_args(["--lora", "x", "--prompt", "a", "--image", str(tmp_path / "palette.png")])
+    assert infer.read_pictures(args)["image"].mode == "RGB"
+
+
+@pytest.mark.parametrize("family", DEMO)
+def test_inpainting(kit, tmp_path, family, capsys):
+    """Black stays as it is, white is redrawn, and by the LoRA."""
+    flags = ("--image", kit / "apple.png", "--mask", kit / "mask.png")
+    path = run(kit, tmp_path / "x.png", *flags, family=family)
+    assert capsys.readouterr().err == ""
+    assert is_picture(path, (88, 64)) and settings(path)["strength"] == 1
+    base = run(kit, tmp_path / "base.png", *flags, "--lora_scale", 0, family=family)
+    source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
+
+    def moved(path, box, other=source):
+        return max(high for _, high in ImageChops.difference(Image.open(path), other).crop(box).getextrema())
+
+    left, right = (0, 0, 42, 64), (46, 0, 88, 64)
+    assert moved(path, left) == 0 and moved(path, right) > 8
+    assert moved(path, right, Image.open(base)) > 8
+
+
+@pytest.mark.parametrize("family", DEMO)
+@pytest.mark.parametrize("given", [(), ("image",), ("image", "mask")], ids=["text", "img2img", "inpainting"])
+def test_controlnet(kit, tmp_path, family, given):
+    """The control image steers the picture; at scale 0 it does not."""
+    files = {"image": kit / "apple.png", "mask": kit / "mask.png"}
+    flags = [word for name in given for word in (f"--{name}", files[name])] + ["--width", 64, "--steps", 3]
+    flags += ["--batch_size", 2]
+    control = ("--controlnet", kit / f"control-{family}", "--control_image", kit / "mask.png")
+    prompt = ("a cat", "a dog")
+    run(kit, tmp_path / "on.png", *flags, *control, family=family, prompt=prompt)
+    run(kit, tmp_path / "none.png", *flags, family=family, prompt=prompt)
+    for index in range(2):
+        on, none = (tmp_path / f"{name}-{index}.png" for name in ("on", "none"))
+        assert is_picture(on) and difference(on, none) > 8
+    if family == "sd15":
+        run(kit, tmp_path / "off.png", *flags, *control, "--controlnet_scale", 0, prompt=prompt)
+        assert difference(tmp_path / "off-1.png", none) <= 1
+    assert settings(on)["controlnet"] == str(kit / f"control-{family}")
+
+
+def test_controlnet_that_does_not_fit(kit, tmp_path):
+    """One of another layout, and a folder that holds something else, are refused with one line."""
+    from diffusers import ControlNetModel
+
+    small = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 8}
+    ControlNetModel(cross_attention_dim=64, **small).save_pretrained(tmp_path / "small")
+    pipe = pipeline(kit, "Pipeline", lora=False)
+    for folder, message in (
+        (tmp_path / "small", "is of another layout than the base model: cross_attention_dim is 64, needed is 128"),
+        (kit / "control-sdxl", "is of another layout than the base model: addition_embed_type is text_time, needed is"),
+        (DEMO["sd15"] / "unet", "its weights are not those of a ControlNet"),
+        (tmp_path / "nowhere", "cannot be opened"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: --controlnet {folder}:? {message}") as caught:
+            infer.load_controlnet(str(folder), pipe)
+        assert "\n" not in str(caught.value)
+
+
+def test_one_copy_of_the_weights(kit):
+    """The pipeline that takes pictures draws with the very modules of the one that was loaded."""
+    pipe = pipeline(kit, "Pipeline", lora=False)
+    files = {"image": "apple.png", "mask": "mask.png", "controlnet": "control-sd15", "control_image": "mask.png"}
+    flags = [word for name, file in files.items() for word in (f"--{name}", str(kit / file))]
+    drawing = infer.with_pictures(pipe, infer.parse_args(["--lora", "x", "--prompt", "a", *flags]))
+    assert type(drawing).__name__ == "StableDiffusionControlNetInpaintPipeline"
+    assert all(getattr(drawing, name) is getattr(pipe, name) for name in ("unet", "vae", "text_encoder"))
+
+
+def test_strength_is_raised_to_one_step(kit, tmp_path, capsys):
+    """0.1 x 4 steps would draw nothing: it becomes 0.25, with a word; at every number of steps one step is taken."""
+    flags = ("--image", kit / "apple.png", "--strength")
+    low = run(kit, tmp_path / "low.png", *flags, 0.1)
+    assert "warning: --strength 0.1 x 4 steps is less than one step: raised to 0.25," in capsys.readouterr().err
+    assert settings(low)["strength"] == pytest.approx(0.25)
+    assert difference(low, run(kit, tmp_path / "quarter.png", *flags, 0.25)) == 0
+    assert capsys.readouterr().err == ""
+    for steps in range(1, 1001):
+        assert int(steps * infer.enough(0.0, steps)) == 1 and infer.enough(0.0, steps) <= 1
+    assert infer.enough(0.3, 4) == 0.3
+
+
+def test_prompts_in_a_text_file(kit, tmp_path):
+    """Comments and blank lines are skipped; each line draws what --prompt draws."""
+    (tmp_path / "prompts.txt").write_text("\ufeff# two\na cat\n\n  a dog \n", encoding="utf-8")
+    run(kit, tmp_path / "file.png", "--prompts_file", tmp_path / "prompts.txt", "--seed", 5, prompt=())
+    run(kit, tmp_path / "flag.png", "--seed", 5, prompt=("a cat", "a dog"))
+    assert len(list(tmp_path.glob("file*.png"))) == 2
+    for index in range(2):
+        assert difference(tmp_path / f"file-{index}.png", tmp_path / f"flag-{index}.png") == 0
+
+
+def test_prompts_in_json_lines(kit, tmp_path):
+    """Own seeds, sizes and negative prompts, batched by size, in the order of the lines, each as if drawn alone."""
+    rows = [
+        {"prompt": "a cat", "seed": 7},
+        {"prompt": "a dog", "width": 96, "height": 72, "negative_prompt": "red"},
+        {"prompt": "a cup", "seed": 2**32 - 1, "negative_prompt": ""},
+        {"prompt": "a car", "width": 96, "height": 72},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--steps", 2, "--guidance_scale", 2)
+    run(kit, tmp_path / "x.png", "--prompts_file", tmp_path / "p.jsonl", *flags, prompt=(), family="sdxl")
+    for index, row in enumerate(rows):
+        path = tmp_path / f"x-{index}.png"
+        assert is_picture(path, (row.get("width", 64), row.get("height", 64)))
+        said = settings(path)
+        assert said["prompt"] == row["prompt"] and said["seed"] == row.get("seed", index)
+        assert said["negative_prompt"] == row.get("negative_prompt")
+    for index in 1, 2:
+        own = [word for key, value in rows[index].items() if key != "prompt" for word in (f"--{key}", value)]
+        own = own if "seed" in rows[index] else [*own, "--seed", index]
+        alone = run(kit, tmp_path / "alone.png", *flags, *own, prompt=(rows[index]["prompt"],), family="sdxl")
+        assert difference(tmp_path / f"x-{index}.png", alone) <= 1
+
+
+def test_steps_list(kit, tmp_path, capsys):
+    """A picture for each number of steps, each as drawn alone, with the steps in its name and header."""
+    run(kit, tmp_path / "x.png", "--steps", 1, 3, 1, prompt=("a cat", "a dog"))
+    names = {f"x-{index}-steps{steps}.png" for index in range(2) for steps in (1, 3)}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    run(kit, tmp_path / "alone.png", "--steps", 3, prompt=("a cat", "a dog"))
+    assert difference(tmp_path / "x-1-steps3.png", tmp_path / "alone-1.png") == 0
+    assert settings(tmp_path / "x-0-steps1.png")["steps"] == 1
+    assert capsys.readouterr().out.count(" s/image)") == 6
+
+
+def test_first_call_is_not_timed(monkeypatch):
+    """Of several batches the first is left out; a warm pipeline's are all counted; one alone counts."""
+    clock = iter([0, 10, 20, 21, 30, 32])
+    monkeypatch.setattr(infer.time, "perf_counter", lambda: next(clock))
+    result = type("Result", (), {"images": ["picture"]})
+    args = infer.parse_args(["--lora", "x", "--prompt", "a", "--batch_size", "1"])
+    pipe = type("Pipe", (), {"scheduler": None, "__call__": lambda *args, **kwargs: result})()
+    jobs = [infer.Job("a", None, 0, 64, 64)] * 3
+    assert infer.draw(pipe, args, {}, jobs, 1, 1, warm=False)[1] == (1 + 2) / 2
+    clock = iter([0, 10, 20, 21, 30, 32])
+    assert infer.draw(pipe, args, {}, jobs, 1, 1)[1] == (10 + 1 + 2) / 3
+    clock = iter([0, 10])
+    assert infer.draw(pipe, args, {}, jobs[:1], 1, 1, warm=False)[1] == 10
+
+
+@pytest.mark.parametrize("family", DEMO)
+def test_grid_of_schedulers(kit, tmp_path, cells, family):
+    """A column for each scheduler and step count: lcm and tcd with the LoRA and no guidance, the others the teacher."""
+    flags = ("--compare", "--scheduler", "euler", "lcm", "tcd", "--steps", 2, 4, "--compare_guidance", 3)
+    path = run(kit, tmp_path / "grid.png", *flags, family=family, prompt=("a cat", "a dog"))
+    columns = settings(path)["columns"]
+    facts = [(column["scheduler"], column["steps"], column["guidance"], column["passes"]) for column in columns]
+    assert facts == [("euler", 2, 3, 4), ("euler", 4, 3, 8), *((n, s, 1, s) for n in ("lcm", "tcd") for s in (2, 4))]
+    assert [column["group"] for column in columns[1:4]] == ["Teacher, Euler", "LCM-LoRA", "LCM-LoRA"]
+    pipe = pipeline(kit, "Pipeline", family, ("EulerDiscreteScheduler", TRAILING), lora=False)
+    images = [column["images"] for column in cells]
+    images[1][0].save(tmp_path / "cell.png")
+    assert difference(tmp_path / "cell.png", call(pipe, tmp_path / "teacher.png", "a cat", guidance=3.0)) <= 1
+    run(kit, tmp_path / "lcm.png", family=family, prompt=("a cat", "a dog"))
+    images[3][1].save(tmp_path / "cell.png")
+    assert difference(tmp_path / "cell.png", tmp_path / "lcm-1.png") <= 1
+
+
+def test_grid_plans():
+    """What --compare draws by default, with steps alone, with a scheduler alone."""
+    fixed = [("ddim", 50), ("dpm++", 1), ("dpm++", 2), ("dpm++", 4), ("lcm", 1), ("lcm", 2), ("lcm", 4), ("lcm", 8)]
+    for flags, plan in (
+        ([], fixed),
+        (["--steps", "2", "1"], [("dpm++", 2), ("dpm++", 1), ("lcm", 2), ("lcm", 1)]),
+        (["--scheduler", "tcd"], [("tcd", 1), ("tcd", 2), ("tcd", 4), ("tcd", 8)]),
+    ):
+        assert infer.parse_args(["--lora", "x", "--prompt", "a", "--compare", *flags]).plan == plan
+
+
+@pytest.mark.parametrize("given", ["img2img", "inpainting", "controlnet"])
+def test_grid_from_pictures(kit, tmp_path, cells, given):
+    """The pictures given come first; every cell is drawn from them; passes are those that were taken."""
+    files = {"image": kit / "apple.png"} if given != "controlnet" else {}
+    files |= {"mask": kit / "mask.png"} if given == "inpainting" else {}
+    files |= {"controlnet": kit / "control-sd15", "control_image": kit / "mask.png"} if given == "controlnet" else {}
+    flags = [word for name, file in files.items() for word in (f"--{name}", file)]
+    flags += ["--scheduler", "dpm++", "lcm", "--steps", 4, "--compare"]
+    path = run(kit, tmp_path / "grid.png", *flags, prompt=("a cat", "a dog"))
+    sources = [name.removesuffix("_image") for name in files if name != "controlnet"]
+    assert [column.get("label") for column in cells] == [*sources, None, None]
+    assert cells[0]["images"][0].size == ((90, 64) if "image" in files else (64, 64))
+    taken = 3 if given == "img2img" else 4  # strength 0.8
+    assert [column["passes"] for column in settings(path)["columns"]] == [2 * taken, taken]
+    run(kit, tmp_path / "lcm.png", *flags[: 2 * len(files)], prompt=("a cat", "a dog"))
+    cells[-1]["images"][1].save(tmp_path / "cell.png")
+    assert difference(tmp_path / "cell.png", tmp_path / "lcm-1.png") <= 1
+    cells[-2]["images"][1].save(tmp_path / "teacher.png")
+    assert difference(tmp_path / "cell.png", tmp_path / "teacher.png") > 8
+    assert Image.open(path).width > len(cells) * 128
+
+
+def test_grid_of_several_sizes(kit, tmp_path):
+    """Rows of other sizes are fitted into the cells."""
+    rows = [{"prompt": "a", "width": 96}, {"prompt": "b", "height": 96}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "grid.png"
+    run(kit, path, "--prompts_file", tmp_path / "p.jsonl", "--compare", "--steps", 1, prompt=())
+    assert [(job["width"], job["height"]) for job in settings(path)["jobs"]] == [(96, 64), (64, 96)]
+
+
+@pytest.mark.parametrize("family", DEMO)
+def test_fused_output(kit, tmp_path, family, capsys):
+    """A folder that any diffusers user opens: the base with the LoRA inside, drawing what infer.py draws."""
+    import diffusers
+
+    folder = tmp_path / "new" / "fused"
+    flags = ("--lora_scale", 0.5, "--fused_output", folder)
+    run(kit, None, *flags, family=family, prompt=())
+    assert [path.name for path in folder.parent.iterdir()] == ["fused"]
+    assert f"{folder}: the base model with the LoRA merged in" in capsys.readouterr().out
+    assert not [*folder.rglob("*.bin")] and len([*folder.rglob("*.safetensors")]) == (3 if family == "sd15" else 4)
+    pipe = getattr(diffusers, NAMES[family] + "Pipeline").from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == "LCMScheduler" and pipe.scheduler.config.original_inference_steps == 50
+    assert not any("lora" in name for name in pipe.unet.state_dict())
+    theirs = call(pipe, tmp_path / "theirs.png", "a cat")
+    ours = run(kit, tmp_path / "ours.png", "--lora_scale", 0.5, family=family)
+    assert difference(ours, theirs) <= 3
+    assert difference(theirs, run(kit, tmp_path / "base.png", "--lora_scale", 0, family=family)) > 8
+    with pytest.raises(SystemExit, match=f"^error: --fused_output {folder}: must be a new or an empty folder"):
+        run(kit, None, *flags, family=family, prompt=())
+
+
+def test_fused_after_a_grid(kit, tmp_path):
+    """The grid switches the LoRA off and on; what is saved has it, in an empty folder that was there."""
+    from safetensors.torch import load_file
+
+    weights = []
+    for name, flags in ("plain", ()), ("grid", ("--compare", "--scheduler", "lcm", "dpm++", "--steps", 1)):
+        (tmp_path / name).mkdir()
+        output, prompt = (tmp_path / "x.png", ("a cat",)) if flags else (None, ())
+        run(kit, output, "--fused_output", tmp_path / name, *flags, prompt=prompt)
+        weights.append(load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    base = load_file(DEMO["sd15"] / "unet" / "diffusion_pytorch_model.safetensors")
+    changed = [key for key in base if not torch.equal(base[key].float(), weights[0][key].float())]
+    assert len(changed) == len(load_file(kit / "sd15.safetensors")) // 3
+
+
+def test_fused_output_is_whole_or_absent(kit, tmp_path, monkeypatch):
+    """A disk that is full leaves nothing behind."""
+    from diffusers import StableDiffusionPipeline
+
+    def full(pipe, folder, **kwargs):
+        folder.mkdir()
+        (folder / "model_index.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(SystemExit, match="^error: --fused_output .*fused: cannot be written .*No space left"):
+        run(kit, None, "--fused_output", tmp_path / "fused", prompt=())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", r"p.jsonl: it holds no prompt"),
+        ('{"prompt": "a"}\n{"prompt"', "p.jsonl, line 2: not JSON"),
+        ('# x\n["a"]', r'line 2: must be {"prompt": ...}'),
+        ('{"seed": 1}', r'line 1: must be {"prompt": ...}'),
+        ('{"prompt": "a", "steps": 2}', "line 1: must be .*beside it only negative_prompt, seed, height, width"),
+        ('{"prompt": 3}', "line 1: prompt is 3, needed is a text"),
+        ('{"prompt": "a", "seed": "1"}', "line 1: seed is '1', needed is 0 to 4294967295"),
+        ('{"prompt": "a", "seed": -1}', "line 1: seed is -1"),
+        ('{"prompt": "a", "width": true}', "line 1: width is True"),
+        ('{"prompt": "a", "height": 0}', "line 1: height is 0, needed is 1 to"),
+        ('{"prompt": "a", "height": 60}', "--prompts_file: height 60: must be a multiple of 8, e.g. 64"),
+    ],
+)
+def test_bad_prompts_file(kit, tmp_path, line, message):
+    """One line, which names the file and the line."""
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        run(kit, tmp_path / "x.png", "--prompts_file", tmp_path / "p.jsonl", prompt=())
+    assert "\n" not in str(caught.value) and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "nothing to do: give --prompt, --prompts_file or --fused_output"),
+        ("--prompt a --prompts_file p.txt", "--prompt and --prompts_file do not go together"),
+        ("--prompts_file nowhere.txt", "--prompts_file nowhere.txt: cannot be read"),
+        ("--prompts_file picture.png", "--prompts_file picture.png: cannot be read as text"),
+        ("--prompt a --strength 0.5", "--strength has no effect without --image"),
+        ("--prompt a --image picture.png --strength 1.5", "--strength: '1.5' is not float from 0 to 1"),
+        ("--prompt a --mask picture.png", "--mask has no effect without --image"),
+        ("--prompt a --image nowhere.png", "--image nowhere.png: not a picture that can be read"),
+        ("--prompt a --image text.txt", "--image text.txt: not a picture that can be read"),
+        ("--prompt a --image cut.png", "--image cut.png: not a picture that can be read"),
+        ("--prompt a --controlnet x", "--controlnet has no effect without --control_image"),
+        ("--prompt a --control_image picture.png", "--control_image has no effect without --controlnet"),
+        ("--prompt a --controlnet_scale 2", "--controlnet_scale has no effect without --controlnet"),
+        ("--prompt a --scheduler lcm tcd", "--scheduler lcm tcd: several need --compare"),
+        ("--prompt a --scheduler pndm", "--scheduler: invalid choice: 'pndm' .*euler"),
+        ("--prompt a --steps 4 0", "--steps: '0' is not int from 1 to 1000"),
+        ("--prompt a --scheduler euler --steps 1001", "--steps: '1001' is not int from 1 to 1000"),
+        ("--prompt a --compare --scheduler tcd --compare_guidance 3", "--compare_guidance has no effect without"),
+        ("--prompt a --compare --scheduler ddim --guidance_scale 2", "--guidance_scale has no effect without"),
+        ("--fused_output text.txt", "--fused_output text.txt: must be a new or an empty folder"),
+        ("--fused_output .", "--fused_output .: must be a new or an empty folder"),
+        ("--fused_output new --compare", "--compare has no effect without --prompt or --prompts_file"),
+        ("--fused_output new --steps 2", "--steps has no effect without --prompt or --prompts_file"),
+        ("--fused_output new --image picture.png", "--image has no effect without --prompt or --prompts_file"),
+    ],
+)
+def test_bad_flag(kit, tmp_path, monkeypatch, flags, message):
+    """One line, which names the flag and what would be valid, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("no picture")
+    (tmp_path / "picture.png").write_bytes((kit / "apple.png").read_bytes())
+    (tmp_path / "cut.png").write_bytes((kit / "apple.png").read_bytes()[:120])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        infer.main(["--lora", str(kit / "sd15.safetensors"), "--device", "cpu", *flags.split()])
+    assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == before
+
+
+def test_warnings(capsys):
+    """A negative prompt in a file counts where guidance is 1, and not in a grid without a column of the LoRA."""
+    words = ["--lora", "x", "--prompt", "a", "--negative_prompt", "b"]
+    infer.read_jobs(infer.parse_args(words))
+    assert "--negative_prompt does nothing here" in capsys.readouterr().err
+    infer.read_jobs(infer.parse_args([*words, "--compare"]))
+    assert "--negative_prompt does nothing in the LCM-LoRA columns" in capsys.readouterr().err
+    infer.read_jobs(infer.parse_args([*words, "--compare", "--scheduler", "ddim"]))
+    assert capsys.readouterr().err == ""
