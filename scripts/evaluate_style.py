@@ -197,9 +197,9 @@ def main(argv=None):
 
 {provenance(argv, "scripts/evaluate_style.py")}
 {len(own)} captions of the Twemoji pictures by a seeded shuffle. KID and Frechet distance, in EfficientNet-lite0 features, to the
-{len(others)} other Twemoji pictures; the floor is the real pictures of the same captions. {DPM} draws at its pipeline's default
-guidance and at the one of {", ".join(f"{g:g}" for g in args.guidance)} whose KID in {BEST_STEPS[-1]} steps is least, LCM-LoRA without guidance (in more
-than its {lcm_steps} solver steps on timesteps between them). Style LoRA and fine-tune learned from all Twemoji pictures. The style LoRA has
+{len(others)} other Twemoji pictures; the floor is the real pictures of the same captions. Style LoRA and fine-tune learned from all
+of them. {DPM} draws at {DEFAULT_GUIDANCE:g}, its pipeline's default guidance, and at the one of {", ".join(f"{g:g}" for g in args.guidance)} whose KID in {BEST_STEPS[-1]}
+steps is least; LCM-LoRA without guidance, in more than its {lcm_steps} solver steps on timesteps between them. The style LoRA has
 weight 1 alone, {STYLE_WEIGHT} beside the LCM-LoRA. Brackets are 95% bootstrap intervals over drawn and real pictures
 ({args.bootstrap} resamples); "closer" is said where they do not overlap.
 
