@@ -218,7 +218,7 @@ def parse_args(argv=None):
         fail("--compare_guidance has no effect without --compare and a column of the teacher")
     if args.guidance_scale != 1 and args.compare and all(teacher):
         fail("--guidance_scale has no effect without a column of the LCM-LoRA; the teacher's is --compare_guidance")
-    if args.guidance_scale > 2:
+    if args.guidance_scale > 2 and args.lcm_weight:
         warn(f"--guidance_scale {args.guidance_scale:g}: guidance is distilled in already; above 2 pictures burn out")
     if args.image:
         args.strength = (1.0 if args.mask else 0.8) if args.strength is None else args.strength
@@ -324,7 +324,7 @@ def read_jobs(args):
 
 
 def read_pictures(args):
-    """{argument of the pipeline: picture} of --image, --mask and --control_image, upright."""
+    """{argument of the pipeline: picture} of --image, --mask and --control_image, upright, on white."""
     from PIL import Image, ImageOps
 
     # A pipeline with a ControlNet and nothing to draw over calls the control image `image`.
@@ -333,7 +333,13 @@ def read_pictures(args):
     for flag, key, mode in ("image", "image", "RGB"), ("mask", "mask_image", "L"), ("control_image", control, "RGB"):
         if file := getattr(args, flag):
             try:
-                pictures[key] = ImageOps.exif_transpose(Image.open(file)).convert(mode)
+                picture = ImageOps.exif_transpose(Image.open(file))
+                if picture.mode.startswith("I"):  # 16-bit grey, such as a depth map, which Pillow would clip
+                    picture = picture.point(lambda tone: tone / 256).convert("L")
+                if picture.has_transparency_data:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+                pictures[key] = picture.convert(mode)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 fail(f"--{flag} {file}: not a picture that can be read ({error})")
     return pictures
@@ -385,6 +391,8 @@ def read_lora(path):
         metadata[PEFT_KEY] = json.dumps({f"unet.{key}": value for key, value in settings.items()})
         if settings.get("base_model_name_or_path"):
             metadata.setdefault("base_model", settings["base_model_name_or_path"])
+    elif path.name == PEFT_NAME:
+        warn(f"LoRA {path}: no {config.name} beside it, which tells alpha: the rank is taken")
     return tensors, metadata
 
 
@@ -745,9 +753,10 @@ def make_scheduler(name, config, original_steps):
     import diffusers
 
     settings = {
-        "lcm": {"original_inference_steps": original_steps},
-        "tcd": {"original_inference_steps": original_steps},
-        # 999, 979 ... 19: the grid that the LoRA was distilled on. Latents are not pictures: never clip to [-1, 1].
+        # Latents are not pictures: never clip to [-1, 1].
+        "lcm": {"original_inference_steps": original_steps, "clip_sample": False},
+        "tcd": {"original_inference_steps": original_steps, "clip_sample": False},
+        # 999, 979 ... 19: the grid that the LoRA was distilled on.
         "ddim": {"timestep_spacing": "trailing", "clip_sample": False},
         # Trailing spacing starts at t = 999, where the latent really is noise: with "leading", SD's usual setting, one
         # step would start at t = 1 and return noise. Second order, the last step first order (the library's default
@@ -1033,7 +1042,7 @@ def main(argv=None):
     original_steps = int(header(path, metadata, "num_ddim_timesteps", 50))
     if args.compare and not (args.scheduler or args.steps):
         args.plan = [(name, steps) for name, steps in args.plan if name not in DISTILLED or steps <= original_steps]
-    for name, steps in args.plan:
+    for name, steps in args.plan if jobs else ():
         if name in DISTILLED and steps > original_steps:
             fail(f"--steps {steps}: must be from 1 to {original_steps}, the DDIM steps this LoRA was distilled over")
     mean_omega = sum(header(path, metadata, key, 6.5) for key in ("w_min", "w_max")) / 2

@@ -30,6 +30,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -81,7 +82,7 @@ REFUSED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own attention is memory-efficient; leave the flag out",
     "encode_batch_size": "captions are encoded with the batch they belong to; leave the flag out",
     "local_rank": "`accelerate launch` tells each process its rank; leave the flag out",
-    "train_shards_path_or_url": "tar shards cannot be read yet; give --dataset_name or --train_data_dir",
+    "train_shards_path_or_url": "give their folder as --dataset_name, with --image_column jpg --caption_column txt",
 }
 # What the keys of a checkpoint in one file begin with.
 ONE_FILE_PARTS = {
@@ -144,7 +145,7 @@ def parse_args(argv=None):
     """The command line, checked as far as it can be without loading anything."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.error = fail
+    parser.error = lambda message: fail(re.sub(r"hf_\w+", "***", message))  # perhaps a token after a flag misspelt
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
     add = parser.add_argument_group("Model").add_argument
@@ -744,7 +745,7 @@ def save_lora(pipe, teacher, student, folder, args, step):
         prefixed |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
     peft_folder.mkdir(parents=True, exist_ok=True)
     save_file(kohya, file, metadata=header(pipe, args, step))
-    save_file(prefixed, peft_folder / PEFT_FILE, metadata={"format": "pt"})
+    save_file(prefixed, peft_folder / PEFT_FILE, metadata=header(pipe, args, step))
     config = student.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": args.pretrained_teacher_model, "inference_mode": True}
     config["target_modules"] = sorted(config["target_modules"])
@@ -832,7 +833,7 @@ Draws in 1 to 8 steps without guidance. Made of {base} by {Path(__file__).name}:
 batch {args.train_batch_size} x {args.gradient_accumulation_steps}, learning rate {args.learning_rate:g},
 rank {args.lora_rank}, alpha {args.lora_alpha:g}, omega {args.w_min:g} to {args.w_max:g}, {ddim_steps} DDIM steps,
 {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
-{drawn if (folder / picture).is_file() else ""}
+{drawn if args.validation_prompts and (folder / picture).is_file() else ""}
 ```python
 from diffusers import {kind}, LCMScheduler
 
@@ -1023,7 +1024,8 @@ def main(argv=None):
     log = Log(accelerator, args, step, keep=bool(resumed))
     # From here on the pipeline is the student's: validation draws with the live weights
     pipe.unet = target
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.num_ddim_timesteps)
+    grid = {"original_inference_steps": args.num_ddim_timesteps, "clip_sample": False}
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, **grid)
     pipe.set_progress_bar_config(disable=True)
 
     # The loop
@@ -1065,12 +1067,11 @@ def main(argv=None):
     if accelerator.is_main_process:
         print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
         write_card(pipe, args, step)
-        if hub:
-            # Not the checkpoints and logs, nor args.json with the paths of this machine
-            files = [LORA_FILE, "unet/*", "validation/*", "README.md"]
-            with or_fail("--push_to_hub: the upload failed", f"`hf upload` sends {args.output_dir}, which is whole"):
-                hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=files)
     accelerator.end_training()
+    if hub:  # without checkpoints, logs and args.json
+        files = [LORA_FILE, "unet/*", "validation/*", "README.md"]
+        with or_fail("--push_to_hub: the upload failed", f"`hf upload` sends {args.output_dir}, which is whole"):
+            hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=files)
 
 
 if __name__ == "__main__":

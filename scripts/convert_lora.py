@@ -148,7 +148,8 @@ def main(argv=None):
     import torch
 
     tensors, metadata = infer.read_lora(source)
-    told = any(key.endswith(".alpha") for key in tensors) or "lora_alpha" in metadata.get(infer.PEFT_KEY, "")
+    alphas = sum(key.endswith(".alpha") for key in tensors)
+    told = 3 * alphas == len(tensors) or "lora_alpha" in metadata.get(infer.PEFT_KEY, "")
     if told and args.alpha is not None:
         infer.fail(f"--alpha {args.alpha:g}: {source} tells its alpha itself; leave the flag out")
     parts = full_names(source, infer.group_layers(source, tensors, metadata, args.alpha))

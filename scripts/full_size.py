@@ -2,7 +2,7 @@
 
     python scripts/full_size.py sdxl        # or ssd1b, sd15; 6 GB of disk for sdxl
 
-A CPU without bf16 instructions (AVX-512 BF16, AMX) multiplies bf16 some 80 times slower than float32, and the step lasts half an
+A CPU without bf16 instructions (AVX-512 BF16, AMX) multiplies bf16 tens of times slower than float32, and the step lasts half an
 hour: there, `--mixed_precision no` shows the same layers in minutes, with twice the memory for the base.
 
 Latents of 32 x 32, batch 1, gradient checkpointing, a small VAE and small text encoders. Prints peak memory, seconds

@@ -101,11 +101,12 @@ TRAILING = {"timestep_spacing": "trailing"}
         ("euler", ("EulerDiscreteScheduler", TRAILING), 0),
     ],
 )
-def test_scheduler(kit, tmp_path, name, theirs, eta):
+@pytest.mark.parametrize("family", DEMO)
+def test_scheduler(kit, tmp_path, family, name, theirs, eta):
     """Each draws what diffusers draws with it and the LoRA, another picture than the base, and says its name."""
-    path = run(kit, tmp_path / "x.png", "--scheduler", name)
+    path = run(kit, tmp_path / "x.png", "--scheduler", name, family=family)
     assert is_picture(path)
-    pipe = pipeline(kit, "Pipeline", scheduler=theirs)
+    pipe = pipeline(kit, "Pipeline", family, scheduler=theirs)
     assert difference(path, call(pipe, tmp_path / "y.png", "a cat", eta=eta)) <= 1
     pipe.disable_lora()
     assert difference(path, call(pipe, tmp_path / "base.png", "a cat", eta=eta)) > 8
@@ -156,6 +157,34 @@ def test_img2img(kit, tmp_path, family, capsys):
     said = settings(half)
     assert (said["image"], said["strength"], said["mask"]) == (str(kit / "apple.png"), 0.5, None)
     assert "Denoising strength: 0.5" in Image.open(half).text["parameters"]
+
+
+@pytest.mark.parametrize("name", infer.SCHEDULERS)
+def test_each_scheduler_draws_over_a_picture(kit, tmp_path, name):
+    """img2img, inpainting and ControlNet with each of them: a picture of its size, another than without the LoRA."""
+    control = ("--controlnet", kit / "control-sd15", "--control_image", kit / "apple.png")
+    for kind, flags, size in (
+        ("img2img", ("--image", kit / "apple.png"), (88, 64)),
+        ("inpainting", ("--image", kit / "apple.png", "--mask", kit / "mask.png"), (88, 64)),
+        ("controlnet", control, (64, 64)),
+    ):
+        path = run(kit, tmp_path / f"{kind}.png", "--scheduler", name, *flags)
+        assert is_picture(path, size)
+        base = run(kit, tmp_path / f"{kind}-base.png", "--scheduler", name, *flags, "--lcm_weight", 0)
+        assert difference(path, base) > 8
+
+
+def test_deep_grey_and_transparency(kit, tmp_path):
+    """A 16-bit depth map keeps its tones, in RGB and as a mask; what is transparent is white."""
+    ramp = torch.arange(256, dtype=torch.int32).repeat(4, 1) * 257
+    Image.fromarray(ramp.numpy().astype("uint16")).save(tmp_path / "depth.png")
+    clear = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    clear.putpixel((0, 0), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    words = ["--lora", "x", "--prompt", "a", "--image", tmp_path / "clear.png", "--mask", tmp_path / "depth.png"]
+    pictures = infer.read_pictures(infer.parse_args([*map(str, words)]))
+    assert [pictures["mask_image"].getpixel((x, 0)) for x in range(256)] == list(range(256))
+    assert pictures["image"].getpixel((0, 0)) == (255, 255, 255) and pictures["image"].getpixel((1, 1)) == (200, 0, 0)
 
 
 def test_pictures_are_read_upright(kit, tmp_path):
@@ -407,6 +436,41 @@ def test_fused_after_a_grid(kit, tmp_path):
     base = load_file(DEMO["sd15"] / "unet" / "diffusion_pytorch_model.safetensors")
     changed = [key for key in base if not torch.equal(base[key].float(), weights[0][key].float())]
     assert len(changed) == len(load_file(kit / "sd15.safetensors")) // 3
+
+
+def test_style_lora_in_a_grid_and_fused_after_it(kit, tmp_path, cells):
+    """The style stays on in the teacher's columns; what is saved is what is saved without a grid, and holds both LoRAs."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
+
+    unet = UNet2DConditionModel.from_pretrained(DEMO["sd15"], subfolder="unet")
+    make_lora(unet, tmp_path / "style.safetensors", DEMO["sd15"], rank=4)
+    style = ("--style_lora", f"{tmp_path / 'style.safetensors'}:0.5")
+    plan = ("--compare", "--scheduler", "lcm", "dpm++", "--steps", 1)
+    run(kit, tmp_path / "grid.png", *plan, *style, "--fused_output", tmp_path / "grid")
+    run(kit, tmp_path / "bare.png", *plan, "--fused_output", tmp_path / "bare")
+    run(kit, None, *style, "--fused_output", tmp_path / "plain", prompt=())
+    for ours, theirs in zip(cells[:2], cells[2:]):  # with and without the style: both columns change
+        change = ImageChops.difference(ours["images"][0], theirs["images"][0]).getextrema()
+        assert max(high for _, high in change) > 8
+    grid, bare, plain = (
+        load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        for name in ("grid", "bare", "plain")
+    )
+    assert all(torch.equal(grid[key], plain[key]) for key in grid)
+    assert any(not torch.equal(grid[key], bare[key]) for key in grid)
+
+
+def test_fused_without_drawing_asks_for_no_steps(kit, tmp_path):
+    """A LoRA distilled over 2 steps can be merged, though 4 steps, the default, cannot be drawn with it."""
+    from safetensors.torch import load_file, save_file
+
+    header = {"base_model": str(DEMO["sd15"]), "num_ddim_timesteps": "2"}
+    save_file(load_file(kit / "sd15.safetensors"), tmp_path / "sd15.safetensors", header)
+    run(tmp_path, None, "--fused_output", tmp_path / "fused", prompt=())
+    assert (tmp_path / "fused" / "model_index.json").is_file()
+    with pytest.raises(SystemExit, match="--steps 4: must be from 1 to 2"):
+        run(tmp_path, tmp_path / "x.png")
 
 
 def test_fused_output_is_whole_or_absent(kit, tmp_path, monkeypatch):

@@ -66,3 +66,35 @@ def test_style_lora_trains_and_adapters_are_plugged(style, tmp_path):
     style.plug(pipe.unet, {"style": 1.0})
     torch.testing.assert_close(predict(), both, rtol=0, atol=1e-5)
     assert (both - bare).abs().max() > 1e-4
+
+
+def test_every_column_can_be_drawn(style):
+    """A LoRA of 10 solver steps draws in 16 and 32 too, all schedulers starting at t = 999; the best guidance is kept."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    class Studio:
+        """Draws nothing, but sets the steps and says what was asked."""
+
+        class pipe:
+            class unet(UNet2DModel):
+                enable_lora = disable_lora = set_adapters = staticmethod(lambda *_: None)
+
+        asked = []
+
+        def scheduler(self, kind, **options):
+            return kind.from_config(DDIMScheduler().config, timestep_spacing="trailing", **options)
+
+        def sample(self, scheduler, steps, guidance):
+            scheduler.set_timesteps(steps)
+            assert len(scheduler.timesteps) == steps and scheduler.timesteps[0] == 999
+            self.asked.append((type(scheduler).__name__, steps, guidance))
+            return guidance, None
+
+        def look(self, latents, keep):
+            return latents, []
+
+    adapters = {method: {"x": 1.0} for method in (style.LCM, style.DPM, style.BEST)}
+    drawn, guidance = style.draw_all(Studio(), adapters, 10, [1.5, 2.5, 4], lambda x: {"value": abs(x - 2.4)})
+    assert guidance == {style.LCM: 1, style.DPM: 7.5, style.BEST: 2.5}
+    assert {key for key in drawn if key[0] == style.LCM} == {(style.LCM, steps) for steps in (2, 4, 8, 16, 32)}
+    assert drawn[style.BEST, 8][0] == 2.5 and ("DPMSolverMultistepScheduler", 4, 2.5) in Studio.asked

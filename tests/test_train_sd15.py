@@ -32,6 +32,7 @@ from conftest import (
 )
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 SCRIPT = "train_lcm_lora_sd15.py"
@@ -195,6 +196,12 @@ def test_defect_02_attention_layers_are_loaded(plain, teacher):
     assert all(torch.equal(loaded[key], tensors[key]) for key in loaded)
 
 
+def test_peft_folder_tells_what_the_file_tells(plain):
+    """Both headers are one, so infer.py knows the solver's steps from either."""
+    with safe_open(plain / "unet" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == lora_file(plain)[1]
+
+
 def test_defect_22_peft_keys_have_their_prefix(plain):
     tensors = load_file(plain / "unet" / "adapter_model.safetensors")
     assert len(tensors) == 2 * len(lora_file(plain)[0]) // 3
@@ -284,8 +291,9 @@ def test_one_seed_one_lora(train, plain):
     assert same(plain, again) and same(plain / "checkpoint-2", again / "checkpoint-2")
     assert series(plain, "loss", "grad_norm", "lr") == series(again, "loss", "grad_norm", "lr")
     assert difference(plain, other) > 1e-2
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (plain / "unet" / name).read_bytes() == (again / "unet" / name).read_bytes()
+    assert len({(run / "unet" / "adapter_config.json").read_text() for run in (plain, again)}) == 1
+    ours, theirs = (load_file(run / "unet" / "adapter_model.safetensors") for run in (plain, again))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.parametrize(
