@@ -1,7 +1,7 @@
 """Is the LCM-LoRA universal? Plug it, untrained, into a style LoRA and into a fine-tuned teacher, and measure both.
 
     python scripts/evaluate_style.py --lora outputs/quickstart-sd15 --style_lora outputs/style-lora \
-        --fine_tune outputs/style-teacher --output_dir docs/style
+        --fine_tune outputs/style-teacher --output_dir outputs/style
 
 The style is Twemoji, which neither teacher nor LCM-LoRA saw; scripts/demo/train_style_lora.py makes the other two, and
 scripts/style.sh everything. Beside the LCM-LoRA the style LoRA has weight 0.8, as in the LCM-LoRA report; alone 1.
@@ -37,7 +37,6 @@ from evaluate import (
 from safetensors import safe_open
 from torchmetrics.image.kid import poly_kernel
 
-STEPS = (2, 4, 8, 16, 32)
 BEST_STEPS = (4, 8)  # with the best guidance, which is found in 8
 DPM, BEST, LCM = "DPM-Solver++", "DPM-Solver++ (best guidance)", "LCM-LoRA"
 DEFAULT_GUIDANCE = 7.5
@@ -55,6 +54,7 @@ def parse_args(argv=None):
     add("--style_lora", type=Path, required=True, help="style LoRA of the same base, likewise")
     add("--fine_tune", type=Path, required=True, help="the base model, fine-tuned on the style")
     add("--data", type=Path, default=ROOT / "demo" / "data", help="folder with twemoji.parquet: image, text")
+    add("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="columns; 4 must be among them")
     add("--num_prompts", type=int, default=250)
     add("--guidance", type=float, nargs="+", default=[2.5, 1.5, 4], help="among these is the best for DPM-Solver++")
     add("--batch_size", type=int, default=64)
@@ -64,11 +64,8 @@ def parse_args(argv=None):
     add("--output_dir", type=Path, required=True, help="gets README.md and style.png")
     args = parser.parse_args(argv)
     args.gallery = ["twemoji"]
-    for name in ("lora", "style_lora"):
-        if not (getattr(args, name) / LORA_FILE).is_file():
-            parser.error(f"--{name} {getattr(args, name)}: no {LORA_FILE} there")
-    if not (args.fine_tune / "model_index.json").is_file():
-        parser.error(f"--fine_tune {args.fine_tune}: no diffusers folder")
+    if 4 not in args.steps:
+        parser.error("--steps: 4 must be among them, where the methods are judged")
     return args
 
 
@@ -109,15 +106,15 @@ def draw(studio, method, steps, guidance, lcm_steps):
         return studio.look(studio.sample(scheduler, steps, guidance)[0], keep=SHEET_PROMPTS)
 
 
-def draw_all(studio, adapters, lcm_steps, guidances, kid):
+def draw_all(studio, adapters, lcm_steps, args, kid):
     """{(method, steps): (features, first pictures)} of all methods, and their guidances."""
     plug(studio.pipe.unet, adapters[DPM])
-    tried = {g: draw(studio, DPM, BEST_STEPS[-1], g, lcm_steps) for g in guidances}
+    tried = {g: draw(studio, DPM, BEST_STEPS[-1], g, lcm_steps) for g in args.guidance}
     best = min(tried, key=lambda g: kid(tried[g][0])["value"])
     drawn, guidance = {(BEST, BEST_STEPS[-1]): tried[best]}, {LCM: 1, DPM: DEFAULT_GUIDANCE, BEST: best}
     for method in guidance:
         plug(studio.pipe.unet, adapters[method])
-        for steps in BEST_STEPS if method == BEST else STEPS:
+        for steps in BEST_STEPS if method == BEST else args.steps:
             if (method, steps) not in drawn:
                 drawn[method, steps] = draw(studio, method, steps, guidance[method], lcm_steps)
     return drawn, guidance
@@ -149,6 +146,9 @@ def main(argv=None):
     """Draw, measure, write; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    for name, file in ("lora", LORA_FILE), ("style_lora", LORA_FILE), ("fine_tune", "model_index.json"):
+        if not (getattr(args, name) / file).is_file():
+            raise SystemExit(f"--{name} {getattr(args, name)}: no {file} there")
     quiet_libraries()
     with safe_open(args.lora / LORA_FILE, "pt") as file:
         lcm_steps = int(file.metadata()["num_ddim_timesteps"])
@@ -176,7 +176,7 @@ def main(argv=None):
             plug(studio.pipe.unet, {})
             bare, _ = draw(studio, DPM, BEST_STEPS[-1], args.guidance[0], lcm_steps)
             add_row(f"neither LoRA, {DPM} {BEST_STEPS[-1]}", f"{args.guidance[0]:g}", 2 * BEST_STEPS[-1], bare)
-        drawn, guidance = draw_all(studio, adapters, lcm_steps, args.guidance, kid)
+        drawn, guidance = draw_all(studio, adapters, lcm_steps, args, kid)
         for method, steps in sorted(drawn, key=lambda key: (list(guidance).index(key[0]), key[1])):
             passes = steps if method == LCM else 2 * steps
             add_row(f"{name}, {method} {steps}", f"{guidance[method]:g}", passes, drawn[method, steps][0])
@@ -188,10 +188,10 @@ def main(argv=None):
         if name == STYLE:
             for i in range(SHEET_PROMPTS):
                 for method in DPM, LCM:
-                    sheet += [(drawn[method, n][1][i], f"{method} {n}: {captions[i]}") for n in STEPS]
+                    sheet += [(drawn[method, n][1][i], f"{method} {n}: {captions[i]}") for n in args.steps]
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    contact_sheet(*zip(*sheet), args.output_dir / "style.png", columns=len(STEPS))
+    contact_sheet(*zip(*sheet), args.output_dir / "style.png", columns=len(args.steps))
     lines = "".join(f"- {'closer' if apart else 'not closer'}: {says}\n" for _, apart, says in verdicts)
     text = f"""# LCM-LoRA as a universal module
 
@@ -205,7 +205,7 @@ weight 1 alone, {STYLE_WEIGHT} beside the LCM-LoRA. Brackets are 95% bootstrap i
 
 {lines}
 {table(["", "guidance", "UNet passes", "KID x 1000", "Frechet"], rows)}
-The first {SHEET_PROMPTS} captions: the style LoRA with {DPM} at guidance {DEFAULT_GUIDANCE:g}, then with the LCM-LoRA, in {", ".join(map(str, STEPS))} steps.
+The first {SHEET_PROMPTS} captions: the style LoRA with {DPM} at guidance {DEFAULT_GUIDANCE:g}, then with the LCM-LoRA, in {", ".join(map(str, args.steps))} steps.
 
 ![style](style.png)
 """

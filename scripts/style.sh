@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The LCM-LoRA as a universal module: plug the quickstart's, untrained, into a style LoRA and a fine-tuned teacher.
 #     bash scripts/style.sh [more arguments of scripts/evaluate_style.py]
-# Trains both on the demo's Twemoji pictures, which the LCM-LoRA never saw, then measures and draws: docs/style.
+# Trains both on the demo's Twemoji pictures, which the LCM-LoRA never saw, then measures and draws: outputs/style.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh requirements.txt scripts/requirements-eval.txt
@@ -11,4 +11,4 @@ lora=${LORA:-outputs/quickstart-sd15}
 python scripts/demo/train_style_lora.py --output_dir outputs/style-lora
 python scripts/demo/train_style_lora.py --full --learning_rate 2e-4 --output_dir outputs/style-teacher
 python scripts/evaluate_style.py --lora "$lora" --style_lora outputs/style-lora --fine_tune outputs/style-teacher \
-  --output_dir docs/style "$@"
+  --output_dir outputs/style "$@"

@@ -42,11 +42,18 @@ CAPTIONS = (
 
 @functools.cache
 def load_script(name):
-    """A script (train_lcm_lora_sd15.py, scripts/evaluate.py ...) as a module, script_<name>: no package is shadowed."""
+    """A script (train_lcm_lora_sd15.py, scripts/evaluate.py ...) as a module, script_<name>: no package is shadowed.
+
+    As where it runs as a program, it can import what stands beside it.
+    """
     spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(Path(spec.origin).parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 

@@ -1,7 +1,5 @@
 """scripts/evaluate_style.py: its KID against sums written out, and which adapters draw what."""
 
-import sys
-
 import pytest
 import torch
 from conftest import ROOT, load_script
@@ -9,11 +7,8 @@ from conftest import ROOT, load_script
 
 @pytest.fixture(scope="module")
 def style():
-    """The program as a module; it and train_style_lora.py import their neighbours."""
-    neighbours = [str(ROOT / "scripts"), str(ROOT / "scripts" / "demo")]
-    sys.path[:0] = neighbours
-    yield load_script("scripts/evaluate_style.py")
-    sys.path = [path for path in sys.path if path not in neighbours]
+    """The program as a module."""
+    return load_script("scripts/evaluate_style.py")
 
 
 def normal(*shape, seed=0):
@@ -94,7 +89,20 @@ def test_every_column_can_be_drawn(style):
             return latents, []
 
     adapters = {method: {"x": 1.0} for method in (style.LCM, style.DPM, style.BEST)}
-    drawn, guidance = style.draw_all(Studio(), adapters, 10, [1.5, 2.5, 4], lambda x: {"value": abs(x - 2.4)})
+    args = style.parse_args(["--lora", "a", "--style_lora", "b", "--fine_tune", "c", "--output_dir", "d"])
+    drawn, guidance = style.draw_all(Studio(), adapters, 10, args, lambda x: {"value": abs(x - 2.4)})
     assert guidance == {style.LCM: 1, style.DPM: 7.5, style.BEST: 2.5}
     assert {key for key in drawn if key[0] == style.LCM} == {(style.LCM, steps) for steps in (2, 4, 8, 16, 32)}
     assert drawn[style.BEST, 8][0] == 2.5 and ("DPMSolverMultistepScheduler", 4, 2.5) in Studio.asked
+
+
+@pytest.mark.parametrize("missing", ["lora", "style_lora", "fine_tune"])
+def test_what_is_not_there_is_named(style, tmp_path, missing):
+    """One line, before anything is drawn."""
+    for name in ("lora", "style_lora", "fine_tune"):
+        (tmp_path / name).mkdir()
+        if name != missing:
+            (tmp_path / name / ("model_index.json" if name == "fine_tune" else style.LORA_FILE)).touch()
+    flags = [word for name in ("lora", "style_lora", "fine_tune") for word in (f"--{name}", str(tmp_path / name))]
+    with pytest.raises(SystemExit, match=f"^--{missing} .*: no "):
+        style.main([*flags, "--output_dir", str(tmp_path / "out")])
