@@ -1067,6 +1067,8 @@ def main(argv=None):
     if accelerator.is_main_process:
         print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
         write_card(pipe, args, step)
+    # Without this a gloo thread that still holds a tensor and a rank that exits at once could wait for each other for ever
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     if hub:  # without checkpoints, logs and args.json
         files = [LORA_FILE, "unet/*", "validation/*", "README.md"]
