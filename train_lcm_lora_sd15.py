@@ -744,8 +744,9 @@ def save_lora(pipe, teacher, student, folder, args, step):
         kohya[f"{key}.alpha"] = torch.tensor(float(args.lora_alpha))
         prefixed |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
     peft_folder.mkdir(parents=True, exist_ok=True)
-    save_file(kohya, file, metadata=header(pipe, args, step))
-    save_file(prefixed, peft_folder / PEFT_FILE, metadata=header(pipe, args, step))
+    about = header(pipe, args, step)
+    save_file(kohya, file, metadata=about)
+    save_file(prefixed, peft_folder / PEFT_FILE, metadata=about)
     config = student.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": args.pretrained_teacher_model, "inference_mode": True}
     config["target_modules"] = sorted(config["target_modules"])
