@@ -26,6 +26,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -50,6 +51,9 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from braceexpand import braceexpand
+from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -58,7 +62,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import HfApi, ModelCardData
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from tqdm.auto import tqdm
 
 FAMILY = "sd15"
@@ -67,7 +71,7 @@ FORMAT_VERSION = "1"  # of the LoRA file's header
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 STATE_FILE = "training_state.pt"
-CACHE_ROWS = 1000  # in a file of text embeddings
+CACHE_ROWS = 1000  # in a file of a cache
 # Of the base, by --mixed_precision, and of the LoRA file, by --save_precision.
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGET_MODULES = (
@@ -75,6 +79,14 @@ TARGET_MODULES = (
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 )
 LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial".split()
+EMBEDS = {"prompt": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}  # what pipelines call the conditions
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+ENCODER_FILES = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "model_index.json")
+# The columns of the caches; the bytes are tensors as safetensors keeps them.
+BYTES, TEXT = datasets.Value("binary"), datasets.Value("string")
+CACHED = {"latents": datasets.Features(latents=BYTES, odd=TEXT), "embeddings": datasets.Features(embeddings=BYTES)}
+# Fields of a record in a tar shard, by the endings of its files; the first that a record has is taken.
+TAR_PICTURES, TAR_CAPTIONS = "jpg jpeg png webp".split(), "txt text caption json".split()
 INTERPOLATION = [kind.name.lower() for kind in Image.Resampling]
 # Flags of other LCM-LoRA scripts that nothing here needs, and why.
 REFUSED = {
@@ -82,7 +94,6 @@ REFUSED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own attention is memory-efficient; leave the flag out",
     "encode_batch_size": "captions are encoded with the batch they belong to; leave the flag out",
     "local_rank": "`accelerate launch` tells each process its rank; leave the flag out",
-    "train_shards_path_or_url": "give their folder as --dataset_name, with --image_column jpg --caption_column txt",
 }
 # What the keys of a checkpoint in one file begin with.
 ONE_FILE_PARTS = {
@@ -103,13 +114,15 @@ BASES = {
 # Where the results go and how they are shown, not what they are: kept out of the LoRA's header.
 NOT_IN_HEADER = (
     "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint logging_steps "
-    "push_to_hub hub_model_id"
+    "push_to_hub hub_model_id cache_only"
 ).split()
+# Of these it has the last part of a path.
+PATHS_IN_HEADER = "train_data_dir dataset_name train_shards_path_or_url lora_path".split()
 
 
-def fail(message):
-    """End with one line on stderr, from the first process only, and exit status 1."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+def fail(message, ranks="0"):
+    """End with one line on stderr, from the first process unless others see something else, and exit status 1."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}" if os.environ.get("RANK", "0") in ranks.split() else 1)
 
 
 def reason(error):
@@ -162,20 +175,28 @@ def parse_args(argv=None):
     add("--gradient_checkpointing", action="store_true", help="less memory, about a fifth more time")
 
     add = parser.add_argument_group("Data").add_argument
-    add("--dataset_name", help="hub id, or local folder that `datasets` opens")
-    add("--dataset_config_name", help="configuration of that dataset")
     add("--train_data_dir", help="folder of pictures with metadata.jsonl or metadata.csv (file_name, text)")
+    add("--dataset_name", help="hub id, or local folder that `datasets` opens, such as one of parquet files")
+    add("--dataset_config_name", help="configuration of that dataset")
+    add(
+        "--train_shards_path_or_url", metavar="TARS", help="WebDataset shards: folder, glob, or {00..99} in path or URL"
+    )
     add("--image_column", default="image", help="column of the pictures")
-    add("--caption_column", default="text", help="column of the captions")
+    add("--caption_column", default="text", help="column of the captions; of a list of captions one is drawn")
+    add("--streaming", action="store_true", help="read the data as they are needed, never all of them")
+    add("--shuffle_buffer_size", type=count, default=1000, help="records among which streamed data are shuffled")
     add("--max_train_samples", type=count, help="use only the first so many pictures")
+    add("--strict_data", action="store_true", help="stop at the first record that cannot be used")
     add("--resolution", type=count, help="side of the training pictures in pixels (default: what the teacher draws)")
     add("--interpolation_type", choices=INTERPOLATION, default="lanczos", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the pictures")
     add("--proportion_empty_prompts", type=share, default=0.0, help="share of captions replaced by the empty one, 0..1")
+    add("--cache_latents", action="store_true", help="encode each picture once and keep it on the disk")
     add("--cache_text_embeddings", action="store_true", help="encode each caption once and keep it on the disk")
+    add("--cache_only", action="store_true", help="fill these caches and end")
     add("--dataloader_num_workers", type=number(int, 0), default=0, help="processes that read pictures (0 = this one)")
-    add("--cache_dir", help="where downloads and text embeddings are kept")
+    add("--cache_dir", help="where downloads and caches are kept; many machines share one folder")
 
     add = parser.add_argument_group("Distillation").add_argument
     add("--w_min", type=number(float, -1), default=3.0, help="least omega (guidance scale minus 1) drawn in training")
@@ -240,8 +261,18 @@ def parse_args(argv=None):
         fail("--hub_token: nothing is uploaded without --push_to_hub; give both or neither")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is drawn from w_min to w_max")
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        fail("give either --dataset_name (hub id or dataset folder) or --train_data_dir (folder of pictures)")
+    if [args.train_data_dir, args.dataset_name, args.train_shards_path_or_url].count(None) != 2:
+        fail(
+            "give one of --train_data_dir (pictures), --dataset_name (hub id, folder), --train_shards_path_or_url (tars)"
+        )
+    if args.cache_latents and not args.center_crop:
+        fail("--cache_latents: a picture encoded once has one crop; give --center_crop too")
+    if args.cache_only and not (args.cache_latents or args.cache_text_embeddings):
+        fail("--cache_only: nothing to cache; give --cache_latents, --cache_text_embeddings or both")
+    if args.streaming and (args.cache_latents or args.cache_text_embeddings):
+        fail("--streaming: its records have no number to find them by in a cache; leave out one of the two")
+    if args.streaming and args.max_train_steps is None:
+        fail("--streaming: nobody knows how long an epoch is; give --max_train_steps")
     return args
 
 
@@ -349,30 +380,83 @@ def normal(seed, step, places, purpose, shape):
     return torch.from_numpy(np.stack(draws))
 
 
+def check_columns(data, args):
+    """End the run where a column of the data is not there, or holds something else."""
+    for flag, what in ("image_column", "pictures"), ("caption_column", "texts"):
+        column = getattr(args, flag)
+        if column not in data.column_names:
+            fail(f"--{flag} {column}: the data have no such column, only {', '.join(data.column_names)}")
+        kind = data.features[column]
+        text = getattr(getattr(kind, "feature", kind), "dtype", None) in ("string", "large_string", "null")
+        if not (isinstance(kind, datasets.Image) if what == "pictures" else text):
+            fail(f"--{flag} {column}: a column of {kind}, not of {what}")
+
+
 def load_records(args):
-    """The training records as a map-style `datasets.Dataset` with undecoded pictures."""
-    name, folder, cache = args.dataset_name, args.train_data_dir, args.cache_dir
-    where = f"--dataset_name {name}" if name else f"--train_data_dir {folder}"
-    with or_fail(f"{where}: cannot be opened", "give a hub id, a dataset folder, or pictures with metadata.jsonl"):
-        if Path(name or folder, "dataset_info.json").exists():  # written by save_to_disk
-            data = datasets.load_from_disk(name or folder)
+    """The training records with undecoded pictures: a map-style `datasets.Dataset`, or an iterable one if streamed."""
+    sources = {"train_data_dir": args.train_data_dir, "dataset_name": args.dataset_name}
+    sources["train_shards_path_or_url"] = args.train_shards_path_or_url
+    ((flag, name),) = [(flag, name) for flag, name in sources.items() if name is not None]
+    options = {"cache_dir": args.cache_dir, "split": "train", "streaming": args.streaming}
+    tars = name if flag == "train_shards_path_or_url" else ""
+    if Path(name).is_dir() and any(Path(name).glob("**/*.tar")):
+        tars = f"{name}/**/*.tar"
+    with or_fail(
+        f"--{flag} {name}: cannot be opened", "give pictures with metadata.jsonl, a dataset folder or hub id, tars"
+    ):
+        if tars:
+            # `datasets` would take the fields from five records, and end at the first text that is not UTF-8.
+            fields = dict.fromkeys(TAR_PICTURES, datasets.Image()) | dict.fromkeys(
+                TAR_CAPTIONS, datasets.Value("binary")
+            )
+            WebDataset.DECODERS = {}
+            options |= {"features": datasets.Features(fields)}
+            data = datasets.load_dataset("webdataset", data_files=list(braceexpand(tars)), **options)
+        elif Path(name, "dataset_info.json").exists():  # written by save_to_disk
+            data = datasets.load_from_disk(name)
             data = data["train"] if isinstance(data, dict) else data
-        elif name:
-            data = datasets.load_dataset(name, args.dataset_config_name, cache_dir=cache, split="train")
+            data = data.to_iterable_dataset() if args.streaming else data
+        elif flag == "dataset_name":
+            data = datasets.load_dataset(name, args.dataset_config_name, **options)
         else:
-            data = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=cache, split="train")
-    for name in ("image_column", "caption_column"):
-        if getattr(args, name) not in data.column_names:
-            fail(f"--{name} {getattr(args, name)}: the data have no such column, only {', '.join(data.column_names)}")
-    if not isinstance(data.features[args.image_column], datasets.Image):
-        fail(f"--image_column {args.image_column}: a column of {data.features[args.image_column]}, not of pictures")
-    if getattr(data.features[args.caption_column], "dtype", None) not in ("string", "large_string", "null"):
-        fail(f"--caption_column {args.caption_column}: a column of {data.features[args.caption_column]}, not of texts")
-    data = data.select_columns([args.image_column, args.caption_column])
+            data = datasets.load_dataset("imagefolder", data_dir=name, **options)
+    if not tars:
+        check_columns(data, args)
+    pictures = TAR_PICTURES if tars else [args.image_column]
+    data = data.select_columns([*pictures, *(TAR_CAPTIONS if tars else [args.caption_column])])
+    for column in pictures:
+        data = data.cast_column(column, datasets.Image(decode=False))
+    if args.streaming:
+        return data.take(args.max_train_samples) if args.max_train_samples else data
     data = data.select(range(len(data))[: args.max_train_samples])
     if len(data) == 0:
-        fail(f"{where}: it holds no pictures")
-    return data.cast_column(args.image_column, datasets.Image(decode=False))
+        fail(f"--{flag} {name}: it holds no pictures")
+    return data
+
+
+class OddRecord(Exception):
+    """A record that cannot be trained on: its name and why."""
+
+
+@contextlib.contextmanager
+def or_odd(name):
+    """A block in which any error makes a record odd: nobody can list what a broken file leads Pillow to."""
+    try:
+        yield
+    except Exception as error:
+        raise OddRecord(f"{name} ({reason(error)})") from error
+
+
+def captions_of(record, name, args):
+    """The captions of a record, one or more; a missing one is the empty caption. OddRecord if one is no text."""
+    column = next((name for name in (args.caption_column, *TAR_CAPTIONS) if record.get(name) is not None), None)
+    with or_odd(name):
+        value = json.loads(record["json"])[args.caption_column] if column == "json" else record.get(column)
+        texts = value if isinstance(value, list) else [value]
+        texts = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in texts if text is not None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a caption is no text")
+        return [text.strip() for text in texts] or [""]
 
 
 def open_picture(record):
@@ -387,17 +471,31 @@ def open_picture(record):
     return picture.convert("RGB")
 
 
+def open_record(record, row, args):
+    """(Upright RGB picture, its captions), or OddRecord."""
+    found = next((record[name] for name in (args.image_column, *TAR_PICTURES) if record.get(name)), None)
+    name = (found or {}).get("path") or f"row {row}"
+    with or_odd(name):
+        if not found:
+            raise ValueError("no picture")
+        picture = open_picture(found)
+    return picture, captions_of(record, name, args)
+
+
 def resize_and_crop(picture, side, place, flip, interpolation):
     """The shorter side becomes `side`; mirrored if `flip`; a square is cut out at `place` = (x, y), each 0..1.
 
-    Returns the square and its left and top edge in the resized, mirrored picture, in pixels.
+    Returns the square and its left and top edge in the resized, mirrored picture, in pixels. No more than the square is
+    resized: a strip of 40,000 x 10 pixels would else become one of 2,000,000 x 512.
     """
     scale = side / min(picture.size)
     size = [max(side, round(s * scale)) for s in picture.size]
-    picture = picture.resize(size, Image.Resampling[interpolation.upper()])
-    picture = ImageOps.mirror(picture) if flip else picture
     left, top = (round(p * (s - side)) for p, s in zip(place, size, strict=True))
-    return picture.crop((left, top, left + side, top + side)), left, top
+    x, y = size[0] - side - left if flip else left, top  # of the square before it is mirrored
+    x_scale, y_scale = (old / new for old, new in zip(picture.size, size, strict=True))
+    box = (x * x_scale, y * y_scale, (x + side) * x_scale, (y + side) * y_scale)
+    square = picture.resize((side, side), Image.Resampling[interpolation.upper()], box)
+    return ImageOps.mirror(square) if flip else square, left, top
 
 
 def prepare_picture(picture, place, flip, args):
@@ -406,16 +504,33 @@ def prepare_picture(picture, place, flip, args):
     return {"pixels": VaeImageProcessor(do_resize=False).preprocess(square)[0]}
 
 
+def make_sample(record, row, step, place, embeddings, args):
+    """A record as a training sample, or OddRecord. All that is random about it is a function of (step, place)."""
+    crop, flip, caption = (rng(args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption"))
+    crop = (0.5, 0.5) if args.center_crop else crop
+    flip = args.random_flip and flip[0] < 0.5
+    if "latents" in record:  # from the cache, as `encode_records` makes them
+        if record["odd"]:
+            raise OddRecord(record["odd"])
+        sample, captions = load(record["latents"]), captions_of(record, f"row {row}", args)
+        mirrored = sample.pop("mirrored", None)
+        sample["moments"] = mirrored if flip else sample["moments"]
+    else:
+        picture, captions = open_record(record, row, args)
+        sample = prepare_picture(picture, crop, flip, args)
+    text = "" if caption[0] < args.proportion_empty_prompts else captions[int(caption[1] * len(captions))]
+    return sample | (embeddings[text] if embeddings else {}) | {"caption": text, "place": place}
+
+
 class Samples(torch.utils.data.Dataset):
     """Training samples by (optimizer step, place in the global batch), from one endless stream of seeded shuffles.
 
     Step s reads positions [s G, (s + 1) G) of the stream, G the global batch; epoch e of the stream is a permutation of
-    all records. An unreadable picture is replaced by the next readable record and named in the sample.
+    all records. An odd record is replaced by the next good one and named in the sample.
     """
 
-    def __init__(self, records, args, global_batch):
-        self.records, self.args, self.global_batch = records, args, global_batch
-        self.embeddings = None  # or what `cache_text_embeddings` gives
+    def __init__(self, records, embeddings, args, global_batch):
+        self.records, self.embeddings, self.args, self.global_batch = records, embeddings, args, global_batch
         self.epoch, self.order = None, None
 
     def __getitem__(self, step_and_place):
@@ -423,37 +538,75 @@ class Samples(torch.utils.data.Dataset):
         epoch, index = divmod(step * self.global_batch + place, len(self.records))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, rng(self.args.seed, epoch, 0, "order").permutation(len(self.records))
-        unreadable = {}
+        odd = []
         for i in range(len(self.records)):
             row = int(self.order[(index + i) % len(self.records)])
-            record = self.records[row]
             try:
-                picture = open_picture(record[self.args.image_column])
-                break
-            except Exception as error:  # whatever a broken file leads Pillow to; counted and named
-                unreadable[row] = f"{record[self.args.image_column]['path'] or f'row {row}'} ({reason(error)})"
-        else:
-            fail(f"none of the {len(self.records)} pictures can be read, the first: {next(iter(unreadable.values()))}")
-        draw = [rng(self.args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption")]
-        crop = (0.5, 0.5) if self.args.center_crop else draw[0]
-        flip = self.args.random_flip and draw[1][0] < 0.5
-        caption = record[self.args.caption_column] or ""
-        if draw[2][0] < self.args.proportion_empty_prompts:
-            caption, row = "", len(self.records)
-        sample = prepare_picture(picture, crop, flip, self.args)
-        sample |= self.embeddings[row] if self.embeddings else {}
-        return sample | {"caption": caption, "place": place, "unreadable": unreadable}
+                return make_sample(self.records[row], row, step, place, self.embeddings, self.args) | {"odd": odd}
+            except OddRecord as error:
+                odd.append(str(error))
+        return {"odd": odd}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """The training samples of one rank from streamed records without end; each epoch is shuffled anew, in a buffer.
+
+    Worker w of W makes the rank's batches w, w + W, ... Those in front of `first_batch` were used before the run was
+    stopped: they are read over, undecoded. An odd record is replaced by the next good one and named in the sample.
+    """
+
+    def __init__(self, records, args, first_batch, rank, world):
+        records = records.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
+        self.records = split_dataset_by_node(records, rank, world)
+        self.args, self.first_batch, self.rank = args, first_batch, rank
+
+    def __iter__(self):
+        info, args = torch.utils.data.get_worker_info(), self.args
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        size, parts = args.train_batch_size, args.gradient_accumulation_steps
+        skip, position, waiting, odd = self.first_batch // workers * size, 0, [], []
+        for epoch in itertools.count():
+            self.records.set_epoch(epoch)
+            first = position
+            for record in self.records:
+                position += 1
+                if position <= skip:
+                    continue
+                batch, i = divmod(position - 1, size)
+                step, micro = divmod(batch * workers + worker, parts)
+                waiting.append((step, (self.rank * parts + micro) * size + i))
+                try:
+                    samples = [make_sample(record, position, *place, None, args) for place in waiting]
+                except OddRecord as error:
+                    odd.append(str(error))
+                    continue
+                yield from (sample | {"odd": odd} for sample in samples)
+                waiting, odd = [], []
+            if len(waiting) >= position - first:  # not one good record in all of the epoch
+                yield from ({"odd": odd} for _ in range(size))
 
 
 def collate(samples):
-    """A batch: each entry a list, but pixels [B,3,H,W] and unreadable {row: why} of the pictures that were replaced."""
+    """A batch: tensors stacked, else lists; `odd` names the records that were replaced. Without a good one just that."""
+    odd = [why for sample in samples for why in sample.pop("odd")]
+    if not all(samples):
+        return {"odd": odd}
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    batch["pixels"] = torch.stack(batch["pixels"])
-    batch["unreadable"] = {row: why for one in batch["unreadable"] for row, why in one.items()}
-    return batch
+    return {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in batch.items()} | {"odd": odd}
 
 
-def make_loader(samples, args, first_step, rank, world):
+def check_batch(batch, args):
+    """End the run where no record can be used or, with --strict_data, one cannot."""
+    if "place" not in batch:
+        fail(
+            f"not one record of the data can be used{', the first: ' * bool(batch['odd'])}{''.join(batch['odd'][:1])}",
+            os.environ.get("RANK", "0"),
+        )
+    if args.strict_data and batch["odd"]:
+        fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", os.environ.get("RANK", "0"))
+
+
+def make_loader(records, embeddings, args, first_step, rank, world):
     """One batch for each micro-step of this rank from `first_step` on; ranks and micro-steps take contiguous parts."""
     size, parts, workers = args.train_batch_size, args.gradient_accumulation_steps, args.dataloader_num_workers
     batches = (
@@ -461,7 +614,15 @@ def make_loader(samples, args, first_step, rank, world):
         for step in range(first_step, args.max_train_steps)
         for micro in range(parts)
     )
-    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    options = {"collate_fn": collate, "num_workers": workers}
+    if not args.streaming:
+        samples = Samples(records, embeddings, args, size * parts * world)
+        return torch.utils.data.DataLoader(samples, batch_sampler=batches, **options)
+    stream = Stream(records, args, first_step * parts, rank, world)
+    options["num_workers"] = min(workers, stream.records.num_shards)
+    loader = torch.utils.data.DataLoader(stream, batch_size=size, **options)
+    start = first_step * parts % max(1, options["num_workers"])  # the workers before this one have had their turn
+    return itertools.islice(loader, start, start + (args.max_train_steps - first_step) * parts)
 
 
 # ------------------------------------------------------------------------------------------------------ 5. Models
@@ -478,15 +639,15 @@ def teacher_parts(args):
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
-def open_teacher(pipeline_class, needed, args, dtype, **options):
-    """The teacher, from a folder, the hub or one file, and perhaps with another VAE."""
+def open_teacher(pipeline_class, needed, args, dtype, cached, **options):
+    """The teacher, from a folder, the hub or one file, and perhaps with another VAE; without weights of `cached` parts."""
     name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
     common, flag = {"cache_dir": args.cache_dir, "dtype": dtype}, f"--pretrained_teacher_model {name}"
-    options |= common | {"revision": args.teacher_revision}
     advice = "give a diffusers folder with safetensors weights or a hub id"
     if vae:
         with or_fail(f"--pretrained_vae_model_name_or_path {vae}: cannot be loaded", advice):
             options["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **common)
+    options |= common | {"revision": args.teacher_revision}
     with or_fail(f"{flag}: cannot be loaded", f"{advice}, or a .safetensors file"):
         parts = teacher_parts(args)
         if needed != {"unet", "text_encoder", "text_encoder_2"} & set(parts):
@@ -496,6 +657,13 @@ def open_teacher(pipeline_class, needed, args, dtype, **options):
         if "vae" not in [*parts, *options]:
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
         if not name.endswith(".safetensors"):
+            options |= dict.fromkeys(part for part in cached if part in needed)
+            if "vae" in {*cached} - {*options}:
+                config = AutoencoderKL.load_config(
+                    name, subfolder="vae", revision=args.teacher_revision, cache_dir=args.cache_dir
+                )
+                with torch.device("meta"):  # the config is needed, the weights are not
+                    options["vae"] = AutoencoderKL.from_config(config)
             return pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
     advice = "give the folder or hub id of configs and tokenizers of just this kind of model as --teacher_config"
     with or_fail(f"{flag} with --teacher_config {args.teacher_config or 'not given'}: cannot be loaded", advice):
@@ -505,13 +673,15 @@ def open_teacher(pipeline_class, needed, args, dtype, **options):
         empty = any(p.is_meta for module in modules for p in module.parameters())
         if empty or parts.count("unet") != len(pipe.unet.state_dict()):
             raise ValueError("the file does not hold just the tensors that these configs speak of")
+        for part in needed & {*cached}:
+            setattr(pipe, part, None)
         return pipe
 
 
-def load_teacher(args, dtype):
-    """The teacher as a pipeline in its final precision."""
+def load_teacher(args, dtype, cached=()):
+    """The teacher as a pipeline in its final precision, without its `cached` parts."""
     options = {"safety_checker": None, "requires_safety_checker": False}
-    return open_teacher(StableDiffusionPipeline, {"unet", "text_encoder"}, args, dtype, **options)
+    return open_teacher(StableDiffusionPipeline, {"unet", "text_encoder"}, args, dtype, cached, **options)
 
 
 def share_weights(unet):
@@ -536,55 +706,24 @@ def encode_captions(pipe, captions):
     return {"prompt": pipe.encode_prompt(captions, pipe.text_encoder.device, 1, False)[0]}
 
 
-def cache_text_embeddings(pipe, records, c_null, args, accelerator):
-    """The records' captions encoded, then the empty one: a `datasets.Dataset` in files, {name: bytes} a row.
-
-    The files bear the name of the captions and of what the encoders say of a few of them, so that later runs use them again.
-    A file is renamed when whole, so a kill costs one at most; the processes make them in turn.
-    """
-    captions = [caption or "" for caption in records[args.caption_column]]
-    digest = hashlib.sha256(json.dumps(captions).encode())
-    for value in [*c_null.values(), *encode_captions(pipe, captions[:4]).values()]:
-        digest.update(to_bytes(value))
-    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "lcm_lora_text_embeddings")
-    folder.mkdir(parents=True, exist_ok=True)
-    (key,) = broadcast_object_list([digest.hexdigest()[:20]])
-
-    def encode(batch):
-        return {k: [to_bytes(row) for row in value] for k, value in encode_captions(pipe, batch["caption"]).items()}
-
-    rows = datasets.Dataset.from_dict({"caption": [*captions, ""]})
-    parts = [range(first, min(first + CACHE_ROWS, len(rows))) for first in range(0, len(rows), CACHE_ROWS)]
-    files = [str(folder / f"{key}-{part.start:08d}-{part.stop:08d}.arrow") for part in parts]
-    for i in range(accelerator.process_index, len(parts), accelerator.num_processes):
-        options = {"cache_file_name": files[i], "new_fingerprint": f"{key}-{i}", "remove_columns": "caption"}
-        rows.select(parts[i]).map(encode, batched=True, batch_size=16, **options)
-    accelerator.wait_for_everyone()
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-
-
-def to_bytes(tensor):
-    """A tensor's elements as bytes, in its own precision."""
-    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-
-
-def conditions(pipe, batch, c_null):
-    """All that the UNet gets beside z and t, {name: [B,...]}: the encoded captions, for SDXL the sizes too."""
-    if "prompt" in batch:  # from the cache
-        rows = {k: torch.frombuffer(bytearray(b"".join(batch[k])), dtype=null.dtype) for k, null in c_null.items()}
-        c = {k: rows[k].view(-1, *null.shape[1:]).to(null.device) for k, null in c_null.items()}
-    else:
-        c = encode_captions(pipe, batch["caption"])
-    sizes = {"time_ids": torch.tensor(batch["time_ids"], device=pipe.unet.device)} if "time_ids" in batch else {}
-    return c | sizes
-
-
 @torch.no_grad()
-def encode_pictures(vae, pixels, noise, batch_size):
-    """Pixels [B,3,H,W] in -1..1 -> z [B,4,h,w] float32, a sample of the posterior times the scaling factor."""
-    posteriors = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(batch_size)]
-    mean, std = (torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std"))
-    return (mean + std * noise.to(mean.device)) * vae.config.scaling_factor
+def encode_pictures(vae, pixels, batch_size):
+    """Pixels [B,3,H,W] in -1..1 -> mean and log variance of the posteriors of their latents, [B,8,h,w]."""
+    parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(batch_size)]
+    return torch.cat([posterior.parameters for posterior in parts])
+
+
+def sample_posterior(moments, noise, scaling_factor):
+    """z [B,4,h,w] float32: mean + standard deviation x noise, times the VAE's scaling factor."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling_factor
+
+
+def conditions(pipe, batch):
+    """All that the UNet gets beside z and t, {name: [B,...]}: the encoded captions, for SDXL the sizes too."""
+    names = [name for name in ("prompt", "text_embeds", "time_ids") if name in batch]
+    given = {name: batch[name].to(pipe.unet.device) for name in names}
+    return given if "prompt" in batch else encode_captions(pipe, batch["caption"]) | given
 
 
 def predict(unet, z_t, t, c):
@@ -593,6 +732,123 @@ def predict(unet, z_t, t, c):
     added = {name: value for name, value in c.items() if name != "prompt"}
     with torch.autocast(z_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return unet(z_t.to(dtype), t, c["prompt"], added_cond_kwargs=added).sample.float()
+
+
+# The files of a cache lie in --cache_dir and bear the hash of all that their content depends on: later runs use them again
+# and load no model of that kind.
+
+
+def identity(name, parts, args):
+    """What tells the weights of a model's parts from others': a hash of their files, of a hub id its commit."""
+    path = Path(name)
+    if not path.exists():
+        kind = DiffusionPipeline if name == args.pretrained_teacher_model else AutoencoderKL
+        options = {"revision": args.teacher_revision} if kind is DiffusionPipeline else {}
+        options |= {"cache_dir": args.cache_dir, "return_commit_hash": True}
+        return f"{name} {args.variant} {kind.load_config(name, **options)[-1]}"
+    digest = hashlib.sha256(str(args.variant).encode())
+    found = [file for part in parts for file in sorted((path / part).rglob("*"))]
+    for file in [path] if path.is_file() else [file for file in found if file.is_file()]:
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def open_cache(kind, parts, encode, about, args, accelerator):
+    """The rows of `parts` encoded and memory-mapped, a file for each part; `encode` makes those that are not there.
+
+    A file gets its name when it is whole, so a kill costs one at most; the processes make them in turn.
+    """
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "lcm_lora")
+    keys = [json.dumps([FORMAT_VERSION, args.mixed_precision, about, part._fingerprint]) for part in parts]
+    files = [folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.arrow" for key in keys]
+    missing = [i for i, file in enumerate(files) if not file.exists()]
+    files, missing = broadcast_object_list([files, missing])  # rank 0 speaks for all
+    rows = sum(map(len, parts))
+    accelerator.print(f"cache of {rows} {kind}: {len(files) - len(missing)} of {len(files)} files are in {folder}")
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = {"vae"} if kind == "latents" else {*TEXT_ENCODERS}
+        pipe = load_teacher(args, DTYPES[args.mixed_precision], {"unet", "vae", *TEXT_ENCODERS} - wanted)
+        for name in wanted & pipe.components.keys():
+            getattr(pipe, name).requires_grad_(False).eval().to(accelerator.device)
+        options = {"fn_kwargs": {"pipe": pipe, "args": args}, "features": CACHED[kind], "writer_batch_size": 100}
+        options |= {"batched": True, "batch_size": args.vae_encode_batch_size, "remove_columns": parts[0].column_names}
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        for i in tqdm(mine, kind, unit="file", disable=not accelerator.is_main_process, dynamic_ncols=True):
+            parts[i].map(encode, True, cache_file_name=str(files[i]), new_fingerprint=files[i].stem, **options)
+        accelerator.wait_for_everyone()
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+
+
+def as_rows(tensors):
+    """{name: tensor [B,...]} as B texts of bytes."""
+    rows = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
+    return [save({name: value.cpu().contiguous() for name, value in row.items()}) for row in rows]
+
+
+def encode_texts(batch, rows, pipe, args):
+    """A batch of captions as rows of a cache."""
+    return {"embeddings": as_rows(encode_captions(pipe, batch["caption"]))}
+
+
+def encode_records(batch, rows, pipe, args):
+    """A batch of records as rows of a cache: what `make_sample` makes of the middle of the picture, or why it cannot."""
+    samples, odd = [], []
+    for values, row in zip(zip(*batch.values(), strict=True), rows, strict=True):
+        try:
+            picture, _ = open_record(dict(zip(batch, values, strict=True)), row, args)
+            turns = [prepare_picture(picture, (0.5, 0.5), flip, args) for flip in (False, True)[: 1 + args.random_flip]]
+            samples.append(turns[0] | {"pixels": torch.stack([turn["pixels"] for turn in turns])})
+            odd.append(None)
+        except OddRecord as error:
+            odd.append(str(error))
+    latents = iter(())
+    if samples:
+        tensors = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        moments = encode_pictures(pipe.vae, tensors.pop("pixels").flatten(0, 1), args.vae_encode_batch_size)
+        moments = moments.unflatten(0, (len(samples), -1)).unbind(1)
+        latents = iter(as_rows(tensors | dict(zip(("moments", "mirrored"), moments, strict=False))))
+    return {"latents": [None if why else next(latents) for why in odd], "odd": odd}
+
+
+def drop_pictures(records):
+    """The records without their pictures, which are not even read."""
+    return records.remove_columns([name for name, kind in records.features.items() if isinstance(kind, datasets.Image)])
+
+
+class Embeddings:
+    """What the UNet is conditioned on, by caption: {"prompt": [L,D], ...} from a cache."""
+
+    def __init__(self, captions, rows):
+        self.row, self.rows = {caption: i for i, caption in enumerate(captions)}, rows
+
+    def __getitem__(self, caption):
+        return load(self.rows[self.row[caption]]["embeddings"])
+
+
+def cache_embeddings(records, args, accelerator):
+    """The embeddings of all captions of the records, of the empty one and of the validation prompts."""
+    about, found = identity(args.pretrained_teacher_model, ENCODER_FILES, args), set()
+    for row, record in enumerate(drop_pictures(records)):
+        with contextlib.suppress(OddRecord):  # it is named when the training meets it
+            found |= {*captions_of(record, f"row {row}", args)}
+    captions, prompts = sorted(found), ["", *(args.validation_prompts or [])]
+    lists = [captions[i : i + CACHE_ROWS] for i in range(0, len(captions), CACHE_ROWS)] + [prompts]
+    parts = [datasets.Dataset.from_dict({"caption": some}) for some in lists]
+    return Embeddings([*captions, *prompts], open_cache("embeddings", parts, encode_texts, about, args, accelerator))
+
+
+def cache_latents(records, args, accelerator):
+    """The records with the moments of their latents in place of their pictures."""
+    vae, rows = args.pretrained_vae_model_name_or_path, range(len(records))
+    about = [identity(vae or args.pretrained_teacher_model, ["." if vae else "vae"], args), args.resolution]
+    about += [args.interpolation_type, args.random_flip, vars(args).get("use_fix_crop_and_size")]
+    parts = [records.select(rows[i : i + CACHE_ROWS]) for i in rows[::CACHE_ROWS]]
+    latents = open_cache("latents", parts, encode_records, about, args, accelerator)
+    return datasets.concatenate_datasets([drop_pictures(records), latents], axis=1)
 
 
 # -------------------------------------------------------------------------------------- 6. The distillation step
@@ -605,9 +861,12 @@ def draw_batch(pipe, batch, c_null, timesteps, step, args):
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))  # LoRA dropout draws from torch
     side = args.resolution // pipe.vae_scale_factor
     shape = (vae.config.latent_channels, side, side)
-    posterior_noise = normal(args.seed, step, places, "posterior", shape)
-    z = encode_pictures(vae, batch["pixels"], posterior_noise, args.vae_encode_batch_size)
-    c = conditions(pipe, batch, c_null)
+    moments = (
+        batch["moments"] if "moments" in batch else encode_pictures(vae, batch["pixels"], args.vae_encode_batch_size)
+    )
+    posterior_noise = normal(args.seed, step, places, "posterior", shape).to(device)
+    z = sample_posterior(moments.to(device), posterior_noise, vae.config.scaling_factor)
+    c = conditions(pipe, batch)
     c_null = c | {name: value.expand(len(places), *value.shape[1:]) for name, value in c_null.items()}
     noise = normal(args.seed, step, places, "noise", shape).to(device)
     t_nk = timesteps[[int(rng(args.seed, step, place, "timestep").integers(len(timesteps))) for place in places]]
@@ -663,7 +922,7 @@ def base_name(name):
 def header(pipe, args, step):
     """The LoRA file's metadata: what it was made from and how. No time and no output path, so equal runs are equal."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_IN_HEADER}
-    settings |= {k: base_name(settings[k]) for k in ("dataset_name", "train_data_dir", "lora_path") if settings[k]}
+    settings |= {k: base_name(settings[k]) for k in PATHS_IN_HEADER if settings[k]}
     base, rank, alpha = args.pretrained_teacher_model, args.lora_rank, args.lora_alpha
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "family": FAMILY, "step": step}
     about |= {"rank": rank, "alpha": alpha, "num_ddim_timesteps": args.num_ddim_timesteps}
@@ -796,14 +1055,17 @@ def find_checkpoint(args):
 
 
 @torch.no_grad()
-def validate(pipe, accelerator, args, step):
-    """Draw the validation prompts with the live student in 4 LCM steps, for a file and for all trackers."""
+def validate(pipe, prompts, accelerator, args, step):
+    """Draw the encoded validation prompts with the live student in 4 LCM steps, for a file and for all trackers."""
     images, what = [], {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
-    for i, prompt in enumerate(args.validation_prompts):
+    vae, pipe.vae = pipe.vae, None  # where latents are cached it is on the CPU, and the pipeline would go by that
+    for i, c in enumerate(prompts):
         noise = torch.Generator().manual_seed(args.seed + i)
-        z = pipe(prompt, num_inference_steps=4, guidance_scale=1.0, generator=noise, **what).images
-        pixels = pipe.vae.decode(z.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        given = {name: c[key] for key, name in EMBEDS.items() if key in c}
+        z = pipe(**given, num_inference_steps=4, guidance_scale=1.0, generator=noise, **what).images
+        pixels = vae.decode(z.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
         images += VaeImageProcessor().postprocess(pixels)
+    pipe.vae = vae
     path = Path(args.output_dir, "validation", f"step-{step:06d}.png")
     path.parent.mkdir(exist_ok=True)
     diffusers.utils.make_image_grid(images, 1, len(images)).save(path)
@@ -869,7 +1131,7 @@ class Log:
 
     def __init__(self, accelerator, args, step, keep):
         """Start the outputs of a run at `step`; `keep` what log.jsonl says of the steps before it."""
-        self.accelerator, self.rows, self.unreadable = accelerator, [], {}
+        self.accelerator, self.rows, self.odd = accelerator, [], set()
         main, self.file = accelerator.is_main_process, None
         if main:
             path = Path(args.output_dir, "log.jsonl")
@@ -891,12 +1153,13 @@ class Log:
         """Measure the speed from here on; what came before, such as a save, does not count."""
         self.clock, self.clock_step = time.perf_counter(), step
 
-    def warn_of(self, unreadable):
-        """Count and name the pictures, {row: why}, that were met for the first time and replaced."""
-        new = "; ".join(why for row, why in unreadable.items() if row not in self.unreadable)
-        self.unreadable |= unreadable
-        if new:
-            self.bar.write(f"warning: {len(self.unreadable)} unreadable pictures replaced so far: {new}", sys.stderr)
+    def warn_of(self, odd):
+        """Count the records that are replaced, each once, and name the first ten, the 100th, the 1000th ..."""
+        for why in odd:
+            if why not in self.odd:
+                self.odd.add(why)
+                if len(self.odd) <= 10 or str(len(self.odd)).strip("0") == "1":
+                    self.bar.write(f"warning: {len(self.odd)} odd records replaced so far: {why}", sys.stderr)
 
     def flush(self, global_batch):
         """Write the pending steps; losses are means over the processes."""
@@ -969,7 +1232,8 @@ def main(argv=None):
     # Models: the teacher, the student over the same weights, the LoRA
     resumed = find_checkpoint(args)
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    pipe = load_teacher(args, dtype)
+    cached = ["vae"] * args.cache_latents + [*TEXT_ENCODERS] * args.cache_text_embeddings
+    pipe = load_teacher(args, dtype, [part for part in cached if part != "vae" or not args.validation_prompts])
     teacher = pipe.unet
     args.resolution = args.resolution or teacher.config.sample_size * pipe.vae_scale_factor
     if args.resolution % pipe.vae_scale_factor:
@@ -977,9 +1241,10 @@ def main(argv=None):
     schedule = NoiseSchedule(pipe.scheduler.config, device)
     if args.num_ddim_timesteps > len(schedule.alpha):
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {len(schedule.alpha)} timesteps")
-    for part in pipe.components.values():
+    for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval().to(device)
+            part.requires_grad_(False).eval()
+            part.float() if name in cached else part.to(device)  # a VAE that only draws validation pictures: on the CPU
     student = attach_lora(share_weights(teacher), args)
     if source := resumed or args.lora_path:
         load_lora(pipe, teacher, student, source, "--resume_from_checkpoint" if resumed else "--lora_path")
@@ -988,18 +1253,23 @@ def main(argv=None):
     trained = [p for p in student.parameters() if p.requires_grad]
 
     # Data: an endless seeded stream, cut into global batches of G pictures
-    records = load_records(args)
+    records, embeddings = load_records(args), None
+    if args.cache_text_embeddings:
+        embeddings = cache_embeddings(records, args, accelerator)
+    if args.cache_latents:
+        records = cache_latents(records, args, accelerator)
+    if args.cache_only:
+        return accelerator.end_training()
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * world
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(records) / global_batch)
     if args.scale_lr:
         args.learning_rate *= global_batch
-    samples = Samples(records, args, global_batch)
-    samples[0, 0]  # says at once if nothing can be read
-    c_null = encode_captions(pipe, [""])
-    if args.cache_text_embeddings:
-        accelerator.print(f"caching the text embeddings of {len(records)} captions")
-        samples.embeddings = cache_text_embeddings(pipe, records, c_null, args, accelerator)
+    texts = ["", *(args.validation_prompts or [])]
+    if embeddings:
+        c_null, *prompts = [{k: v[None].to(device) for k, v in embeddings[text].items()} for text in texts]
+    else:
+        c_null, *prompts = [encode_captions(pipe, [text]) for text in texts]
 
     # Optimizer; the model is wrapped for many processes, the target is the bare module
     optimizer, lr_scheduler = make_optimizer(trained, args)
@@ -1018,8 +1288,14 @@ def main(argv=None):
     accelerator.print(f"teacher: {args.pretrained_teacher_model}, {sizes[0]}, {dtype}")
     accelerator.print(f"LoRA: {len(lora_layers(target))} layers of rank {args.lora_rank}, {sizes[1]}")
     batch_size = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"
-    accelerator.print(f"data: {len(records)} pictures, in a step {batch_size}")
+    size = "streamed" if args.streaming else len(records)
+    accelerator.print(f"data: {size} pictures, in a step {batch_size}")
     accelerator.print(f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else ""))
+
+    batches = iter(make_loader(records, embeddings, args, step, rank, world))
+    first = list(itertools.islice(batches, 1))  # says at once if nothing can be read
+    for batch in first:
+        check_batch(batch, args)
 
     # Outputs: nothing is written before this line
     log = Log(accelerator, args, step, keep=bool(resumed))
@@ -1032,8 +1308,9 @@ def main(argv=None):
     # The loop
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device)
     micro_losses = []
-    for batch in make_loader(samples, args, step, rank, world):
-        log.warn_of(batch["unreadable"])
+    for batch in itertools.chain(first, batches):
+        check_batch(batch, args)
+        log.warn_of(batch["odd"])
         with accelerator.accumulate(student):
             drawn = draw_batch(pipe, batch, c_null, timesteps, step, args)
             loss = distillation_loss(teacher, student, target, *drawn, schedule, args)
@@ -1058,7 +1335,7 @@ def main(argv=None):
         if save and accelerator.is_main_process:
             log.bar.write(save_checkpoint(pipe, teacher, target, states, args, step))
         if draw and accelerator.is_main_process:
-            log.bar.write(validate(pipe, accelerator, args, step))
+            log.bar.write(validate(pipe, prompts, accelerator, args, step))
         if save or draw:
             accelerator.wait_for_everyone()
             log.restart_clock(step)

@@ -308,7 +308,7 @@ def train_by(pictures, tmp_path_factory):
 
     def train_by(trainer, teacher):
         def train(**flags):
-            data = {} if "dataset_name" in flags else {"train_data_dir": pictures}
+            data = {} if flags.keys() & {"dataset_name", "train_shards_path_or_url"} else {"train_data_dir": pictures}
             out = tmp_path_factory.mktemp("run") / "out"
             flags = {"pretrained_teacher_model": teacher, "output_dir": out} | data | QUICK | flags
             AcceleratorState._reset_state(True)
