@@ -4,11 +4,11 @@
         --fine_tune outputs/style-teacher --output_dir outputs/style
 
 The style is Twemoji, which neither teacher nor LCM-LoRA saw; scripts/demo/train_style_lora.py makes the other two, and
-scripts/style.sh everything. Beside the LCM-LoRA the style LoRA has weight 0.8, as in the LCM-LoRA report; alone 1.
-DPM-Solver++ draws at 7.5, the pipeline's default guidance, and at the one that suits it best in 8 steps. Writes README.md, with
-a table of distances to the style's real pictures, and style.png, after the report's figure 3. Exit code 0 if LCM-LoRA in
-4 steps is closer than DPM-Solver++ in 4, with intervals that do not overlap, at both guidances, for the style LoRA and for the
-fine-tuned teacher; else 1.
+scripts/style.sh everything. The settings are those of the LCM-LoRA report's figure 3: DPM-Solver++ at guidance 7.5, and the
+style LoRA with weight 0.8 beside the LCM-LoRA, 1 alone. DPM-Solver++ also draws at the guidance that suits it best in 8 steps,
+a harder comparison. Writes README.md, with a table of distances to the style's real pictures and what each comparison says, and
+style.png, after that figure. Exit code 0 if the LCM-LoRA in 4 steps is closer than DPM-Solver++ in 4 at the report's guidance,
+with intervals that do not overlap, for the style LoRA and for the fine-tuned teacher; else 1.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from torchmetrics.image.kid import poly_kernel
 
 BEST_STEPS = (4, 8)  # with the best guidance, which is found in 8
 DPM, BEST, LCM = "DPM-Solver++", "DPM-Solver++ (best guidance)", "LCM-LoRA"
-DEFAULT_GUIDANCE = 7.5
+REPORT_GUIDANCE = 7.5
 STYLE, FINE_TUNE = "style LoRA", "fine-tuned teacher"
 STYLE_WEIGHT = 0.8
 SHEET_PROMPTS = 4
@@ -111,7 +111,7 @@ def draw_all(studio, adapters, lcm_steps, args, kid):
     plug(studio.pipe.unet, adapters[DPM])
     tried = {g: draw(studio, DPM, BEST_STEPS[-1], g, lcm_steps) for g in args.guidance}
     best = min(tried, key=lambda g: kid(tried[g][0])["value"])
-    drawn, guidance = {(BEST, BEST_STEPS[-1]): tried[best]}, {LCM: 1, DPM: DEFAULT_GUIDANCE, BEST: best}
+    drawn, guidance = {(BEST, BEST_STEPS[-1]): tried[best]}, {LCM: 1, DPM: REPORT_GUIDANCE, BEST: best}
     for method in guidance:
         plug(studio.pipe.unet, adapters[method])
         for steps in BEST_STEPS if method == BEST else args.steps:
@@ -184,7 +184,7 @@ def main(argv=None):
         for method in DPM, BEST:
             apart = at_4[LCM]["high"] < at_4[method]["low"]
             says = f"{name}, 4 steps: {LCM} {show(at_4[LCM], 1000)}, {method} at {guidance[method]:g} {show(at_4[method], 1000)}"
-            verdicts.append((apart, says))
+            verdicts.append((method, apart, says))
         if name == STYLE:
             for i in range(SHEET_PROMPTS):
                 for method in DPM, LCM:
@@ -192,26 +192,26 @@ def main(argv=None):
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     contact_sheet(*zip(*sheet), args.output_dir / "style.png", columns=len(args.steps))
-    lines = "".join(f"- {'closer' if apart else 'not closer'}: {says}\n" for apart, says in verdicts)
+    lines = "".join(f"- {'closer' if apart else 'not closer'}: {says}\n" for _, apart, says in verdicts)
     text = f"""# LCM-LoRA as a universal module
 
 {provenance(argv, "scripts/evaluate_style.py")}
 {len(own)} captions of the Twemoji pictures by a seeded shuffle. KID and Frechet distance, in EfficientNet-lite0 features, to the
 {len(others)} other Twemoji pictures; the floor is the real pictures of the same captions. Style LoRA and fine-tune learned from all
-of them. {DPM} draws at {DEFAULT_GUIDANCE:g}, its pipeline's default guidance, and at the one of {", ".join(f"{g:g}" for g in args.guidance)} whose KID in {BEST_STEPS[-1]}
+of them. {DPM} draws at {REPORT_GUIDANCE:g}, the report's guidance, and at the one of {", ".join(f"{g:g}" for g in args.guidance)} whose KID in {BEST_STEPS[-1]}
 steps is least; LCM-LoRA without guidance, in more than its {lcm_steps} solver steps on timesteps between them. The style LoRA has
 weight 1 alone, {STYLE_WEIGHT} beside the LCM-LoRA. Brackets are 95% bootstrap intervals over drawn and real pictures
 ({args.bootstrap} resamples); "closer" is said where they do not overlap.
 
 {lines}
 {table(["", "guidance", "UNet passes", "KID x 1000", "Frechet"], rows)}
-The first {SHEET_PROMPTS} captions: the style LoRA with {DPM} at guidance {DEFAULT_GUIDANCE:g}, then with the LCM-LoRA, in {", ".join(map(str, args.steps))} steps.
+The first {SHEET_PROMPTS} captions: the style LoRA with {DPM} at guidance {REPORT_GUIDANCE:g}, then with the LCM-LoRA, in {", ".join(map(str, args.steps))} steps.
 
 ![style](style.png)
 """
     print("\n" + text)
     (args.output_dir / "README.md").write_text(text)
-    return 0 if all(apart for apart, _ in verdicts) else 1
+    return 0 if all(apart for method, apart, _ in verdicts if method == DPM) else 1
 
 
 if __name__ == "__main__":

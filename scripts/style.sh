@@ -2,7 +2,7 @@
 # The LCM-LoRA as a universal module: plug the quickstart's, untrained, into a style LoRA and a fine-tuned teacher.
 #     bash scripts/style.sh [more arguments of scripts/evaluate_style.py]
 # Trains both on the demo's Twemoji pictures, which the LCM-LoRA never saw, then measures and draws: outputs/style.
-# Ends with exit code 1 where the LCM-LoRA is not closer in all four comparisons, as it was when measured (docs/results.md).
+# Ends with exit code 0 where in 4 steps the LCM-LoRA is closer to the style than DPM-Solver++ at the report's guidance of 7.5.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh requirements.txt scripts/requirements-eval.txt
