@@ -24,6 +24,7 @@ Deliberate differences from the paper:
 import argparse
 import contextlib
 import copy
+import fcntl
 import hashlib
 import io
 import itertools
@@ -35,6 +36,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -57,7 +59,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
+from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import HfApi, ModelCardData
 from PIL import Image, ImageOps
@@ -71,6 +73,8 @@ FORMAT_VERSION = "1"  # of the LoRA file's header
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 STATE_FILE = "training_state.pt"
+MANIFEST = "manifest.json"  # of a checkpoint: sizes and hashes of its files
+BAD_STEPS = 10  # in a row without a finite loss and gradient, which end the run
 CACHE_ROWS = 1000  # in a file of a cache
 # Of the base, by --mixed_precision, and of the LoRA file, by --save_precision.
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -114,15 +118,20 @@ BASES = {
 # Where the results go and how they are shown, not what they are: kept out of the LoRA's header.
 NOT_IN_HEADER = (
     "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint logging_steps "
-    "push_to_hub hub_model_id cache_only"
+    "push_to_hub hub_model_id cache_only max_train_hours"
 ).split()
 # Of these it has the last part of a path.
 PATHS_IN_HEADER = "train_data_dir dataset_name train_shards_path_or_url lora_path".split()
 
 
-def fail(message, ranks="0"):
-    """End with one line on stderr, from the first process unless others see something else, and exit status 1."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}" if os.environ.get("RANK", "0") in ranks.split() else 1)
+def this_rank():
+    """This process's number among those of the run, as the launcher gives it."""
+    return os.environ.get("RANK", "0")
+
+
+def fail(message, rank="0"):
+    """End with one line on stderr, from one process, the first unless another is named, and exit status 1."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}" if this_rank() == rank else 1)
 
 
 def reason(error):
@@ -223,10 +232,12 @@ def parse_args(argv=None):
     add("--adam_weight_decay", type=number(float, 0), default=0.0)
     add("--adam_epsilon", type=positive, default=1e-8)
     add("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
+    add("--ema_decay", type=number(float, 0, 0.999999), help="write the moving average of the LoRA, of this decay")
 
     add = parser.add_argument_group("Runtime").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate` is configured for")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs")
+    add("--max_train_hours", type=positive, help="then save and stop, as on SIGTERM")
     add("--seed", type=number(int, 0), default=0, help="everything random is a function of it")
 
     add = parser.add_argument_group("Output & tracking").add_argument
@@ -471,14 +482,21 @@ def open_picture(record):
     return picture.convert("RGB")
 
 
+def picture_of(record, args):
+    """The undecoded picture of a record."""
+    return next((record[name] for name in (args.image_column, *TAR_PICTURES) if record.get(name)), None)
+
+
+def name_of(record, row, args):
+    """What a record is called in messages: its picture's file, or its row."""
+    return (picture_of(record, args) or {}).get("path") or f"row {row}"
+
+
 def open_record(record, row, args):
     """(Upright RGB picture, its captions), or OddRecord."""
-    found = next((record[name] for name in (args.image_column, *TAR_PICTURES) if record.get(name)), None)
-    name = (found or {}).get("path") or f"row {row}"
+    name = name_of(record, row, args)
     with or_odd(name):
-        if not found:
-            raise ValueError("no picture")
-        picture = open_picture(found)
+        picture = open_picture(picture_of(record, args) or {"bytes": b"", "path": None})
     return picture, captions_of(record, name, args)
 
 
@@ -519,7 +537,11 @@ def make_sample(record, row, step, place, embeddings, args):
         picture, captions = open_record(record, row, args)
         sample = prepare_picture(picture, crop, flip, args)
     text = "" if caption[0] < args.proportion_empty_prompts else captions[int(caption[1] * len(captions))]
-    return sample | (embeddings[text] if embeddings else {}) | {"caption": text, "place": place}
+    return (
+        sample
+        | (embeddings[text] if embeddings else {})
+        | {"caption": text, "place": place, "name": name_of(record, row, args)}
+    )
 
 
 class Samples(torch.utils.data.Dataset):
@@ -603,7 +625,7 @@ def check_batch(batch, args):
             os.environ.get("RANK", "0"),
         )
     if args.strict_data and batch["odd"]:
-        fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", os.environ.get("RANK", "0"))
+        fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", this_rank())
 
 
 def make_loader(records, embeddings, args, first_step, rank, world):
@@ -746,13 +768,16 @@ def identity(name, parts, args):
         options = {"revision": args.teacher_revision} if kind is DiffusionPipeline else {}
         options |= {"cache_dir": args.cache_dir, "return_commit_hash": True}
         return f"{name} {args.variant} {kind.load_config(name, **options)[-1]}"
-    digest = hashlib.sha256(str(args.variant).encode())
-    found = [file for part in parts for file in sorted((path / part).rglob("*"))]
-    for file in [path] if path.is_file() else [file for file in found if file.is_file()]:
-        digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while block := content.read(2**24):
-                digest.update(block)
+    found = [path] if path.is_file() else [file for part in parts for file in [path / part, *(path / part).rglob("*")]]
+    return [args.variant, *sorted(f"{file.name} {file_digest(file)}" for file in found if file.is_file())]
+
+
+def file_digest(path):
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -1029,29 +1054,100 @@ def checkpoints(output_dir):
 
 
 def save_checkpoint(pipe, teacher, student, states, args, step):
-    """Write checkpoint-<step> under another name, then rename it; afterwards delete the oldest beyond the limit."""
+    """Write checkpoint-<step> under another name, flush, rename; afterwards delete the oldest beyond the limit."""
     folder = Path(args.output_dir, f"checkpoint-{step}")
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    report = save_lora(pipe, teacher, student, part, args, step).replace(str(part), str(folder))
-    state = {name: kept and kept.state_dict() for name, kept in states.items()}
-    torch.save(state | {"step": step}, part / STATE_FILE)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    good = (checkpoints(args.output_dir) or ["none"])[-1]
+    with or_fail(f"{folder}: it cannot be saved", f"free or name another disk; the last good checkpoint: {good}"):
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            report = save_lora(pipe, teacher, student, part, args, step).replace(str(part), str(folder))
+            state = {name: kept and kept.state_dict() for name, kept in states.items()}
+            torch.save(state | {"step": step}, part / STATE_FILE)
+            files = [path for path in part.rglob("*") if path.is_file()]
+            about = {str(path.relative_to(part)): [path.stat().st_size, file_digest(path)] for path in files}
+            (part / MANIFEST).write_text(json.dumps(about, indent=2) + "\n")
+            for path in [*files, part / MANIFEST, part / "unet", part]:
+                flush_to_disk(path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        flush_to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     if args.checkpoints_total_limit:
-        for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            shutil.rmtree(old)
+        for spare in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            shutil.rmtree(spare)
     return report
+
+
+def flush_to_disk(path):
+    """What was written to a file or folder survives a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(folder):
+    """What is wrong with a checkpoint folder, or None if each file of its manifest is there with its size and hash."""
+    try:
+        for name, (size, digest) in json.loads((folder / MANIFEST).read_text()).items():
+            if (folder / name).stat().st_size != size or file_digest(folder / name) != digest:
+                return f"{name} is not what was saved"
+    except (OSError, ValueError) as error:
+        return f"it is not whole ({reason(error)})"
 
 
 def find_checkpoint(args):
     """The folder that --resume_from_checkpoint means, or None where a run with `latest` has none yet."""
-    name = args.resume_from_checkpoint
-    if name is None or name == "latest":
-        return (checkpoints(args.output_dir) or [None])[-1] if name else None
-    if not Path(name, STATE_FILE).is_file():
-        fail(f"--resume_from_checkpoint {name}: no checkpoint there; give a checkpoint-<step> folder, or `latest`")
-    return Path(name)
+    name, found = args.resume_from_checkpoint, checkpoints(args.output_dir)
+    if name is None and found:
+        fail(
+            f"--output_dir {args.output_dir}: it holds {found[-1].name}; go on with --resume_from_checkpoint latest, or name another"
+        )
+    if name is None or (name == "latest" and not found):
+        return None
+    candidates = found if name == "latest" else [Path(name)]
+    for folder in reversed(candidates):
+        why = damage(folder)
+        if not why:
+            return folder
+        print(f"warning: {folder}: {why}", file=sys.stderr)
+    fail(
+        f"--resume_from_checkpoint {name}: no whole checkpoint there; give a checkpoint-<step> folder, `latest`, or a new --output_dir"
+    )
+
+
+class Stop:
+    """What asks the run to stop: a signal, the alarm of --max_train_hours, a launcher that is gone. The ranks agree on it."""
+
+    def __init__(self, hours, world):
+        self.signal, self.since, self.launcher = 0, 0.0, os.getppid()
+        self.group = torch.distributed.new_group(backend="gloo") if world > 1 else None  # no GPU waits for it
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM:
+            signal.signal(number, self.note)
+        signal.setitimer(signal.ITIMER_REAL, 3600 * (hours or 0))
+
+    def note(self, number, _):
+        """Keep the first signal in mind; a second one ends the process at once."""
+        now = time.monotonic()
+        if self.signal and now - self.since > 1:  # sooner it is the first one, passed on by the launcher
+            os._exit(128 + number)
+        self.signal, self.since = self.signal or number, self.since or now
+
+    def asked(self):
+        """The number of the signal that all ranks stop for after this step, or 0."""
+        if os.getppid() != self.launcher:
+            self.signal = self.signal or signal.SIGHUP
+        if not self.group:
+            return int(self.signal)
+        number = torch.tensor(int(self.signal))
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
+        return int(number)
 
 
 @torch.no_grad()
@@ -1127,22 +1223,29 @@ def open_hub(args, rank):
 
 
 class Log:
-    """The status line, its mirror log.jsonl and the trackers. Losses stay on the GPU until `flush`."""
+    """The status line, its mirror log.jsonl, which also keeps a second run out, and the trackers."""
 
     def __init__(self, accelerator, args, step, keep):
         """Start the outputs of a run at `step`; `keep` what log.jsonl says of the steps before it."""
         self.accelerator, self.rows, self.odd = accelerator, [], set()
+        # Steps that were not finite, in a row and in all, and those that fp16's scaler skipped
+        self.bad, self.skipped, self.overflows = 0, 0, 0
         main, self.file = accelerator.is_main_process, None
         if main:
             path = Path(args.output_dir, "log.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with or_fail(
+                f"--output_dir {args.output_dir}: another run writes there, or none can", "name another folder"
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = path.open("a+", buffering=1)
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+            self.file.seek(0)
+            old = [line for line in self.file if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.file.truncate(len("".join(old).encode()) if keep else 0)
             libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
             versions = {m.__name__: m.__version__ for m in libraries} | {"python": platform.python_version()}
             about = {"arguments": vars(args), "processes": accelerator.num_processes, "versions": versions}
             Path(args.output_dir, "args.json").write_text(json.dumps(about, indent=2) + "\n")
-            old = path.read_text().split("\n")[:-1] if keep and path.exists() else []  # a kill tears the last
-            self.file = path.open("w", buffering=1)
-            self.file.writelines(f"{line}\n" for line in old if json.loads(line)["step"] <= step)
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         wandb = {"dir": accelerator.logging_dir}  # else it writes into the working directory
         accelerator.init_trackers(args.tracker_project_name, plain, {"wandb": wandb})
@@ -1161,19 +1264,32 @@ class Log:
                 if len(self.odd) <= 10 or str(len(self.odd)).strip("0") == "1":
                     self.bar.write(f"warning: {len(self.odd)} odd records replaced so far: {why}", sys.stderr)
 
+    def add(self, row, finite, overflow, names):
+        """Keep a step for `flush`; the tenth in a row that was not finite ends the run."""
+        self.bad = 0 if finite else self.bad + 1
+        self.skipped, self.overflows = self.skipped + (not finite), self.overflows + overflow
+        self.rows.append(row | {"skipped": self.skipped, "overflows": self.overflows})
+        self.bar.update()
+        what = f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}, with {', '.join(names)}"
+        if not finite:
+            self.bar.write(f"warning: step {row['step']} is skipped: {what}", sys.stderr)
+        if self.bad == BAD_STEPS:
+            advice = "lower --learning_rate, give --mixed_precision bf16, or look at these pictures"
+            fail(f"{self.bad} steps in a row were not finite, the last, {row['step']}: {what}; {advice}")
+
     def flush(self, global_batch):
-        """Write the pending steps; losses are means over the processes."""
-        losses = self.accelerator.reduce(torch.stack([row["loss"] for row in self.rows]), "mean").tolist()
+        """Write the pending steps."""
         rate = global_batch * (self.rows[-1]["step"] - self.clock_step) / (time.perf_counter() - self.clock)
         unit = 1 if platform.system() == "Darwin" else 2**10
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30  # of the process, or of its GPU
         if self.accelerator.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
-        for row, loss in zip(self.rows, losses, strict=True):
-            row |= {"loss": loss, "grad_norm": float(row["grad_norm"]), "images_per_s": rate, "memory_gib": memory}
+        for row in self.rows:
+            row |= {"images_per_s": rate, "memory_gib": memory}
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
             if self.file:
-                self.file.write(json.dumps(row) + "\n")
+                with or_fail(f"{self.file.name}: it cannot be written", "free some space and resume"):
+                    self.file.write(json.dumps(row) + "\n")
         shown = f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.1e}"
         self.bar.set_postfix_str(f"{shown} {rate:.1f} img/s {memory:.1f} GiB")
         self.rows = []
@@ -1197,7 +1313,8 @@ def make_accelerator(args):
     if accelerator.mixed_precision not in DTYPES:
         fail(f"mixed precision {accelerator.mixed_precision} is not supported: give --mixed_precision no, fp16 or bf16")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        fail(f"{accelerator.distributed_type.value} is neither supported nor needed: launch with --multi_gpu instead")
+        why = "it shards weights and optimizer state, but the base is frozen and shared and the LoRA's state is small"
+        fail(f"{accelerator.distributed_type.value}: {why}; launch with --multi_gpu instead")
     return accelerator
 
 
@@ -1214,8 +1331,34 @@ def make_optimizer(parameters, args):
 
 
 def main(argv=None):
-    """Set up, train, save."""
+    """The run, and how it ends where it cannot go on."""
     args = parse_args(argv)
+    try:
+        train(args)
+    except torch.OutOfMemoryError as error:
+        flags = "--gradient_checkpointing, --cache_latents, --cache_text_embeddings, --use_8bit_adam"
+        fail(f"out of memory ({reason(error)}); less takes a smaller --train_batch_size, or {flags}", this_rank())
+    except KeyboardInterrupt:  # before the first step; later ones are kept for the end of the step
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def optimizer_step(accelerator, optimizer, trained, losses, args):
+    """Clip the gradient and step, unless loss or gradient is not finite: (mean loss, gradient norm, whether they are finite).
+
+    The gradient is that of all ranks by now and the loss is averaged over them, so they agree.
+    """
+    grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+    loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
+    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
+    finite = math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm, finite
+
+
+def train(args):
+    """Set up, train, save."""
     accelerator = make_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision  # perhaps the launcher's
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
@@ -1230,7 +1373,7 @@ def main(argv=None):
     hub = open_hub(args, rank)
 
     # Models: the teacher, the student over the same weights, the LoRA
-    resumed = find_checkpoint(args)
+    (resumed,) = broadcast_object_list([find_checkpoint(args) if rank == 0 else None])
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     cached = ["vae"] * args.cache_latents + [*TEXT_ENCODERS] * args.cache_text_embeddings
     pipe = load_teacher(args, dtype, [part for part in cached if part != "vae" or not args.validation_prompts])
@@ -1275,14 +1418,17 @@ def main(argv=None):
     optimizer, lr_scheduler = make_optimizer(trained, args)
     target = student
     student, optimizer = accelerator.prepare(student, optimizer)
-    states = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
+    ema = EMAModel(trained, decay=args.ema_decay) if args.ema_decay is not None else None
+    states = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler, "ema": ema}
     step = 0
     if resumed:
         state = torch.load(resumed / STATE_FILE, map_location="cpu", weights_only=True)
         step = state["step"]
         for name, kept in states.items():
-            if kept and state[name]:
+            if kept and state.get(name):
                 kept.load_state_dict(state[name])
+        if ema:
+            ema.to(device)
 
     sizes = [f"{count / 1e6:.2f}M parameters" for count in (teacher.num_parameters(), sum(p.numel() for p in trained))]
     accelerator.print(f"teacher: {args.pretrained_teacher_model}, {sizes[0]}, {dtype}")
@@ -1292,6 +1438,7 @@ def main(argv=None):
     accelerator.print(f"data: {size} pictures, in a step {batch_size}")
     accelerator.print(f"steps: {step} to {args.max_train_steps}" + (f", resumed from {resumed}" if resumed else ""))
 
+    stop = Stop(args.max_train_hours, world)
     batches = iter(make_loader(records, embeddings, args, step, rank, world))
     first = list(itertools.islice(batches, 1))  # says at once if nothing can be read
     for batch in first:
@@ -1306,42 +1453,55 @@ def main(argv=None):
     pipe.set_progress_bar_config(disable=True)
 
     # The loop
-    timesteps = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device)
-    micro_losses = []
+    timesteps, losses, names, asked = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device), [], [], 0
     for batch in itertools.chain(first, batches):
         check_batch(batch, args)
         log.warn_of(batch["odd"])
+        names += batch["name"]
         with accelerator.accumulate(student):
             drawn = draw_batch(pipe, batch, c_null, timesteps, step, args)
             loss = distillation_loss(teacher, student, target, *drawn, schedule, args)
             accelerator.backward(loss)
-            micro_losses.append(loss.detach())
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        step, loss, micro_losses = step + 1, torch.stack(micro_losses).mean(), []
-        log.rows.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]})
-        log.bar.update()
-        if not accelerator.optimizer_step_was_skipped:
+            losses.append(loss.detach())
+            if not accelerator.sync_gradients:
+                continue
+            loss, grad_norm, finite = optimizer_step(accelerator, optimizer, trained, losses, args)
+        step, last = step + 1, step + 1 == args.max_train_steps
+        overflow = finite and accelerator.optimizer_step_was_skipped  # of fp16, which its scaler mends
+        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        log.add(row, finite, overflow, names)
+        losses, names = [], []
+        if finite and not overflow:
             lr_scheduler.step()
-        last = step == args.max_train_steps
-        save = step % args.checkpointing_steps == 0
-        draw = args.validation_prompts and (step % args.validation_steps == 0 or last)
+            if ema:
+                ema.step(trained)
+        asked = 0 if last else stop.asked()
+        save = step % args.checkpointing_steps == 0 or asked
+        draw = args.validation_prompts and (last or step % args.validation_steps == 0 and not asked)
         if step % args.logging_steps == 0 or save or draw or last:
             log.flush(global_batch)
         if save and accelerator.is_main_process:
             log.bar.write(save_checkpoint(pipe, teacher, target, states, args, step))
+        if last and ema:
+            ema.copy_to(trained)
         if draw and accelerator.is_main_process:
             log.bar.write(validate(pipe, prompts, accelerator, args, step))
         if save or draw:
             accelerator.wait_for_everyone()
             log.restart_clock(step)
+        if asked:
+            break
 
     # The end
     log.bar.close()
+    if asked:
+        more = [] if args.resume_from_checkpoint else ["--resume_from_checkpoint", "latest"]
+        command = shlex.join(["accelerate", "launch", *sys.argv, *more])
+        accelerator.print(f"stopped by {signal.Signals(asked).name} after step {step}; this goes on: {command}")
+        accelerator.end_training()
+        raise SystemExit(128 + asked)
+    if ema:
+        ema.copy_to(trained)
     if accelerator.is_main_process:
         print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
         write_card(pipe, args, step)
