@@ -70,17 +70,16 @@ def read_teacher(trainer, args):
         if name and ("text_encoder_2" in trainer.teacher_parts(args)) != (args.family == "sdxl"):
             raise ValueError(f"it is no teacher of --family {args.family}")
         if source := args.teacher_config if name.endswith(".safetensors") else name:
-            place = {"subfolder": "vae"} | options
-            vae = trainer.AutoencoderKL.load_config(vae or source, **{"cache_dir": args.cache_dir} if vae else place)
+            unet = trainer.diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **options)
+            place = {"cache_dir": args.cache_dir} if vae else {"subfolder": "vae"} | options
+            vae = trainer.AutoencoderKL.load_config(vae or source, **place)
             factor = 2 ** (len(vae["block_out_channels"]) - 1)
-            side = (
-                trainer.diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **options)["sample_size"]
-                * factor
+            side, origin, kind = (
+                unet["sample_size"] * factor,
+                "what the teacher draws",
+                trainer.transformers.CLIPTokenizer,
             )
-            origin, parts = "what the teacher draws", TOKENIZERS[args.family]
-            tokenizers = [
-                trainer.transformers.CLIPTokenizer.from_pretrained(source, subfolder=part, **options) for part in parts
-            ]
+            tokenizers = [kind.from_pretrained(source, subfolder=part, **options) for part in TOKENIZERS[args.family]]
     origin, args.resolution = "--resolution" if args.resolution else origin, args.resolution or side
     if args.resolution % factor:
         trainer.fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {factor}")
@@ -121,7 +120,7 @@ class Reader(torch.utils.data.IterableDataset):
             yield found["path"] or f"row {row}", picture.size, texts, digest
 
 
-def read_all(trainer, records, tokenizers, args):
+def read_all(records, tokenizers, args):
     """Figures of the records: (counts, sizes, longest captions, copies, odd records)."""
     counts, sizes, longest, first, copies, odd = Counter(), [], [], {}, [], []
     workers, total = args.dataloader_num_workers, args.limit
@@ -130,21 +129,20 @@ def read_all(trainer, records, tokenizers, args):
     else:
         total = min(len(records), args.limit or len(records))
     rows = torch.utils.data.DataLoader(Reader(records, tokenizers, args), batch_size=None, num_workers=workers)
-    with trainer.or_fail("the data cannot be read to their end", "mend them, or --limit the records that are read"):
-        for row in tqdm(itertools.islice(rows, args.limit), "reading", total, unit="record", dynamic_ncols=True):
-            if isinstance(row, str):
-                odd.append(row)
-                continue
-            name, size, texts, digest = row
-            sizes.append(size)
-            counts["captions"] += len(texts)
-            counts["several"] += len(texts) > 1
-            counts["empty"] += not all(text for _, text in texts)
-            counts["cut"] += sum(length > allowed(tokenizers) for length, _ in texts)
-            longest = heapq.nlargest(3, longest + [(length, name, text) for length, text in texts])
-            if digest in first:
-                copies.append(f"{name} is {first[digest]}")
-            first.setdefault(digest, name)
+    for row in tqdm(itertools.islice(rows, args.limit), "reading", total, unit="record", dynamic_ncols=True):
+        if isinstance(row, str):
+            odd.append(row)
+            continue
+        name, size, texts, digest = row
+        sizes.append(size)
+        counts["captions"] += len(texts)
+        counts["several"] += len(texts) > 1
+        counts["empty"] += not all(text for _, text in texts)
+        counts["cut"] += sum(length > allowed(tokenizers) for length, _ in texts)
+        longest = heapq.nlargest(3, longest + [(length, name, text) for length, text in texts])
+        if digest in first:
+            copies.append(f"{name} is {first[digest]}")
+        first.setdefault(digest, name)
     return counts, sizes, longest, copies, odd
 
 
@@ -214,13 +212,15 @@ def main(argv=None):
     records = trainer.load_records(args)
     with trainer.or_fail(f"--output_dir {args.output_dir}: cannot be written", "name another folder"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    figures = _, sizes, _, _, odd = read_all(trainer, records, tokenizers, args)
+    with trainer.or_fail("the data cannot be read to their end", "mend or remove the file"):
+        figures = _, sizes, _, _, odd = read_all(records, tokenizers, args)
+        picture = contact_sheet(trainer, records, args) if sizes else None
     if not sizes and not odd:
         trainer.fail("the data hold no records; look at their path or pattern")
     sheet = args.output_dir / "contact_sheet.png"
     sheet.unlink(missing_ok=True)
-    if sizes:
-        contact_sheet(trainer, records, args).save(sheet)
+    if picture:
+        picture.save(sheet)
     lines = list(report(figures, tokenizers, origin, args))
     named = ["\n## Odd records\n", *(f"- {why}" for why in odd)] if odd else []
     (args.output_dir / "report.md").write_text("\n".join(lines + named) + "\n")

@@ -100,7 +100,7 @@ def test_counts_sizes_and_captions(look, tmp_path):
         ["least", "5%", "median", "95%", "most", "mean"],
         ["width", "20", "20", "40", "100", "100", "56"],
         ["height", "31", "31", "40", "200", "200", "70"],
-        ["width / height", "0.10", "0.10", "1.00", "3.23", "3.23", "1.46"],
+        ["width / height", "0.10", "0.10", "1.00", "3.23", "3.23", "1.47"],
         ["cut away by the crop", "0%", "0%", "50%", "90%", "90%", "42%"],
     ]
     assert "- Enlarged, as their shorter side is less than 32: 2 of 5\n" in text
@@ -197,7 +197,7 @@ def test_tar_shards(look, sd15, tmp_path):
     assert "\n- 02.jpg (UnicodeDecodeError: " in text
     wanted, _ = expected(sd15, 4, train_batch_size=4, **flags)
     assert np.array_equal(cut_out(tmp_path / "check" / "contact_sheet.png", 32, 4), wanted)
-    for workers in (0, 3):
+    for workers in (0, 2):
         streamed = {"streaming": True, "dataloader_num_workers": workers, "train_batch_size": 4} | flags
         code, again = look(samples=4, **streamed)
         assert code == 1 and sorted(again.splitlines()) == sorted(text.splitlines())
@@ -237,7 +237,7 @@ def test_a_stream_is_read_to_a_thousand(check, monkeypatch, look, pictures):
 def test_workers_change_nothing(look, make_pictures):
     """Not even the order of the odd ones."""
     flags = {"train_data_dir": make_pictures(broken=(1, 2, 9))}
-    assert look(**flags) == look(dataloader_num_workers=3, **flags)
+    assert look(**flags) == look(dataloader_num_workers=2, **flags)
 
 
 def test_a_pasted_training_command(xl_teacher, pictures, tmp_path):
@@ -255,6 +255,21 @@ def test_a_pasted_training_command(xl_teacher, pictures, tmp_path):
     assert (tmp_path / LORA).read_bytes() == b"precious"
     assert done.stdout.startswith("# What train_lcm_lora_sdxl.py would train on\n") and "12/12" in done.stderr
     assert "secret" not in done.stdout + done.stderr + (tmp_path / "report.md").read_text()
+
+
+def test_a_shard_that_is_cut_off(check, tmp_path):
+    """A stream that ends in the midst of a record: one line, also where the limit is in front of it; no report."""
+    picture = picture_bytes(noise(40, 40))["bytes"]
+    write_tar(tmp_path / "0.tar", {f"{i}.{ending}": picture for i in range(4) for ending in ("jpg", "png")})
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: len(whole) * 2 // 3])
+    for limit in (None, 1):
+        flags = {"train_shards_path_or_url": tmp_path / "0.tar", "streaming": True, "output_dir": tmp_path / "check"}
+        with pytest.raises(
+            SystemExit, match="^check_data.py: error: the data cannot be read to their end .ReadError: "
+        ):
+            check.main(command_line(flags | {"limit": limit}))
+    assert not [*(tmp_path / "check").iterdir()]
 
 
 def test_messages(check, xl_teacher, teacher, pictures, tmp_path):
