@@ -30,6 +30,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -75,6 +76,9 @@ PEFT_FILE = "adapter_model.safetensors"
 STATE_FILE = "training_state.pt"
 MANIFEST = "manifest.json"  # of a checkpoint: sizes and hashes of its files
 BAD_STEPS = 10  # in a row without a finite loss and gradient, which end the run
+# What started this process, where that is a launcher: a shell may log out, and the run goes on.
+LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM, signal.SIGHUP
 CACHE_ROWS = 1000  # in a file of a cache
 # Of the base, by --mixed_precision, and of the LoRA file, by --save_precision.
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -628,6 +632,12 @@ def check_batch(batch, args):
         fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", this_rank())
 
 
+def ignore_signals(_):
+    """For a reader: a signal to the whole job is the trainer's affair, which needs its readers to the end of the step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(records, embeddings, args, first_step, rank, world):
     """One batch for each micro-step of this rank from `first_step` on; ranks and micro-steps take contiguous parts."""
     size, parts, workers = args.train_batch_size, args.gradient_accumulation_steps, args.dataloader_num_workers
@@ -636,7 +646,7 @@ def make_loader(records, embeddings, args, first_step, rank, world):
         for step in range(first_step, args.max_train_steps)
         for micro in range(parts)
     )
-    options = {"collate_fn": collate, "num_workers": workers}
+    options = {"collate_fn": collate, "num_workers": workers, "worker_init_fn": ignore_signals}
     if not args.streaming:
         samples = Samples(records, embeddings, args, size * parts * world)
         return torch.utils.data.DataLoader(samples, batch_sampler=batches, **options)
@@ -1060,7 +1070,8 @@ def save_checkpoint(pipe, teacher, student, states, args, step):
     good = (checkpoints(args.output_dir) or ["none"])[-1]
     with or_fail(f"{folder}: it cannot be saved", f"free or name another disk; the last good checkpoint: {good}"):
         try:
-            shutil.rmtree(part, ignore_errors=True)
+            for left in part.parent.glob("checkpoint-*.part"):  # by a kill
+                shutil.rmtree(left)
             report = save_lora(pipe, teacher, student, part, args, step).replace(str(part), str(folder))
             state = {name: kept and kept.state_dict() for name, kept in states.items()}
             torch.save(state | {"step": step}, part / STATE_FILE)
@@ -1073,12 +1084,14 @@ def save_checkpoint(pipe, teacher, student, states, args, step):
             shutil.rmtree(part, ignore_errors=True)
             raise
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         part.rename(folder)
         flush_to_disk(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     if args.checkpoints_total_limit:
-        for spare in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+        others = [other for other in checkpoints(args.output_dir) if other != folder]  # a later one may be damaged
+        for spare in others[: 1 - args.checkpoints_total_limit or None]:
             shutil.rmtree(spare)
     return report
 
@@ -1126,10 +1139,11 @@ class Stop:
     """What asks the run to stop: a signal, the alarm of --max_train_hours, a launcher that is gone. The ranks agree on it."""
 
     def __init__(self, hours, world):
-        self.signal, self.since, self.launcher = 0, 0.0, os.getppid()
+        self.signal, self.since = 0, 0.0
         self.group = torch.distributed.new_group(backend="gloo") if world > 1 else None  # no GPU waits for it
-        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM:
-            signal.signal(number, self.note)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # else it is under nohup
+                signal.signal(number, self.note)
         signal.setitimer(signal.ITIMER_REAL, 3600 * (hours or 0))
 
     def note(self, number, _):
@@ -1141,7 +1155,7 @@ class Stop:
 
     def asked(self):
         """The number of the signal that all ranks stop for after this step, or 0."""
-        if os.getppid() != self.launcher:
+        if LAUNCHER and os.getppid() != LAUNCHER:
             self.signal = self.signal or signal.SIGHUP
         if not self.group:
             return int(self.signal)
@@ -1242,6 +1256,8 @@ class Log:
             self.file.seek(0)
             old = [line for line in self.file if line.endswith("\n") and json.loads(line)["step"] <= step]
             self.file.truncate(len("".join(old).encode()) if keep else 0)
+            last = json.loads(old[-1]) if keep and old else {}
+            self.skipped, self.overflows = last.get("skipped", 0), last.get("overflows", 0)
             libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
             versions = {m.__name__: m.__version__ for m in libraries} | {"python": platform.python_version()}
             about = {"arguments": vars(args), "processes": accelerator.num_processes, "versions": versions}
@@ -1340,6 +1356,10 @@ def main(argv=None):
         fail(f"out of memory ({reason(error)}); less takes a smaller --train_batch_size, or {flags}", this_rank())
     except KeyboardInterrupt:  # before the first step; later ones are kept for the end of the step
         raise SystemExit(128 + signal.SIGINT) from None
+    finally:  # readers of a loader that an error leaves behind
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for reader in multiprocessing.active_children():
+            reader.kill()
 
 
 def optimizer_step(accelerator, optimizer, trained, losses, args):
@@ -1353,6 +1373,8 @@ def optimizer_step(accelerator, optimizer, trained, losses, args):
     finite = math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None)
     if finite:
         optimizer.step()
+    elif accelerator.scaler:
+        accelerator.scaler.update()  # or it would not unscale the next gradient
     optimizer.zero_grad()
     return loss, grad_norm, finite
 
@@ -1422,11 +1444,12 @@ def train(args):
     states = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler, "ema": ema}
     step = 0
     if resumed:
-        state = torch.load(resumed / STATE_FILE, map_location="cpu", weights_only=True)
-        step = state["step"]
-        for name, kept in states.items():
-            if kept and state.get(name):
-                kept.load_state_dict(state[name])
+        with or_fail(f"--resume_from_checkpoint {resumed}: not of this run", "resume with the flags of before"):
+            state = torch.load(resumed / STATE_FILE, map_location="cpu", weights_only=True)
+            step = state["step"]
+            for name, kept in states.items():
+                if kept and state.get(name):
+                    kept.load_state_dict(state[name])
         if ema:
             ema.to(device)
 
@@ -1495,7 +1518,7 @@ def train(args):
     # The end
     log.bar.close()
     if asked:
-        more = [] if args.resume_from_checkpoint else ["--resume_from_checkpoint", "latest"]
+        more = [] if args.resume_from_checkpoint == "latest" else ["--resume_from_checkpoint", "latest"]
         command = shlex.join(["accelerate", "launch", *sys.argv, *more])
         accelerator.print(f"stopped by {signal.Signals(asked).name} after step {step}; this goes on: {command}")
         accelerator.end_training()
@@ -1503,8 +1526,9 @@ def train(args):
     if ema:
         ema.copy_to(trained)
     if accelerator.is_main_process:
-        print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
-        write_card(pipe, args, step)
+        with or_fail(f"--output_dir {args.output_dir}: the LoRA cannot be saved", "free some space and resume"):
+            print(save_lora(pipe, teacher, target, Path(args.output_dir), args, step))
+            write_card(pipe, args, step)
     # Without this a gloo thread that still holds a tensor and a rank that exits at once could wait for each other for ever
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -313,7 +314,13 @@ def train_by(pictures, tmp_path_factory):
             flags = {"pretrained_teacher_model": teacher, "output_dir": out} | data | QUICK | flags
             AcceleratorState._reset_state(True)
             torch.set_num_threads(1)
-            trainer.main(command_line(flags))
+            handlers = {number: signal.getsignal(number) for number in trainer.STOP_SIGNALS}
+            try:
+                trainer.main(command_line(flags))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
             return flags["output_dir"]
 
         return train

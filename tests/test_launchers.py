@@ -1,9 +1,14 @@
-"""scripts/train_*.sh: the commands that they run, printed by DRY_RUN=1 and parsed by the programs they name."""
+"""scripts/train_*.sh: the commands that they run, printed by DRY_RUN=1 and parsed by the programs they name; scripts/accelerate/."""
 
+import os
 import shlex
+import signal
+import subprocess
+import time
 
 import pytest
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, load_script, run
 
 LAUNCHERS = sorted(path.name for path in (ROOT / "scripts").glob("train_*.sh"))
@@ -56,3 +61,74 @@ def test_the_source_pages_recipe():
         "cache_text_embeddings": True, "pretrained_teacher_model": "stabilityai/stable-diffusion-xl-base-1.0", "validation_prompts": ["yoda pokemon"] * 4,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in recipe} == recipe
+
+
+CONFIGS = {"one_gpu": ("NO", 1, 1), "eight_gpus": ("MULTI_GPU", 1, 8), "two_nodes": ("MULTI_GPU", 2, 16)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_config(name):
+    """As accelerate reads it, and as its launcher takes it."""
+    path = f"{ROOT}/scripts/accelerate/{name}.yaml"
+    config = load_config_from_file(path)
+    assert (config.distributed_type.value, config.num_machines, config.num_processes) == CONFIGS[name]
+    assert config.mixed_precision == "fp16" and not config.use_cpu
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "train.py"]))
+    assert (args.multi_gpu, args.num_machines, args.num_processes) == (name != "one_gpu", *CONFIGS[name][1:])
+    assert name != "two_nodes" or (args.rdzv_backend, args.main_process_port) == ("static", 29500)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """slurm(accelerate=shell text) -> slurm.sh running, with programs in place of Slurm's and accelerate that note their words."""
+    programs = {
+        "srun": 'SLURM_NODEID=1 exec "$@"',
+        "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > requeued; fi',
+        "scancel": 'echo "$@" > cancelled',
+    }
+
+    def slurm(accelerate):
+        for name, text in {**programs, "accelerate": f'printf "%q " "$@" > command\n{accelerate}'}.items():
+            path = tmp_path / name
+            path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+            path.chmod(0o755)
+        places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "nodes"}
+        words = [
+            "bash",
+            ROOT / "scripts/accelerate/slurm.sh",
+            "--pretrained_teacher_model",
+            "m",
+            "--train_data_dir",
+            "a b",
+        ]
+        return subprocess.Popen(words, env=os.environ | places | job)
+
+    return slurm
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_slurm_runs_to_the_end(slurm, tmp_path, sdxl, code):
+    """Each node's command parses; without a signal the job ends with its code."""
+    assert slurm(f"exit {code}").wait(20) == code and not (tmp_path / "requeued").exists()
+    words = shlex.split((tmp_path / "command").read_text())
+    outer = launch_command_parser().parse_args(words[1:])
+    assert words[0] == "launch" and outer.config_file == "scripts/accelerate/two_nodes.yaml"
+    assert (outer.machine_rank, outer.main_process_ip) == (1, "first") and (ROOT / outer.training_script).is_file()
+    args = sdxl.parse_args(outer.training_script_args)
+    assert (args.resume_from_checkpoint, args.train_data_dir) == ("latest", "a b")
+
+
+def test_slurm_queues_again(slurm, tmp_path):
+    """On the signal before the time limit: passed on to the trainers, which are waited for; the launchers outlive it."""
+    job = slurm(
+        "kill -USR1 $$; touch survived; until [ -f cancelled ]; do sleep 0.1; done; sleep 0.5; touch ended; exit 1"
+    )
+    while not (tmp_path / "survived").exists():
+        time.sleep(0.05)
+        assert job.poll() is None
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 0 and (tmp_path / "ended").exists()
+    assert (tmp_path / "cancelled").read_text() == "--signal=USR1 7\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert "#SBATCH --signal=B:USR1@" in (ROOT / "scripts/accelerate/slurm.sh").read_text()
