@@ -215,7 +215,10 @@ def main(argv=None):
         print("without a defect: all of these tests pass", flush=True)
         for number, what, program, test, changes in chosen:
             text = (folder / program).read_text()
-            (folder / program).write_text(patched(text, changes))
+            broken = patched(text, changes)
+            if program.endswith(".py"):
+                compile(broken, program, "exec")  # a patch with a typing error would prove nothing
+            (folder / program).write_text(broken)
             code, lines = run_tests(folder, test)
             (folder / program).write_text(text)
             missed += code != 1  # 1: tests failed; others: pytest could not run them
