@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Shows that the tests catch the defects of today's LCM-LoRA scripts: puts each into these programs, and its test has to fail.
 
-    python scripts/defects.py             # exit code 0 if every defect is caught; about ten minutes on two cores
+    python scripts/defects.py             # exit code 0 if every defect is caught; a quarter of an hour
     python scripts/defects.py --only 4 14
 
 A defect is a small patch of one program in a copy of the repository; the two trainers are one text where scripts/drift.py says so.

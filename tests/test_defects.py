@@ -232,7 +232,7 @@ def test_defect_18_every_tracker_gets_the_pictures(sd15, teacher, tmp_path, monk
     for name in ("tensorboard", "wandb"):
         trackers.append(SimpleNamespace(name=name, log_images=lambda images, **_: logged.append(images["validation"])))
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("built anew"))
-    args = flags(sd15, "--output_dir", tmp_path, "--resolution", 24)
+    args = flags(sd15, "--pretrained_teacher_model", teacher, "--output_dir", tmp_path, "--resolution", 24)
     sd15.validate(pipe, prompts, SimpleNamespace(trackers=trackers), args, 7)
     assert len(logged) == 2 and np.array_equal(*logged) and logged[0].shape == (2, 24, 24, 3)
     assert not np.array_equal(*logged[0])
