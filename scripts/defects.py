@@ -1,0 +1,235 @@
+#!/usr/bin/env python
+"""Shows that the tests catch the defects of today's LCM-LoRA scripts: puts each into these programs, and its test has to fail.
+
+    python scripts/defects.py             # exit code 0 if every defect is caught; a quarter of an hour
+    python scripts/defects.py --only 4 14
+
+A defect is a small patch of one program in a copy of the repository; the two trainers are one text where scripts/drift.py says so.
+First all these tests have to pass as the programs are. After a test stands why it failed.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SD15, SDXL = "train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"
+
+# (number, what, program, test, {text: what stands in its place})
+# fmt: off
+DEFECTS = (
+    (1, "keys under unet.base_model.model", SD15,
+     "tests/test_train_sd15.py::test_defect_01_keys_are_those_that_every_tool_reads",
+     {"save_file(kohya, file,": 'save_file({f"unet.{name}": w for name, w in prefixed.items()}, file,'}),
+    (2, "attention as lora.down/up, the rest as lora_A/B", SD15,
+     "tests/test_train_sd15.py::test_defect_02_attention_layers_are_loaded",
+     {"save_file(kohya, file,":
+      'old = {k: k.replace("lora_A", "lora.down").replace("lora_B", "lora.up") for k in prefixed if "attn" in k}\n'
+      '    kohya = {old.get(k, k).replace("base_model.model", "unet"): w for k, w in prefixed.items()}\n'
+      "    save_file(kohya, file,"}),
+    (3, "validation draws the base", SD15,
+     "tests/test_train_sd15.py::test_defect_03_validation_draws_with_the_student",
+     {"pipe.unet = target": "pipe.unet = teacher"}),
+    (4, "alpha lost on save", SD15,
+     "tests/test_train_sd15.py::test_defect_04_alpha_is_kept",
+     {'kohya[f"{key}.alpha"] =': "lost ="}),
+    (4, "alpha lost in the PEFT folder", SD15,
+     "tests/test_train_sd15.py::test_defect_04_alpha_is_kept",
+     {'"inference_mode": True}': '"inference_mode": True, "lora_alpha": args.lora_rank}'}),
+    (5, "the dtype is read from the wrapper of many processes", SDXL,
+     "tests/test_train_sdxl.py::test_defect_05_two_processes_are_one",
+     {"dtype = next(unet.parameters()).dtype": "dtype = unet.dtype"}),
+    (6, "KeyError at the end of a shard", SD15,
+     "tests/test_defects.py::test_defect_06_all_shards_are_read_to_their_end",
+     {'or {}).get("path") or': 'or {})["path"] or'}),
+    (7, "parameters are an iterator that the optimizer uses up", SD15,
+     "tests/test_train_sd15.py::test_defect_07_gradients_are_clipped",
+     {"trained = [p for p in student.parameters() if p.requires_grad]":
+      "trained = filter(lambda p: p.requires_grad, student.parameters())"}),
+    (8, "LoRA in the precision of the base", SD15,
+     "tests/test_train_sd15.py::test_defect_08_lora_is_float32_under_bf16",
+     {"cast_training_params(unet, dtype=torch.float32)": "cast_training_params(unet, dtype=unet.dtype)"}),
+    (8, "LoRA in the precision of the launcher", SD15,
+     "tests/test_train_sd15.py::test_defect_08_lora_is_float32_under_bf16",
+     {"cast_training_params(unet, dtype=torch.float32)":
+      'cast_training_params(unet, dtype=DTYPES[os.environ.get("ACCELERATE_MIXED_PRECISION", "no")])'}),
+    (9, "autocast without a dtype", SD15,
+     "tests/test_maths.py::test_defect_09_autocast_names_its_dtype",
+     {"dtype=dtype, enabled=": "enabled="}),
+    (10, "sigma in bf16", SD15,
+     "tests/test_maths.py::test_defect_10_noising_is_float32",
+     {"(1 - alpha_bar).sqrt()": "(1 - alpha_bar.bfloat16()).sqrt()"}),
+    (11, "all ranks draw the same", SD15,
+     "tests/test_maths.py::test_defect_11_no_two_samples_share_noise",
+     {"default_rng([seed, step, place, ": "default_rng([seed, step, "}),
+    (12, "FSDP and DeepSpeed, where only rank 0 would save", SD15,
+     "tests/test_defects.py::test_defect_12_sharded_launches_are_refused",
+     {"in (DistributedType.FSDP, DistributedType.DEEPSPEED)": "in ()"}),
+    (12, "random state that only some ranks save", SD15,
+     "tests/test_defects.py::test_defect_12_no_rank_has_random_state_to_lose",
+     {"torch.manual_seed(int(": "(int("}),
+    (13, "--scale_lr after the optimizer was made", SD15,
+     "tests/test_train_sd15.py::test_defect_13_learning_rate_is_scaled_and_decays",
+     {"    if args.scale_lr:\n        args.learning_rate *= global_batch\n": "",
+      "    target = student\n":
+      "    target = student\n    args.learning_rate *= global_batch if args.scale_lr else 1\n"}),
+    (13, "a schedule N times too slow with N processes", SD15,
+     "tests/test_train_sd15.py::test_defect_05_two_processes_are_one",
+     {"args.lr_warmup_steps, args.max_train_steps)":
+      'args.lr_warmup_steps, args.max_train_steps * int(os.environ.get("WORLD_SIZE", 1)))'}),
+    (14, "width before height", SDXL,
+     "tests/test_defects.py::test_defect_14_sizes_are_those_of_the_crop",
+     {"torch.tensor([height, width,": "torch.tensor([width, height,"}),
+    (14, "the mirrored crop's edge from the width of the crop", SDXL,
+     "tests/test_defects.py::test_defect_14_sizes_are_those_of_the_crop",
+     {"if flip else square, left, top": "if flip else square, side - left if flip else left, top"}),
+    (14, "the crop's edges always (0, 0)", SDXL,
+     "tests/test_defects.py::test_defect_14_sizes_are_those_of_the_crop",
+     {"width, top, left, side, side])": "width, 0, 0, side, side])"}),
+    (15, "an endless search where no record is good", SD15,
+     "tests/test_defects.py::test_defect_15_no_good_record_is_an_error",
+     {"for i in range(len(self.records)):": "for i in itertools.count():"}),
+    (15, "an endless search in a stream where no record is good", SD15,
+     "tests/test_defects.py::test_defect_15_no_good_record_is_an_error",
+     {"if len(waiting) >= position - first:": "if False:"}),
+    (15, "--proportion_empty_prompts is not read", SD15,
+     "tests/test_defects.py::test_defect_15_flags_are_read",
+     {'"" if caption[0] < args.proportion_empty_prompts else ': ""}),
+    (15, "--center_crop is not read", SD15,
+     "tests/test_defects.py::test_defect_15_flags_are_read",
+     {"(0.5, 0.5) if args.center_crop else crop": "crop"}),
+    (15, "--random_flip is not read", SD15,
+     "tests/test_defects.py::test_defect_15_flags_are_read",
+     {"args.random_flip and flip[0] < 0.5": "False"}),
+    (15, "--cache_dir is not read", SD15,
+     "tests/test_defects.py::test_defect_15_flags_are_read",
+     {'options = {"cache_dir": args.cache_dir, "split"': 'options = {"split"'}),
+    (16, "the first bad record is not named", SD15,
+     "tests/test_defects.py::test_defect_16_the_first_bad_record_is_named",
+     {"{''.join(batch['odd'][:1])}": ""}),
+    (17, "two UNets in memory", SD15,
+     "tests/test_train_sd15.py::test_defect_17_one_copy_of_the_base",
+     {"{id(tensor): tensor for tensor in [*unet.parameters(), *unet.buffers()]}": "{}"}),
+    (17, "student's activations held during the teacher's passes", SD15,
+     "tests/test_maths.py::test_passes_of_a_step",
+     {"z_nk = schedule.add_noise(z, noise, t_nk)\n":
+      "z_nk = schedule.add_noise(z, noise, t_nk)\n    out = predict(student, z_nk, t_nk, c)\n",
+      "consistency_function(predict(student, z_nk, t_nk, c),": "consistency_function(out,"}),
+    (17, "teacher's passes apart", SD15,
+     "tests/test_maths.py::test_passes_of_a_step",
+     {"predict(teacher, torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), both).chunk(2)":
+      "[predict(teacher, z_nk, t_nk, given) for given in (c, c_null)]"}),
+    (17, "VAE and text encoders at every step", SD15,
+     "tests/test_defects.py::test_defect_17_encoders_rest_where_all_is_cached",
+     {'["vae"] * args.cache_latents + [*TEXT_ENCODERS] * args.cache_text_embeddings': "[]",
+      "embeddings = cache_embeddings(": "cache_embeddings(",
+      "records = cache_latents(": "cache_latents("}),
+    (17, ".item() at every micro-step", SD15,
+     "tests/test_defects.py::test_defect_17_micro_steps_wait_for_nothing",
+     {"losses.append(loss.detach())": "losses.append(torch.tensor(loss.item()))"}),
+    (18, "validation builds a pipeline", SD15,
+     "tests/test_defects.py::test_defect_18_every_tracker_gets_the_pictures",
+     {"    images, what = [], {": "    load_teacher(args, torch.float32)\n    images, what = [], {"}),
+    (18, "only the first tracker gets pictures", SD15,
+     "tests/test_defects.py::test_defect_18_every_tracker_gets_the_pictures",
+     {"step=step, **layout)": "step=step, **layout)\n        break"}),
+    (18, "validation prompts are hard-coded", SD15,
+     "tests/test_train_sd15.py::test_defect_03_validation_draws_with_the_student",
+     {'texts = ["", *(args.validation_prompts or [])]':
+      'texts = ["", *["a house"] * len(args.validation_prompts or [])]'}),
+    (19, "a resumed run starts the data again", SD15,
+     "tests/test_train_sd15.py::test_defect_19_resumed_is_uninterrupted[plain]",
+     {"make_loader(records, embeddings, args, step,": "make_loader(records, embeddings, args, 0,"}),
+    (19, "the order of shards is not seeded", SD15,
+     "tests/test_defects.py::test_defect_19_streamed_order_is_seeded",
+     {"records.shuffle(seed=args.seed, ": "records.shuffle("}),
+    (19, "a checkpoint's path is cut to its last part", SD15,
+     "tests/test_train_sd15.py::test_defect_19_resumed_is_uninterrupted[plain]",
+     {"else [Path(name)]": "else [Path(args.output_dir, Path(name).name)]"}),
+    (20, "the empty prompt is always zeros", SDXL,
+     "tests/test_train_sdxl.py::test_defect_20_the_empty_prompt_is_the_teachers",
+     {"if pipe.config.force_zeros_for_empty_prompt:": "if True:"}),
+    (21, "a command of README.md with an undefined variable", "README.md",
+     "tests/test_defects.py::test_defect_21_commands_have_no_undefined_variables",
+     {"prepare_data.py my_pictures": "prepare_data.py $PICTURES"}),
+    (22, "PEFT keys without their prefix", SD15,
+     "tests/test_train_sd15.py::test_defect_22_peft_keys_have_their_prefix",
+     {"save_file(prefixed, ": 'save_file({k.removeprefix("base_model.model."): w for k, w in prefixed.items()}, '}),
+    (23, "alpha tensors are the rank", SD15,
+     "tests/test_train_sd15.py::test_defect_23_alpha_tensors_are_alpha",
+     {"torch.tensor(float(args.lora_alpha))": "torch.tensor(float(args.lora_rank))"}),
+)
+# fmt: on
+
+# What of these rows no test here can see, and what is tested in its place.
+NOT_HERE = {
+    5: "needs two GPUs; two processes on the CPU wrap the model in the same way",
+    8: "fp16 and its gradient scaler need a GPU; bf16 is trained, by flag and by launcher",
+    9: "CUDA's choice of fp16 needs a GPU; an fp16 base is run on the CPU, whose own choice is bf16",
+    12: "the hang needs FSDP or DeepSpeed; tested is that they are refused and that no rank has random state to save",
+    16: "whether a data set is still on the network cannot be tested; tested is that a bad record is named",
+    17: "memory and waiting need a GPU; the tensors, passes and calls that cost them are counted",
+}
+
+
+def patched(text, changes):
+    """The text of a program with each change made; each has to fit exactly one place."""
+    for old, new in changes.items():
+        if text.count(old) != 1:
+            raise SystemExit(f"scripts/defects.py: error: {old!r} occurs {text.count(old)} times, not once")
+        text = text.replace(old, new)
+    return text
+
+
+def run_tests(folder, *tests):
+    """pytest on these tests in a copy: (exit code, its lines of failures and errors, or all of its output)."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
+    env = os.environ | {"COLUMNS": "1000", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    text = done.stdout + done.stderr
+    return done.returncode, re.findall(r"^(?:FAILED|ERROR) (.*)", text, re.MULTILINE) or [text]
+
+
+def main(argv=None):
+    """Try each defect; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="just these defects")
+    only = parser.parse_args(argv).only
+    chosen, missed = [defect for defect in DEFECTS if not only or defect[0] in only], 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in tracked.strip("\0").split("\0"):
+            if not name.startswith("demo/"):  # large, and no test here changes it
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes((ROOT / name).read_bytes())
+        (folder / "demo").symlink_to(ROOT / "demo")
+
+        code, lines = run_tests(folder, *{test: None for *_, test, _ in chosen})
+        if code:
+            raise SystemExit("\n".join([*lines, "scripts/defects.py: error: these tests fail without any defect"]))
+        print("without a defect: all of these tests pass", flush=True)
+        for number, what, program, test, changes in chosen:
+            text = (folder / program).read_text()
+            broken = patched(text, changes)
+            if program.endswith(".py"):
+                compile(broken, program, "exec")  # a patch with a typing error would prove nothing
+            (folder / program).write_text(broken)
+            code, lines = run_tests(folder, test)
+            (folder / program).write_text(text)
+            missed += code != 1  # 1: tests failed; others: pytest could not run them
+            verdict = f"caught by {test}" if code == 1 else f"NOT CAUGHT by {test}"
+            print(f"D{number:02} {what}: {verdict} ({lines[0].partition(' - ')[2] or lines[0]})", flush=True)
+    for number, why in NOT_HERE.items():
+        if not only or number in only:
+            print(f"D{number:02} only in part: {why}")
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""Defects of the scripts of today that no other file has a test for, by number, and the table of scripts/defects.py."""
+
+import io
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import DistributedType
+from conftest import ROOT, load_script, picture_bytes
+from diffusers import LCMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+defects = load_script("scripts/defects.py")
+BROKEN = {"image": {"bytes": b"no picture", "path": "broken.png"}, "text": "a"}
+
+
+def flags(trainer, *words):
+    """Parsed flags of a run at 20 px."""
+    needed = "--pretrained_teacher_model x --resolution 20 --max_train_steps 12 --train_batch_size 2".split()
+    data = [] if {"--train_data_dir", "--train_shards_path_or_url"} & {*words} else ["--train_data_dir", "x"]
+    return trainer.parse_args([*needed, *data, *map(str, words)])
+
+
+def rows(count):
+    """Undecoded records of small pictures, the captions their numbers."""
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)) for _ in range(count)]
+    return [{"image": picture_bytes(picture), "text": str(i)} for i, picture in enumerate(pictures)]
+
+
+# ------------------------------------------------------------------------------------------------------------- the table
+
+
+def test_each_row_has_a_test_named_after_it():
+    assert {number for number, *_ in defects.DEFECTS} == {*range(1, 24)} and defects.NOT_HERE.keys() <= {*range(1, 24)}
+    for number in range(1, 24):
+        names = [test for n, _, _, test, _ in defects.DEFECTS if n == number]
+        assert any(re.search(rf"::test_defects?_[\d_]*{number:02}_", name) for name in names), number
+
+
+@pytest.mark.parametrize("defect", defects.DEFECTS, ids=lambda defect: f"{defect[0]}: {defect[1]}")
+def test_the_table_fits_the_programs(defect):
+    """Each text that is replaced occurs once, something changes, and the test exists."""
+    _, _, program, test, changes = defect
+    text = (ROOT / program).read_text()
+    assert defects.patched(text, changes) != text
+    file, name = test.split("[")[0].split("::")
+    assert f"\ndef {name}(" in (ROOT / file).read_text()
+
+
+def test_a_patch_that_no_longer_fits_is_named():
+    for text in ("x = 2", "x = 1\nx = 1"):
+        with pytest.raises(SystemExit, match=r"'x = 1' occurs [02] times"):
+            defects.patched(text, {"x = 1": "x = 3"})
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three tar shards of three pictures; each ends with a record that has a caption and no picture."""
+    folder, good = tmp_path_factory.mktemp("shards"), rows(9)
+    for i in range(3):
+        files = {f"{row['text']}.png": row["image"]["bytes"] for row in good[3 * i : 3 * i + 3]}
+        files |= {f"{row['text']}.txt": row["text"].encode() for row in good[3 * i : 3 * i + 3]}
+        with tarfile.open(folder / f"{i}.tar", "w") as tar:
+            for name, data in sorted(files.items()) + [("end.txt", b"end")]:
+                about = tarfile.TarInfo(name)
+                about.size = len(data)
+                tar.addfile(about, io.BytesIO(data))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_defect_06_all_shards_are_read_to_their_end(sd15, shards, tmp_path, streaming):
+    """Two epochs; the records without a picture are replaced and named by their row."""
+    words = ["--train_shards_path_or_url", shards, "--cache_dir", tmp_path] + ["--streaming"] * streaming
+    args = flags(sd15, *words)
+    batches = [*sd15.make_loader(sd15.load_records(args), None, args, 0, 0, 1)]
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    assert len(batches) == 12 and {*captions} == {*"012345678"}
+    odd = [why for batch in batches for why in batch["odd"]]
+    assert odd and all(why.startswith("row ") for why in odd)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(20, 44), (44, 20)], ids=["portrait", "landscape"])
+def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flip):
+    """Of a picture whose colours are its coordinates: the corner of the crop says where it was cut."""
+    width, height = size
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    picture = Image.fromarray(np.dstack([x, y, 0 * x]).astype(np.uint8))
+    sample = sdxl.prepare_picture(picture, (0.25, 0.25), flip, flags(sdxl))
+    x, y, _ = ((sample["pixels"][:, 0, 0] + 1) * 127.5).round().tolist()
+    left = width - 1 - x if flip else x
+    assert left + y == 6
+    assert sample["time_ids"].tolist() == [height, width, y, left, 20, 20]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_defect_15_no_good_record_is_an_error(sd15, streaming):
+    """Not a loop without end; the message has the first record (16)."""
+    args = flags(sd15)
+    args.streaming = streaming
+    records = datasets.Dataset.from_list([BROKEN] * 3)
+    records = records.to_iterable_dataset() if streaming else records
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it searches for ever"))
+    signal.alarm(10)
+    try:
+        batch = next(iter(sd15.make_loader(records, None, args, 0, 0, 1)))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(SystemExit, match="not one record of the data can be used, the first: broken.png"):
+        sd15.check_batch(batch, args)
+
+
+def test_defect_15_flags_are_read(sd15, pictures, tmp_path):
+    """Those that nothing reads elsewhere: each changes what it says."""
+
+    def samples(*words):
+        return [sd15.make_sample(rows(1)[0], 0, 0, place, None, flags(sd15, *words)) for place in range(16)]
+
+    def kinds(samples):
+        return len({sample["pixels"].numpy().tobytes() for sample in samples})
+
+    assert kinds(samples()) > 5 and {sample["caption"] for sample in samples()} == {"0"}
+    assert kinds(samples("--center_crop")) == 1
+    assert kinds(samples("--center_crop", "--random_flip")) == 2
+    assert {sample["caption"] for sample in samples("--proportion_empty_prompts", "0.5")} == {"0", ""}
+    sd15.load_records(flags(sd15, "--train_data_dir", pictures, "--cache_dir", tmp_path))
+    assert any(tmp_path.rglob("*.arrow"))
+
+
+def test_defect_16_the_first_bad_record_is_named(train, make_pictures):
+    """Of a folder where none can be used, and with --strict_data of one where one cannot."""
+    with pytest.raises(SystemExit, match=r"the first: .*0[012]\.png"):
+        train(train_data_dir=make_pictures(3, broken=range(3)))
+    with pytest.raises(SystemExit, match=r"--strict_data: .*02\.png"):
+        train(train_data_dir=make_pictures(4, broken=[2]), strict_data=True)
+
+
+def test_defect_19_streamed_order_is_seeded(sd15):
+    """Shards and records come in one order each time, and a resumed run reads on where the other stopped."""
+    args = flags(sd15, "--streaming")
+    records = datasets.Dataset.from_list(rows(24)).to_iterable_dataset(num_shards=6)
+
+    def captions(first):
+        return [batch["caption"] for batch in sd15.make_loader(records, None, args, first, 0, 1)]
+
+    whole = captions(0)
+    assert len(whole) == 12 and sorted(sum(whole, []), key=int) == [str(i) for i in range(24)]
+    assert captions(0) == whole and captions(7) == whole[7:]
+
+
+# -------------------------------------------------------------------------------------------------------- ranks and steps
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_defect_12_sharded_launches_are_refused(sd15, monkeypatch, kind):
+    """There every rank has to save, or all hang."""
+    accelerator = SimpleNamespace(mixed_precision="no", distributed_type=DistributedType[kind])
+    monkeypatch.setattr(sd15, "Accelerator", lambda **_: accelerator)
+    with pytest.raises(SystemExit, match=f"{kind}: .*--multi_gpu"):
+        sd15.make_accelerator(flags(sd15))
+
+
+def test_defect_12_no_rank_has_random_state_to_lose(sd15):
+    """After a draw torch's state, from which LoRA dropout draws, is that of step and place, whatever it was before."""
+    args, config = flags(sd15), SimpleNamespace(latent_channels=4, scaling_factor=1.0)
+    unet, vae = SimpleNamespace(device="cpu"), SimpleNamespace(config=config)
+    pipe = SimpleNamespace(unet=unet, vae=vae, vae_scale_factor=4)
+
+    def draw(before, step, *places):
+        torch.manual_seed(before)
+        batch = {"place": places, "moments": torch.zeros(2, 8, 5, 5), "prompt": torch.zeros(2, 16, 32)}
+        c_null = {"prompt": torch.zeros(1, 16, 32)}
+        drawn = sd15.draw_batch(pipe, batch, c_null, sd15.ddim_timesteps(50, 1000), step, args)
+        return [*(value.tolist() for value in drawn if torch.is_tensor(value)), torch.rand(4).tolist()]
+
+    assert draw(1, 5, 2, 3) == draw(2, 5, 2, 3)
+    others = draw(1, 5, 0, 1), draw(1, 6, 2, 3)  # another rank, another step
+    assert all(a != b for other in others for a, b in zip(draw(1, 5, 2, 3), other, strict=True))
+
+
+def test_defect_17_encoders_rest_where_all_is_cached(sd15, train, tmp_path, monkeypatch):
+    """With both caches nothing is encoded from the first step on."""
+    seen = []
+
+    def spy(name):
+        real = getattr(sd15, name)
+        monkeypatch.setattr(sd15, name, lambda *given: seen.append(name) or real(*given))
+
+    for name in ("encode_pictures", "encode_captions", "distillation_loss"):
+        spy(name)
+    train(cache_latents=True, center_crop=True, cache_text_embeddings=True, cache_dir=tmp_path)
+    first = seen.index("distillation_loss")
+    assert {*seen[:first]} == {"encode_pictures", "encode_captions"} and seen[first:] == ["distillation_loss"] * 4
+
+
+def test_defect_17_micro_steps_wait_for_nothing(sd15, train, monkeypatch):
+    """Numbers are taken off the device as often with four micro-steps as with one."""
+    calls = []
+
+    def spy(name):
+        real = getattr(torch.Tensor, name)
+        caller = lambda: sys._getframe(2).f_code.co_filename  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: calls.append(caller()) or real(tensor))
+
+    for name in ("item", "tolist", "__float__"):
+        spy(name)
+    train(max_train_steps=2)
+    once = calls.count(sd15.__file__)
+    calls.clear()
+    train(max_train_steps=2, gradient_accumulation_steps=4)
+    assert calls.count(sd15.__file__) == once > 0
+
+
+def test_defect_18_every_tracker_gets_the_pictures(sd15, teacher, tmp_path, monkeypatch):
+    """One for each prompt, drawn with the pipeline that is there."""
+    pipe, trackers, logged = StableDiffusionPipeline.from_pretrained(teacher), [], []
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    prompts = [sd15.encode_captions(pipe, [text]) for text in ("red apple", "rain")]
+    for name in ("tensorboard", "wandb"):
+        trackers.append(SimpleNamespace(name=name, log_images=lambda images, **_: logged.append(images["validation"])))
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("built anew"))
+    args = flags(sd15, "--pretrained_teacher_model", teacher, "--output_dir", tmp_path, "--resolution", 24)
+    sd15.validate(pipe, prompts, SimpleNamespace(trackers=trackers), args, 7)
+    assert len(logged) == 2 and np.array_equal(*logged) and logged[0].shape == (2, 24, 24, 3)
+    assert not np.array_equal(*logged[0])
+
+
+# ------------------------------------------------------------------------------------------------------------------ README
+
+
+def test_defect_21_commands_have_no_undefined_variables():
+    """Each shell block of README.md runs to its end where unset variables are errors and the programs do nothing."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) > 3
+    stubs = "".join(f"{program}() {{ :; }}\n" for program in ("python", "accelerate", "pip", "bash"))
+    for block in blocks:
+        done = subprocess.run(["/bin/bash", "-euc", stubs + block], env={"PATH": ""}, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr}{block}"
