@@ -126,8 +126,8 @@ def fail(message, ranks="0"):
 
 
 def reason(error):
-    """The kind of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    """The kind of an exception and the first line of its message, without addresses in memory, which tell runs apart."""
+    return re.sub(r" <[^<]* at 0x\w+>", "", f"{type(error).__name__}: {str(error).strip()}".split("\n")[0])
 
 
 @contextlib.contextmanager
