@@ -141,8 +141,8 @@ def fail(message, rank="0"):
 
 
 def reason(error):
-    """The kind of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    """The kind of an exception and the first line of its message, without addresses in memory, which tell runs apart."""
+    return re.sub(r" <[^<]* at 0x\w+>", "", f"{type(error).__name__}: {str(error).strip()}".split("\n")[0])
 
 
 @contextlib.contextmanager
@@ -682,6 +682,14 @@ def teacher_parts(args):
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
+def open_vae(name, cached, dtype, **options):
+    """A VAE; where its latents are cached without weights: only its config is needed."""
+    if not cached:
+        return AutoencoderKL.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(AutoencoderKL.load_config(name, **options))
+
+
 def open_teacher(pipeline_class, needed, args, dtype, cached, **options):
     """The teacher, from a folder, the hub or one file, and perhaps with another VAE; without weights of `cached` parts."""
     name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
@@ -689,8 +697,9 @@ def open_teacher(pipeline_class, needed, args, dtype, cached, **options):
     advice = "give a diffusers folder with safetensors weights or a hub id"
     if vae:
         with or_fail(f"--pretrained_vae_model_name_or_path {vae}: cannot be loaded", advice):
-            options["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **common)
-    options |= common | {"revision": args.teacher_revision}
+            options["vae"] = open_vae(vae, "vae" in cached, **common)
+    common["revision"] = args.teacher_revision
+    options |= common
     with or_fail(f"{flag}: cannot be loaded", f"{advice}, or a .safetensors file"):
         parts = teacher_parts(args)
         if needed != {"unet", "text_encoder", "text_encoder_2"} & set(parts):
@@ -702,17 +711,14 @@ def open_teacher(pipeline_class, needed, args, dtype, cached, **options):
         if not name.endswith(".safetensors"):
             options |= dict.fromkeys(part for part in cached if part in needed)
             if "vae" in {*cached} - {*options}:
-                config = AutoencoderKL.load_config(
-                    name, subfolder="vae", revision=args.teacher_revision, cache_dir=args.cache_dir
-                )
-                with torch.device("meta"):  # the config is needed, the weights are not
-                    options["vae"] = AutoencoderKL.from_config(config)
+                options["vae"] = open_vae(name, True, subfolder="vae", **common)
             return pipeline_class.from_pretrained(name, variant=args.variant, use_safetensors=True, **options)
     advice = "give the folder or hub id of configs and tokenizers of just this kind of model as --teacher_config"
     with or_fail(f"{flag} with --teacher_config {args.teacher_config or 'not given'}: cannot be loaded", advice):
         pipe = pipeline_class.from_single_file(name, config=args.teacher_config, **options)
         # The weights in the file are those of the pipeline, none left over and none never filled.
-        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        modules = [pipe.components[part] for part in pipe.components.keys() - {*cached}]
+        modules = [module for module in modules if isinstance(module, torch.nn.Module)]
         empty = any(p.is_meta for module in modules for p in module.parameters())
         if empty or parts.count("unet") != len(pipe.unet.state_dict()):
             raise ValueError("the file does not hold just the tensors that these configs speak of")
@@ -792,12 +798,15 @@ def identity(name, parts, args):
     """What tells the weights of a model's parts from others': a hash of their files, of a hub id its commit."""
     path = Path(name)
     if not path.exists():
-        kind = DiffusionPipeline if name == args.pretrained_teacher_model else AutoencoderKL
+        kind = AutoencoderKL if name == args.pretrained_vae_model_name_or_path else DiffusionPipeline
         options = {"revision": args.teacher_revision} if kind is DiffusionPipeline else {}
         options |= {"cache_dir": args.cache_dir, "return_commit_hash": True}
         return f"{name} {args.variant} {kind.load_config(name, **options)[-1]}"
     found = [path] if path.is_file() else [file for part in parts for file in [path / part, *(path / part).rglob("*")]]
-    return [args.variant, *sorted(f"{file.name} {file_digest(file)}" for file in found if file.is_file())]
+    about = [str(args.variant), *sorted(f"{file.name} {file_digest(file)}" for file in found if file.is_file())]
+    if path.is_file() and args.teacher_config:
+        about.append(identity(args.teacher_config, parts, args))
+    return " ".join(about)
 
 
 def file_digest(path):
@@ -827,11 +836,13 @@ def open_cache(kind, parts, encode, about, args, accelerator):
         pipe = load_teacher(args, DTYPES[args.mixed_precision], {"unet", "vae", *TEXT_ENCODERS} - wanted)
         for name in wanted & pipe.components.keys():
             getattr(pipe, name).requires_grad_(False).eval().to(accelerator.device)
-        options = {"fn_kwargs": {"pipe": pipe, "args": args}, "features": CACHED[kind], "writer_batch_size": 100}
+        options = {"features": CACHED[kind], "writer_batch_size": 100}
         options |= {"batched": True, "batch_size": args.vae_encode_batch_size, "remove_columns": parts[0].column_names}
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         for i in tqdm(mine, kind, unit="file", disable=not accelerator.is_main_process, dynamic_ncols=True):
-            parts[i].map(encode, True, cache_file_name=str(files[i]), new_fingerprint=files[i].stem, **options)
+            given = {"fn_kwargs": {"first_row": sum(map(len, parts[:i])), "pipe": pipe, "args": args}}
+            given |= {"cache_file_name": str(files[i]), "new_fingerprint": files[i].stem}
+            parts[i].map(encode, True, **given, **options)
         accelerator.wait_for_everyone()
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
@@ -842,17 +853,17 @@ def as_rows(tensors):
     return [save({name: value.cpu().contiguous() for name, value in row.items()}) for row in rows]
 
 
-def encode_texts(batch, rows, pipe, args):
+def encode_texts(batch, rows, first_row, pipe, args):
     """A batch of captions as rows of a cache."""
     return {"embeddings": as_rows(encode_captions(pipe, batch["caption"]))}
 
 
-def encode_records(batch, rows, pipe, args):
+def encode_records(batch, rows, first_row, pipe, args):
     """A batch of records as rows of a cache: what `make_sample` makes of the middle of the picture, or why it cannot."""
     samples, odd = [], []
     for values, row in zip(zip(*batch.values(), strict=True), rows, strict=True):
         try:
-            picture, _ = open_record(dict(zip(batch, values, strict=True)), row, args)
+            picture, _ = open_record(dict(zip(batch, values, strict=True)), first_row + row, args)
             turns = [prepare_picture(picture, (0.5, 0.5), flip, args) for flip in (False, True)[: 1 + args.random_flip]]
             samples.append(turns[0] | {"pixels": torch.stack([turn["pixels"] for turn in turns])})
             odd.append(None)
@@ -898,7 +909,7 @@ def cache_latents(records, args, accelerator):
     """The records with the moments of their latents in place of their pictures."""
     vae, rows = args.pretrained_vae_model_name_or_path, range(len(records))
     about = [identity(vae or args.pretrained_teacher_model, ["." if vae else "vae"], args), args.resolution]
-    about += [args.interpolation_type, args.random_flip, vars(args).get("use_fix_crop_and_size")]
+    about += [args.interpolation_type, args.random_flip, vars(args).get("use_fix_crop_and_size"), args.caption_column]
     parts = [records.select(rows[i : i + CACHE_ROWS]) for i in rows[::CACHE_ROWS]]
     latents = open_cache("latents", parts, encode_records, about, args, accelerator)
     return datasets.concatenate_datasets([drop_pictures(records), latents], axis=1)

@@ -27,6 +27,7 @@ FLAGS = {
     "dataset_name": ("d", "d", FOLDERS, None),
     "dataset_config_name": ("d", "d", FOLDERS, None),
     "train_data_dir": ("d", "d", FOLDERS, None),
+    "train_shards_path_or_url": ("{0..9}.tar", "{0..9}.tar", SHARDS, None),
     "image_column": ("i", "i", FOLDERS, "image"),
     "caption_column": ("i", "i", FOLDERS, "text"),
     "resolution": ("256", 256, EVERY, {"SD": 512, "XLW": 1024, "XL": 1024}),
@@ -72,10 +73,10 @@ FLAGS = {
     "hub_token": ("h", "h", EVERY, None),
 }
 WITH = {"hub_token": ["--push_to_hub"]}  # flags that are refused alone
+SOURCES = ("dataset_name", "train_data_dir", "train_shards_path_or_url")  # a run has one
 ALIAS = {"revision": "teacher_revision"}
 # {flag: (a value, a word of the message)}
 REFUSED = {
-    "train_shards_path_or_url": ("{0..9}.tar", "--dataset_name"),
     "encode_batch_size": ("8", "batch"),
     "cast_teacher_unet": (None, "--mixed_precision"),
     "enable_xformers_memory_efficient_attention": (None, "attention"),
@@ -96,7 +97,7 @@ def trainers(request):
 def test_flag_keeps_its_meaning(request, flag):
     value, parsed, scripts, _ = FLAGS[flag]
     for script in scripts:
-        needed = NEEDED[:2] if flag in ("dataset_name", "train_data_dir") else NEEDED
+        needed = NEEDED[:2] if flag in SOURCES else NEEDED
         words = [*needed, *WITH.get(flag, []), f"--{flag}"] + ([value] if value is not None else [])
         assert getattr(trainers(request)[script].parse_args(words), flag) == parsed
 

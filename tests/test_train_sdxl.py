@@ -70,7 +70,7 @@ def sample(sdxl, size, *flags, orientation=None, place=0):
         exif[0x0112] = orientation
     words = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--resolution", "20", *flags]
     record = {"image": picture_bytes(picture, exif=exif), "text": "a"}
-    return sdxl.Samples([record], sdxl.parse_args(words), 64)[0, place], picture
+    return sdxl.Samples([record], None, sdxl.parse_args(words), 64)[0, place], picture
 
 
 def crop_of(pixels, left, top):
@@ -85,7 +85,7 @@ def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flags):
     mirrored, edges = 0, set()
     for place in range(12):
         one, picture = sample(sdxl, size, *flags, place=place)
-        height, width, top, left, *target = one["time_ids"]
+        height, width, top, left, *target = one["time_ids"].tolist()
         assert (width, height) == size and target == [20, 20]
         versions = [np.asarray(picture), np.asarray(picture)[:, ::-1]]
         fits = [torch.allclose(crop_of(pixels.copy(), left, top), one["pixels"], atol=1e-6) for pixels in versions]
@@ -102,12 +102,12 @@ def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flags):
 def test_size_is_that_of_the_upright_picture_before_resizing(sdxl):
     """A picture twice as large, stored turned: its own upright size, the crop's place in the resized one."""
     one, _ = sample(sdxl, (88, 40), "--center_crop", orientation=6)
-    assert one["time_ids"] == [88, 40, 12, 0, 20, 20]
+    assert one["time_ids"].tolist() == [88, 40, 12, 0, 20, 20]
 
 
 def test_fixed_size(sdxl):
     one, _ = sample(sdxl, (88, 40), "--use_fix_crop_and_size")
-    assert one["time_ids"] == [20, 20, 0, 0, 20, 20]
+    assert one["time_ids"].tolist() == [20, 20, 0, 0, 20, 20]
 
 
 def test_prompts_are_encoded_as_sdxl_does(sdxl, pipe):
@@ -340,8 +340,9 @@ def test_fp16_vae_upcast_draws_and_encodes(sdxl, xl_teacher):
     """A float32 VAE beside an fp16 UNet: pictures are encoded by it."""
     args = sdxl.parse_args(["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x"])
     pipe = sdxl.load_teacher(args, torch.float16)
-    z = sdxl.encode_pictures(pipe.vae, torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 8, 8), 8)
-    assert z.dtype == torch.float32 and z.shape == (1, 4, 8, 8)
+    moments = sdxl.encode_pictures(pipe.vae, torch.zeros(1, 3, 32, 32), 8)
+    z = sdxl.sample_posterior(moments, torch.zeros(1, 4, 8, 8), pipe.vae.config.scaling_factor)
+    assert moments.dtype == torch.float32 and z.dtype == torch.float32 and z.shape == (1, 4, 8, 8)
 
 
 def test_resolution_is_the_teachers(train_xl):
