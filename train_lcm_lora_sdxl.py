@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -129,7 +128,10 @@ def fail(message, ranks="0"):
 
 def reason(error):
     """The kind of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # says nothing of the error that led to it
+        error = error.__cause__ or error
+    text = re.sub(r" <\S+ object at 0x\w+>", "", str(error).strip())  # Pillow's; another each time
+    return f"{type(error).__name__}: {text}".split("\n")[0]
 
 
 @contextlib.contextmanager
@@ -464,8 +466,7 @@ def captions_of(record, name, args):
 
 def open_picture(record):
     """A `datasets` picture record as an upright RGB image; transparent parts become white."""
-    picture = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
-    picture = ImageOps.exif_transpose(picture)
+    picture = datasets.Image().decode_example(record)
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         picture = picture.point(lambda tone: tone / 256).convert("L")
     if picture.has_transparency_data:
@@ -553,7 +554,9 @@ class Samples(torch.utils.data.Dataset):
         for i in range(len(self.records)):
             row = int(self.order[(index + i) % len(self.records)])
             try:
-                return make_sample(self.records[row], row, step, place, self.embeddings, self.args) | {"odd": odd}
+                with or_odd(f"row {row}"):  # such as a text that is not UTF-8
+                    record = self.records[row]
+                return make_sample(record, row, step, place, self.embeddings, self.args) | {"odd": odd}
             except OddRecord as error:
                 odd.append(str(error))
         return {"odd": odd}
@@ -567,9 +570,18 @@ class Stream(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, records, args, first_batch, rank, world):
-        records = records.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
-        self.records = split_dataset_by_node(records, rank, world)
-        self.args, self.first_batch, self.rank = args, first_batch, rank
+        self.records, self.args, self.first_batch = records, args, first_batch
+        self.rank, self.world = rank, world
+
+    def shuffled(self, epoch):
+        """The rank's records of an epoch. Not by `set_epoch`: the workers share that number, and may be in two epochs."""
+        order, size = rng(self.args.seed, epoch, 0, "order"), self.args.shuffle_buffer_size
+        return split_dataset_by_node(self.records.shuffle(generator=order, buffer_size=size), self.rank, self.world)
+
+    def read(self, epoch):
+        """The same, with an error of reading as OddRecord, which is handed on from a worker."""
+        with or_odd("the streamed data cannot be read on; is a shard cut off?"):
+            yield from self.shuffled(epoch)
 
     def __iter__(self):
         info, args = torch.utils.data.get_worker_info(), self.args
@@ -577,9 +589,8 @@ class Stream(torch.utils.data.IterableDataset):
         size, parts = args.train_batch_size, args.gradient_accumulation_steps
         skip, position, waiting, odd = self.first_batch // workers * size, 0, [], []
         for epoch in itertools.count():
-            self.records.set_epoch(epoch)
             first = position
-            for record in self.records:
+            for record in self.read(epoch):
                 position += 1
                 if position <= skip:
                     continue
@@ -587,12 +598,12 @@ class Stream(torch.utils.data.IterableDataset):
                 step, micro = divmod(batch * workers + worker, parts)
                 waiting.append((step, (self.rank * parts + micro) * size + i))
                 try:
-                    samples = [make_sample(record, position, *place, None, args) for place in waiting]
+                    while waiting:
+                        yield make_sample(record, position, *waiting[0], None, args) | {"odd": odd}
+                        waiting.pop(0)
+                        odd = []
                 except OddRecord as error:
                     odd.append(str(error))
-                    continue
-                yield from (sample | {"odd": odd} for sample in samples)
-                waiting, odd = [], []
             if len(waiting) >= position - first:  # not one good record in all of the epoch
                 yield from ({"odd": odd} for _ in range(size))
 
@@ -617,6 +628,14 @@ def check_batch(batch, args):
         fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", os.environ.get("RANK", "0"))
 
 
+def or_end(batches):
+    """Streamed batches; the run ends with one line where the data cannot be read on."""
+    try:
+        yield from batches
+    except OddRecord as error:  # of a worker: the last line, under its traceback
+        fail(str(error).strip().split("\n")[-1].split("OddRecord: ")[-1], os.environ.get("RANK", "0"))
+
+
 def make_loader(records, embeddings, args, first_step, rank, world):
     """One batch for each micro-step of this rank from `first_step` on; ranks and micro-steps take contiguous parts."""
     size, parts, workers = args.train_batch_size, args.gradient_accumulation_steps, args.dataloader_num_workers
@@ -630,10 +649,10 @@ def make_loader(records, embeddings, args, first_step, rank, world):
         samples = Samples(records, embeddings, args, size * parts * world)
         return torch.utils.data.DataLoader(samples, batch_sampler=batches, **options)
     stream = Stream(records, args, first_step * parts, rank, world)
-    options["num_workers"] = min(workers, stream.records.num_shards)
+    options["num_workers"] = min(workers, stream.shuffled(0).num_shards)
     loader = torch.utils.data.DataLoader(stream, batch_size=size, **options)
     start = first_step * parts % max(1, options["num_workers"])  # the workers before this one have had their turn
-    return itertools.islice(loader, start, start + (args.max_train_steps - first_step) * parts)
+    return or_end(itertools.islice(loader, start, start + (args.max_train_steps - first_step) * parts))
 
 
 # ------------------------------------------------------------------------------------------------------ 5. Models
