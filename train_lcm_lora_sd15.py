@@ -26,7 +26,6 @@ import contextlib
 import copy
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -140,6 +139,8 @@ def fail(message, rank="0"):
 
 def reason(error):
     """The kind of an exception and the first line of its message, without addresses in memory, which tell runs apart."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # says nothing of the error that led to it
+        error = error.__cause__ or error
     return re.sub(r" <[^<]* at 0x\w+>", "", f"{type(error).__name__}: {str(error).strip()}".split("\n")[0])
 
 
@@ -476,8 +477,7 @@ def captions_of(record, name, args):
 
 def open_picture(record):
     """A `datasets` picture record as an upright RGB image; transparent parts become white."""
-    picture = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"])
-    picture = ImageOps.exif_transpose(picture)
+    picture = datasets.Image().decode_example(record)
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         picture = picture.point(lambda tone: tone / 256).convert("L")
     if picture.has_transparency_data:
@@ -568,7 +568,9 @@ class Samples(torch.utils.data.Dataset):
         for i in range(len(self.records)):
             row = int(self.order[(index + i) % len(self.records)])
             try:
-                return make_sample(self.records[row], row, step, place, self.embeddings, self.args) | {"odd": odd}
+                with or_odd(f"row {row}"):  # such as a text that is not UTF-8
+                    record = self.records[row]
+                return make_sample(record, row, step, place, self.embeddings, self.args) | {"odd": odd}
             except OddRecord as error:
                 odd.append(str(error))
         return {"odd": odd}
@@ -582,9 +584,18 @@ class Stream(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, records, args, first_batch, rank, world):
-        records = records.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer_size)
-        self.records = split_dataset_by_node(records, rank, world)
-        self.args, self.first_batch, self.rank = args, first_batch, rank
+        self.records, self.args, self.first_batch = records, args, first_batch
+        self.rank, self.world = rank, world
+
+    def shuffled(self, epoch):
+        """The rank's records of an epoch. Not by `set_epoch`: the workers share that number, and may be in two epochs."""
+        order, size = rng(self.args.seed, epoch, 0, "order"), self.args.shuffle_buffer_size
+        return split_dataset_by_node(self.records.shuffle(generator=order, buffer_size=size), self.rank, self.world)
+
+    def read(self, epoch):
+        """The same, with an error of reading as OddRecord, which is handed on from a worker."""
+        with or_odd("the streamed data cannot be read on; is a shard cut off?"):
+            yield from self.shuffled(epoch)
 
     def __iter__(self):
         info, args = torch.utils.data.get_worker_info(), self.args
@@ -592,9 +603,8 @@ class Stream(torch.utils.data.IterableDataset):
         size, parts = args.train_batch_size, args.gradient_accumulation_steps
         skip, position, waiting, odd = self.first_batch // workers * size, 0, [], []
         for epoch in itertools.count():
-            self.records.set_epoch(epoch)
             first = position
-            for record in self.records:
+            for record in self.read(epoch):
                 position += 1
                 if position <= skip:
                     continue
@@ -602,12 +612,12 @@ class Stream(torch.utils.data.IterableDataset):
                 step, micro = divmod(batch * workers + worker, parts)
                 waiting.append((step, (self.rank * parts + micro) * size + i))
                 try:
-                    samples = [make_sample(record, position, *place, None, args) for place in waiting]
+                    while waiting:
+                        yield make_sample(record, position, *waiting[0], None, args) | {"odd": odd}
+                        waiting.pop(0)
+                        odd = []
                 except OddRecord as error:
                     odd.append(str(error))
-                    continue
-                yield from (sample | {"odd": odd} for sample in samples)
-                waiting, odd = [], []
             if len(waiting) >= position - first:  # not one good record in all of the epoch
                 yield from ({"odd": odd} for _ in range(size))
 
@@ -626,7 +636,7 @@ def check_batch(batch, args):
     if "place" not in batch:
         fail(
             f"not one record of the data can be used{', the first: ' * bool(batch['odd'])}{''.join(batch['odd'][:1])}",
-            os.environ.get("RANK", "0"),
+            this_rank(),
         )
     if args.strict_data and batch["odd"]:
         fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", this_rank())
@@ -636,6 +646,14 @@ def ignore_signals(_):
     """For a reader: a signal to the whole job is the trainer's affair, which needs its readers to the end of the step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def or_end(batches):
+    """Streamed batches; the run ends with one line where the data cannot be read on."""
+    try:
+        yield from batches
+    except OddRecord as error:  # of a worker: the last line, under its traceback
+        fail(str(error).strip().split("\n")[-1].split("OddRecord: ")[-1], this_rank())
 
 
 def make_loader(records, embeddings, args, first_step, rank, world):
@@ -651,10 +669,10 @@ def make_loader(records, embeddings, args, first_step, rank, world):
         samples = Samples(records, embeddings, args, size * parts * world)
         return torch.utils.data.DataLoader(samples, batch_sampler=batches, **options)
     stream = Stream(records, args, first_step * parts, rank, world)
-    options["num_workers"] = min(workers, stream.records.num_shards)
+    options["num_workers"] = min(workers, stream.shuffled(0).num_shards)
     loader = torch.utils.data.DataLoader(stream, batch_size=size, **options)
     start = first_step * parts % max(1, options["num_workers"])  # the workers before this one have had their turn
-    return itertools.islice(loader, start, start + (args.max_train_steps - first_step) * parts)
+    return or_end(itertools.islice(loader, start, start + (args.max_train_steps - first_step) * parts))
 
 
 # ------------------------------------------------------------------------------------------------------ 5. Models

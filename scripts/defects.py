@@ -146,7 +146,7 @@ DEFECTS = (
      {"make_loader(records, embeddings, args, step,": "make_loader(records, embeddings, args, 0,"}),
     (19, "the order of shards is not seeded", SD15,
      "tests/test_defects.py::test_defect_19_streamed_order_is_seeded",
-     {"records.shuffle(seed=args.seed, ": "records.shuffle("}),
+     {"records.shuffle(generator=order, ": "records.shuffle("}),
     (19, "a checkpoint's path is cut to its last part", SD15,
      "tests/test_train_sd15.py::test_defect_19_resumed_is_uninterrupted[plain]",
      {"else [Path(name)]": "else [Path(args.output_dir, Path(name).name)]"}),
