@@ -169,7 +169,7 @@ def test_defect_12_sharded_launches_are_refused(sd15, monkeypatch, kind):
     """There every rank has to save, or all hang."""
     accelerator = SimpleNamespace(mixed_precision="no", distributed_type=DistributedType[kind])
     monkeypatch.setattr(sd15, "Accelerator", lambda **_: accelerator)
-    with pytest.raises(SystemExit, match=f"{kind}: .*--multi_gpu"):
+    with pytest.raises(SystemExit, match=f"{kind}.*--multi_gpu"):
         sd15.make_accelerator(flags(sd15))
 
 
