@@ -42,30 +42,7 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
-
-import accelerate
-import datasets
-import diffusers
-import numpy as np
-import peft
-import torch
-import transformers
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from braceexpand import braceexpand
-from datasets.distributed import split_dataset_by_node
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
-from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from huggingface_hub import HfApi, ModelCardData
-from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import load, save, save_file
-from tqdm.auto import tqdm
+from PIL import Image
 
 FAMILY = "sd15"
 USAGE_HINT = "LCM sampler, 4 steps (1 to 8), CFG scale 1"
@@ -79,8 +56,6 @@ BAD_STEPS = 10  # in a row without a finite loss and gradient, which end the run
 LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM, signal.SIGHUP
 CACHE_ROWS = 1000  # in a file of a cache
-# Of the base, by --mixed_precision, and of the LoRA file, by --save_precision.
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGET_MODULES = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
@@ -89,9 +64,6 @@ LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restart
 EMBEDS = {"prompt": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}  # what pipelines call the conditions
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 ENCODER_FILES = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "model_index.json")
-# The columns of the caches; the bytes are tensors as safetensors keeps them.
-BYTES, TEXT = datasets.Value("binary"), datasets.Value("string")
-CACHED = {"latents": datasets.Features(latents=BYTES, odd=TEXT), "embeddings": datasets.Features(embeddings=BYTES)}
 # Fields of a record in a tar shard, by the endings of its files; the first that a record has is taken.
 TAR_PICTURES, TAR_CAPTIONS = "jpg jpeg png webp".split(), "txt text caption json".split()
 INTERPOLATION = [kind.name.lower() for kind in Image.Resampling]
@@ -290,6 +262,41 @@ def parse_args(argv=None):
     if args.streaming and args.max_train_steps is None:
         fail("--streaming: nobody knows how long an epoch is; give --max_train_steps")
     return args
+
+
+if __name__ == "__main__":
+    parse_args()  # answers --help and mistakes at once: the libraries take seconds to load
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+
+import accelerate
+import datasets
+import diffusers
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from braceexpand import braceexpand
+from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from huggingface_hub import HfApi, ModelCardData
+from PIL import ImageOps
+from safetensors import safe_open
+from safetensors.torch import load, save, save_file
+from tqdm.auto import tqdm
+
+# Of the base, by --mixed_precision, and of the LoRA file, by --save_precision.
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The columns of the caches; the bytes are tensors as safetensors keeps them.
+BYTES, TEXT = datasets.Value("binary"), datasets.Value("string")
+CACHED = {"latents": datasets.Features(latents=BYTES, odd=TEXT), "embeddings": datasets.Features(embeddings=BYTES)}
 
 
 # ------------------------------------------------------------------------- 2. Noise schedule and the DDIM ODE solver
