@@ -428,10 +428,9 @@ def load_records(args):
         f"--{flag} {name}: cannot be opened", "give pictures with metadata.jsonl, a dataset folder or hub id, tars"
     ):
         if tars:
-            # `datasets` would take the fields from five records, and end at the first text that is not UTF-8.
-            fields = dict.fromkeys(TAR_PICTURES, datasets.Image()) | dict.fromkeys(
-                TAR_CAPTIONS, datasets.Value("binary")
-            )
+            # `datasets` would take the fields from five records, end at the first text that is not UTF-8, and for a
+            # picture take a file of its name in the working directory.
+            fields = dict.fromkeys([*TAR_PICTURES, *TAR_CAPTIONS], BYTES) | {"__key__": TEXT}
             WebDataset.DECODERS = {}
             options |= {"features": datasets.Features(fields)}
             data = datasets.load_dataset("webdataset", data_files=list(braceexpand(tars)), **options)
@@ -446,7 +445,7 @@ def load_records(args):
     if not tars:
         check_columns(data, args)
     pictures = TAR_PICTURES if tars else [args.image_column]
-    data = data.select_columns([*pictures, *(TAR_CAPTIONS if tars else [args.caption_column])])
+    data = data.select_columns([*pictures, *([*TAR_CAPTIONS, "__key__"] if tars else [args.caption_column])])
     for column in pictures:
         data = data.cast_column(column, datasets.Image(decode=False))
     if args.streaming:
@@ -494,20 +493,22 @@ def open_picture(record):
 
 
 def picture_of(record, args):
-    """The undecoded picture of a record."""
+    """The undecoded picture of a record, or None."""
     return next((record[name] for name in (args.image_column, *TAR_PICTURES) if record.get(name)), None)
 
 
 def name_of(record, row, args):
-    """What a record is called in messages: its picture's file, or its row."""
-    return (picture_of(record, args) or {}).get("path") or f"row {row}"
+    """What a record is called in messages: its picture's file, its key in a tar shard, or its row."""
+    return (picture_of(record, args) or {}).get("path") or record.get("__key__") or f"row {row}"
 
 
 def open_record(record, row, args):
     """(Upright RGB picture, its captions), or OddRecord."""
-    name = name_of(record, row, args)
+    name, found = name_of(record, row, args), picture_of(record, args)
     with or_odd(name):
-        picture = open_picture(picture_of(record, args) or {"bytes": b"", "path": None})
+        if not found:
+            raise ValueError("no picture")
+        picture = open_picture(found)
     return picture, captions_of(record, name, args)
 
 
