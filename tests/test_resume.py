@@ -246,8 +246,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_checkpoint_is_named(copy, finish, capsys, fault):
-    """The one before is used."""
+    """The one before is used; what a kill left of another save goes with the next."""
     spoil(copy / "checkpoint-6", fault)
+    shutil.copytree(copy / "checkpoint-4", copy / "checkpoint-5.part")
     finish(copy)
     texts = capsys.readouterr()
     assert re.search(rf"warning: {copy}/checkpoint-6: .*{FAULTS[fault]}", texts.err)
@@ -350,21 +351,23 @@ def test_one_checkpoint_is_always_whole(sd15, start, train, tmp_path, steps):
     assert same(out, train(**flags)) and [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_a_checkpoint_is_replaced(start, copy, finish):
-    """From an earlier one: killed between the two renames, then once more with what that left."""
+@pytest.mark.parametrize("after", ["checkpoint-4.old", "checkpoint-4"])
+def test_a_checkpoint_is_replaced(start, copy, finish, after):
+    """From an earlier one: killed after either of the two renames, then once more with what that left."""
 
     def before(trainer):
         real = Path.rename
 
         def rename(path, target):
             real(path, target)
-            if str(target).endswith(".old"):
+            if target.name == after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Path.rename = rename
 
     assert start(copy, before, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0] == -signal.SIGKILL
-    assert {path.name for path in copy.glob("*.*ol*")} == {"checkpoint-4.old"} and (copy / "checkpoint-4.part").exists()
+    left = {"checkpoint-4.old", "checkpoint-4.part" if after.endswith("old") else "checkpoint-4"}
+    assert {path.name for path in copy.glob("checkpoint-4*")} == left
     assert start(copy, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0] == 0
     finish(copy)
 
@@ -441,9 +444,10 @@ def test_a_signal_to_the_group(sd15, start, train, tmp_path, number):
     """With the readers in it: they go on reading to the end of the step, and none is left."""
     out, flags = tmp_path / "out", RUN | {"dataloader_num_workers": 2}
 
-    def to_all(loss):
-        os.killpg(0, number)
-        time.sleep(0.2)
+    def to_all(loss):  # from outside: a reader ends at once where its own trainer tells it to
+        command = ["kill", f"-{number}", "--", f"-{os.getpid()}"]
+        subprocess.run(command, start_new_session=True, check=True)
+        time.sleep(0.5)
         return loss
 
     (program,) = start(out, patched({3}, to_all), **flags)
@@ -482,6 +486,18 @@ def test_max_train_hours(sd15, start, finish, tmp_path):
     out = tmp_path / "out"
     stopped(sd15, *start(out, max_train_hours=1e-8), out, 1, signal.SIGALRM)
     finish(out)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "SHELL"])
+def test_a_launcher_is_told_from_a_shell(monkeypatch, variable):
+    """By the variables that only launchers set."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setitem(sys.modules, "script_train_lcm_lora_sd15", None)
+    trainer = load_script.__wrapped__("train_lcm_lora_sd15.py")
+    expected = None if variable == "SHELL" else os.getppid()
+    assert trainer.LAUNCHER == expected
 
 
 @pytest.mark.parametrize("launched", [True, False])
