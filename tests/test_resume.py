@@ -495,9 +495,8 @@ def test_a_launcher_is_told_from_a_shell(monkeypatch, variable):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "1")
     monkeypatch.setitem(sys.modules, "script_train_lcm_lora_sd15", None)
-    trainer = load_script.__wrapped__("train_lcm_lora_sd15.py")
-    expected = None if variable == "SHELL" else os.getppid()
-    assert trainer.LAUNCHER == expected
+    launcher = load_script.__wrapped__("train_lcm_lora_sd15.py").LAUNCHER
+    assert launcher == (None if variable == "SHELL" else os.getppid())
 
 
 @pytest.mark.parametrize("launched", [True, False])
