@@ -745,6 +745,9 @@ def test_the_average_is_written(train):
     torch.testing.assert_close(written, average, rtol=1e-5, atol=1e-7)
     assert max(abs(written[key] - live[-1][key]).max() for key in written) > 1e-4
     torch.testing.assert_close(load_file(plain / WEIGHTS), live[-1], rtol=0, atol=0)
+    shutil.rmtree(out / "unet")
+    train(**flags, ema_decay=0.25, output_dir=out, resume_from_checkpoint="latest")  # where no step is left
+    torch.testing.assert_close(load_file(out / WEIGHTS), written, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------ secrets and pickles
