@@ -495,9 +495,8 @@ def test_a_launcher_is_told_from_a_shell(monkeypatch, variable):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "1")
     monkeypatch.setitem(sys.modules, "script_train_lcm_lora_sd15", None)
-    trainer = load_script.__wrapped__("train_lcm_lora_sd15.py")
-    expected = None if variable == "SHELL" else os.getppid()
-    assert trainer.LAUNCHER == expected
+    launcher = load_script.__wrapped__("train_lcm_lora_sd15.py").LAUNCHER
+    assert launcher == (None if variable == "SHELL" else os.getppid())
 
 
 @pytest.mark.parametrize("launched", [True, False])
@@ -746,6 +745,9 @@ def test_the_average_is_written(train):
     torch.testing.assert_close(written, average, rtol=1e-5, atol=1e-7)
     assert max(abs(written[key] - live[-1][key]).max() for key in written) > 1e-4
     torch.testing.assert_close(load_file(plain / WEIGHTS), live[-1], rtol=0, atol=0)
+    shutil.rmtree(out / "unet")
+    train(**flags, ema_decay=0.25, output_dir=out, resume_from_checkpoint="latest")  # where no step is left
+    torch.testing.assert_close(load_file(out / WEIGHTS), written, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------ secrets and pickles

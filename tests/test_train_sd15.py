@@ -40,7 +40,7 @@ TARGETS = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 ).split()
-ROW = {"step", "loss", "grad_norm", "lr", "images_per_s", "memory_gib"}
+ROW = {"step", "loss", "grad_norm", "lr", "skipped", "overflows", "images_per_s", "memory_gib"}
 
 
 def target_modules(teacher):
@@ -100,7 +100,9 @@ def test_alone_in_a_folder(teacher, pictures, tmp_path):
     }
     lora = [LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors"]
     expected = {SCRIPT, "out/args.json", "out/log.jsonl", "out/README.md", *(f"out/{name}" for name in lora)}
-    expected |= {f"out/checkpoint-{step}/{name}" for step in (2, 4) for name in [*lora, "training_state.pt"]}
+    expected |= {
+        f"out/checkpoint-{step}/{name}" for step in (2, 4) for name in [*lora, "training_state.pt", "manifest.json"]
+    }
     expected |= {f"out/validation/step-{step:06}.png" for step in (2, 4)}
     assert files - events == expected and events
     assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
@@ -637,7 +639,7 @@ BAD = {
     "learning-rate schedule": ({"lr_scheduler": "upwards"}, "--lr_scheduler.*upwards.*cosine"),
     "tracker": ({"report_to": "paper"}, "--report_to.*paper"),
     "seed": ({"seed": -1}, "--seed.* -1"),
-    "no checkpoint": ({"resume_from_checkpoint": "empty"}, "--resume_from_checkpoint .*no checkpoint"),
+    "no checkpoint": ({"resume_from_checkpoint": "empty"}, "--resume_from_checkpoint .*no whole checkpoint"),
     "no such checkpoint": ({"resume_from_checkpoint": "/nowhere"}, "--resume_from_checkpoint /nowhere"),
     "checkpoint of another rank": (
         {"resume_from_checkpoint": "checkpoint", "lora_rank": 2},
