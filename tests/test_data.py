@@ -442,12 +442,12 @@ def test_only_bad_records_end_with_one_message(train, tmp_path, flags):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """{kind: folder} of four pictures with three captions each, a1 a2 a3, b1 ..."""
+    """{kind: folder} of 24 pictures with three captions each, such as "7 a", "7 b" and "7 c"."""
     folder = tmp_path_factory.mktemp("captioned")
-    captions = [[f"{letter}{i}" for i in (1, 2, 3)] for letter in "abcd"]
-    files = {f"{i}.png": tile(50 * i) for i in range(4)}
+    captions = [[f"{i} {letter}" for letter in "abc"] for i in range(24)]
+    files = {f"{i:02}.png": tile(i) for i in range(24)}
     rows = [{"file_name": name, "text": texts} for name, texts in zip(files, captions, strict=True)]
-    members = [(f"{i}.json", json.dumps({"text": texts}).encode()) for i, texts in enumerate(captions)]
+    members = [(f"{i:02}.json", json.dumps({"text": texts}).encode()) for i, texts in enumerate(captions)]
     (folder / "tar").mkdir()
     write_tar(folder / "tar" / "0.tar", sorted([*files.items(), *members]))
     return {
@@ -460,14 +460,17 @@ def captioned(tmp_path_factory):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_one_of_several_captions_is_drawn(read, captioned, streaming):
     """All with near equal frequency, the empty one with its proportion, the same from each source."""
-    flags = {"train_batch_size": 48, "max_train_steps": 50, "proportion_empty_prompts": 0.25, "streaming": streaming}
-    drawn = {kind: column(read(dataset_name=folder, **flags)) for kind, folder in captioned.items()}
-    counts = Counter(drawn["tar"])
-    assert len(counts) == 13 and counts.total() == 2400
-    assert abs(counts.pop("") / 2400 - 0.25) < 4 * (0.25 * 0.75 / 2400) ** 0.5
-    expected = 2400 * 0.75 / 12
-    assert sum((n - expected) ** 2 / expected for n in counts.values()) < 31  # chi squared, 11 degrees: p = 0.001
-    assert drawn["jsonl"] == drawn["tar"] == drawn["parquet"]
+    flags = {"train_batch_size": 48, "max_train_steps": 30, "proportion_empty_prompts": 0.25, "streaming": streaming}
+    batches = {kind: read(dataset_name=folder, **flags) for kind, folder in captioned.items()}
+    drawn = [
+        (number, *caption.split()) for number, caption in zip(reds(batches["tar"]), column(batches["tar"]), strict=True)
+    ]
+    words = [row for row in drawn if len(row) == 3]
+    assert len(drawn) == 1440 and abs(1 - len(words) / 1440 - 0.25) < 4 * (0.25 * 0.75 / 1440) ** 0.5
+    assert all(int(own) == number for number, own, _ in words) and len(set(words)) == 72
+    counts = Counter(letter for *_, letter in words)
+    assert sum((counts[letter] - len(words) / 3) ** 2 / (len(words) / 3) for letter in "abc") < 14  # p = 0.001
+    assert same(batches["jsonl"], batches["tar"]) and same(batches["parquet"], batches["tar"])
 
 
 def test_captions_do_not_depend_on_ranks_and_workers(read, captioned):
