@@ -18,10 +18,11 @@ import pytest
 import transformers
 from conftest import ROOT, SMOOTH, command_line, launch, near, picture_bytes, series
 from PIL import Image
+from single_file import as_single_file
 
 SCRIPTS = {"sd15": "train_lcm_lora_sd15.py", "sdxl": "train_lcm_lora_sdxl.py"}
 TEACHERS = {"sd15": "teacher", "sdxl": "xl_teacher"}
-SETTINGS = SMOOTH | {"train_batch_size": 2, "center_crop": True, "lora_target_modules": "to_q to_k to_v"}
+SETTINGS = SMOOTH | {"train_batch_size": 2, "center_crop": True, "lora_target_modules": "to_q"}
 BOTH = {"cache_latents": True, "cache_text_embeddings": True}
 # A trainer whose caches have many files.
 DRIVER = """
@@ -260,6 +261,24 @@ def test_what_the_files_depend_on(run, work, layout, base, pictures, make_teache
     assert new(train_data_dir=data, max_train_samples=5) == pixels | texts
 
 
+def test_a_teacher_in_one_file(run, work, layout, make_teacher, tmp_path):
+    """Cached is uncached, with its own VAE or another; the files depend on the tokenizers given beside it."""
+    folder = make_teacher(layout)
+    flags = {"pretrained_teacher_model": as_single_file(folder), "teacher_config": folder, "max_train_steps": 2}
+    for vae in (None, make_teacher(seed=5) / "vae"):
+        plain = run(**flags, pretrained_vae_model_name_or_path=vae)
+        for _ in range(2):
+            work.__init__()
+            assert equal(run(**flags, **BOTH, pretrained_vae_model_name_or_path=vae), plain)
+        assert (work.pictures, work.captions, work.loaded) == (0, [], [])
+    known, config = content(tmp_path / "cache").keys(), tmp_path / "config"
+    shutil.copytree(folder, config)
+    (config / "tokenizer" / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    run(**flags | {"teacher_config": config}, **BOTH, cache_only=True)
+    made = content(tmp_path / "cache").keys() - known
+    assert Counter(name.split("-")[0] for name in made) == {"embeddings": 2}
+
+
 # --------------------------------------------------------------------------------------------------------- odd records
 
 
@@ -293,7 +312,7 @@ def test_odd_records_are_named_and_replaced(trainer, run, parquet, capsys, monke
     data = parquet([picture(0), BROKEN, picture(2), EMPTY, BROKEN, picture(5), picture(6)])
     outs, told = [], []
     for flags in ({}, BOTH, BOTH):
-        outs.append(run(train_data_dir=None, dataset_name=data, max_train_steps=8, **flags))
+        outs.append(run(train_data_dir=None, dataset_name=data, max_train_steps=2, train_batch_size=4, **flags))
         told.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")])
     assert told[0] == told[1] == told[2] and len(told[0]) == 3
     assert {line.split(": ", 2)[2].split(" (")[0] for line in told[0]} == {"row 1", "row 3", "row 4"}
