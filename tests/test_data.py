@@ -82,6 +82,12 @@ def write_parquet(folder, pictures, captions, names=None):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    """`datasets` sleeps five seconds at the end of each epoch of streamed parquet files, for the threads of pyarrow."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture
 def read(sd15):
     """read(flag=value, ..., first_step=0, rank=0, world=1) -> the batches of one process."""
