@@ -204,7 +204,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("workers", [None, 0, 2], ids=["map", "stream", "stream by workers"])
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_sources_end_with_one_line(sd15, tmp_path, monkeypatch, case, workers):
+def test_broken_sources_end_with_one_line(sd15, tmp_path, case, workers):
     folder = write_shards(tmp_path / "data", 6, 6)
     (folder / "empty").mkdir()
     (folder / "cut.tar").write_bytes((folder / "0.tar").read_bytes()[: 5 * 1024 + 512 + 20])
