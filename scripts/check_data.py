@@ -113,11 +113,9 @@ class Reader(torch.utils.data.IterableDataset):
             except trainer.OddRecord as error:
                 yield str(error)
                 continue
-            columns = (self.args.image_column, *trainer.TAR_PICTURES)
-            found = next(record[column] for column in columns if record.get(column))
             digest = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
             texts = [(self.length(text), text) for text in captions]
-            yield found["path"] or f"row {row}", picture.size, texts, digest
+            yield trainer.name_of(record, row, self.args), picture.size, texts, digest
 
 
 def read_all(records, tokenizers, args):

@@ -289,6 +289,16 @@ def pictures(make_pictures):
     return make_pictures()
 
 
+@pytest.fixture(autouse=True)
+def decoders():
+    """The trainers read tar shards undecoded, in all of their process; the next test is another program."""
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    before = WebDataset.DECODERS
+    yield
+    WebDataset.DECODERS = before
+
+
 @pytest.fixture(scope="session")
 def sd15():
     """train_lcm_lora_sd15.py as a module."""

@@ -347,10 +347,10 @@ def stream(sd15, count, steps, size, parts=1, world=1, rank=0, first=0):
     args = SimpleNamespace(
         seed=0, image_column="image", caption_column="text", resolution=8, center_crop=True, random_flip=False,
         proportion_empty_prompts=0.0, train_batch_size=size, gradient_accumulation_steps=parts, max_train_steps=steps,
-        dataloader_num_workers=0, interpolation_type="lanczos",
+        dataloader_num_workers=0, interpolation_type="lanczos", streaming=False,
     )  # fmt: skip
-    samples = sd15.Samples(records, args, size * parts * world)
-    return [(batch["place"], batch["caption"]) for batch in sd15.make_loader(samples, args, first, rank, world)]
+    loader = sd15.make_loader(records, None, args, first, rank, world)
+    return [(batch["place"], batch["caption"]) for batch in loader]
 
 
 def test_an_epoch_is_a_permutation_and_batches_cross_epochs(sd15):
