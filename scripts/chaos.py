@@ -6,8 +6,8 @@
     python scripts/chaos.py --runs 3 --streaming      # what it does not know goes to the trainer
 
 A kill is SIGKILL to the launcher and all that it started, after a random time in the loop. Equal are the LoRA (keys, tensors
-to the bit, metadata) and of log.jsonl the losses, gradient norms and learning rates. Said is in what the kills fell: in a save
-where its unfinished folder is there, in a validation where its picture is missing, else in a step.
+to the bit, metadata) and of log.jsonl the losses, gradient norms and learning rates. It is said what each kill fell in: a save,
+where its unfinished folder is there; a validation, where its picture is missing; the end, where all steps are done; else a step.
 """
 
 import argparse
@@ -28,10 +28,10 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVE, DRAW = 2, 3  # steps between checkpoints and between validations
+STEPS, SAVE, DRAW = 15, 2, 3  # of a run, between checkpoints, between validations
 SETTINGS = (
     "--lora_rank 4 --learning_rate 1e-3 --lr_scheduler cosine --ema_decay 0.9 --lora_dropout 0.1 --random_flip "
-    "--train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 15 --max_train_samples 50 --logging_steps 1 "
+    f"--train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps {STEPS} --max_train_samples 50 --logging_steps 1 "
     f"--checkpointing_steps {SAVE} --checkpoints_total_limit 2 --validation_steps {DRAW} --report_to none"
 ).split()
 
@@ -102,7 +102,7 @@ def moment(out, began, first):
         return step, "save"
     saved = step % SAVE or written(out / f"checkpoint-{step}") >= began
     drawing = step > first and step % DRAW == 0 and written(out / f"validation/step-{step:06}.png") < began
-    return step, "validation" if drawing and saved else "step"
+    return step, "validation" if drawing and saved else "step" if step < STEPS else "end"
 
 
 def attempt(out, args, after=None):
@@ -172,7 +172,7 @@ def main(argv=None):
             killed = ", ".join(f"{kind} after {step}" for step, kind in moments)
             verdict = f"differs in {', '.join(found)}" if found else "equal"
             print(f"{out.name}: {len(moments)} kills ({killed}): {verdict}", flush=True)
-    shares = ", ".join(f"{falls[kind]} in a {kind}" for kind in ("step", "save", "validation"))
+    shares = ", ".join(f"{falls[kind]} in {kind}" for kind in ("step", "save", "validation", "end"))
     print(f"{equal} of {args.runs} runs are equal to the undisturbed one, after {falls.total()} kills: {shares}")
     return 0 if equal == args.runs else 1
 
