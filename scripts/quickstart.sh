@@ -17,7 +17,7 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
   --loss_units output \
   --train_batch_size 16 --max_train_steps 600 --checkpointing_steps 300 --checkpoints_total_limit 1 \
   --validation_prompts "red apple, noto style" "penguin, fluent flat style" --validation_steps 300 \
-  --report_to tensorboard --output_dir "$out" "$@"
+  --report_to tensorboard --resume_from_checkpoint latest --output_dir "$out" "$@"
 
 python infer.py --lora "$out" --compare --output "$out/compare.png" \
   --prompt "red apple, noto style" "penguin, fluent flat style" "rocket, noto style" "face with tears of joy, fluent flat style"
