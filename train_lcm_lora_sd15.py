@@ -46,7 +46,7 @@ from PIL import Image
 
 FAMILY = "sd15"
 USAGE_HINT = "LCM sampler, 4 steps (1 to 8), CFG scale 1"
-FORMAT_VERSION = "1"  # of the LoRA file's header
+FORMAT_VERSION = "1"  # of the LoRA file's header and of the caches
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 STATE_FILE = "training_state.pt"
@@ -483,6 +483,8 @@ def captions_of(record, name, args):
 
 def open_picture(record):
     """A `datasets` picture record as an upright RGB image; transparent parts become white."""
+    if not record:
+        raise ValueError("no picture")
     picture = datasets.Image().decode_example(record)
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         picture = picture.point(lambda tone: tone / 256).convert("L")
@@ -504,11 +506,9 @@ def name_of(record, row, args):
 
 def open_record(record, row, args):
     """(Upright RGB picture, its captions), or OddRecord."""
-    name, found = name_of(record, row, args), picture_of(record, args)
+    name = name_of(record, row, args)
     with or_odd(name):
-        if not found:
-            raise ValueError("no picture")
-        picture = open_picture(found)
+        picture = open_picture(picture_of(record, args))
     return picture, captions_of(record, name, args)
 
 
@@ -538,22 +538,19 @@ def make_sample(record, row, step, place, embeddings, args):
     """A record as a training sample, or OddRecord. All that is random about it is a function of (step, place)."""
     crop, flip, caption = (rng(args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption"))
     crop = (0.5, 0.5) if args.center_crop else crop
-    flip = args.random_flip and flip[0] < 0.5
+    flip, name = args.random_flip and flip[0] < 0.5, name_of(record, row, args)
     if "latents" in record:  # from the cache, as `encode_records` makes them
         if record["odd"]:
             raise OddRecord(record["odd"])
-        sample, captions = load(record["latents"]), captions_of(record, f"row {row}", args)
+        sample, captions = load(record["latents"]), captions_of(record, name, args)
         mirrored = sample.pop("mirrored", None)
         sample["moments"] = mirrored if flip else sample["moments"]
     else:
         picture, captions = open_record(record, row, args)
         sample = prepare_picture(picture, crop, flip, args)
     text = "" if caption[0] < args.proportion_empty_prompts else captions[int(caption[1] * len(captions))]
-    return (
-        sample
-        | (embeddings[text] if embeddings else {})
-        | {"caption": text, "place": place, "name": name_of(record, row, args)}
-    )
+    sample |= embeddings[text] if embeddings else {}
+    return sample | {"caption": text, "place": place, "name": name}
 
 
 class Samples(torch.utils.data.Dataset):
@@ -642,10 +639,8 @@ def collate(samples):
 def check_batch(batch, args):
     """End the run where no record can be used or, with --strict_data, one cannot."""
     if "place" not in batch:
-        fail(
-            f"not one record of the data can be used{', the first: ' * bool(batch['odd'])}{''.join(batch['odd'][:1])}",
-            this_rank(),
-        )
+        first = f", the first: {batch['odd'][0]}" if batch["odd"] else ""
+        fail(f"not one record of the data can be used{first}", this_rank())
     if args.strict_data and batch["odd"]:
         fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", this_rank())
 
@@ -871,7 +866,9 @@ def encode_records(batch, rows, first_row, pipe, args):
     samples, odd = [], []
     for values, row in zip(zip(*batch.values(), strict=True), rows, strict=True):
         try:
-            picture, _ = open_record(dict(zip(batch, values, strict=True)), first_row + row, args)
+            record = dict(zip(batch, values, strict=True))
+            with or_odd(name_of(record, first_row + row, args)):
+                picture = open_picture(picture_of(record, args))
             turns = [prepare_picture(picture, (0.5, 0.5), flip, args) for flip in (False, True)[: 1 + args.random_flip]]
             samples.append(turns[0] | {"pixels": torch.stack([turn["pixels"] for turn in turns])})
             odd.append(None)
@@ -906,7 +903,7 @@ def cache_embeddings(records, args, accelerator):
     about, found = identity(args.pretrained_teacher_model, ENCODER_FILES, args), set()
     for row, record in enumerate(drop_pictures(records)):
         with contextlib.suppress(OddRecord):  # it is named when the training meets it
-            found |= {*captions_of(record, f"row {row}", args)}
+            found |= {*captions_of(record, name_of(record, row, args), args)}
     captions, prompts = sorted(found), ["", *(args.validation_prompts or [])]
     lists = [captions[i : i + CACHE_ROWS] for i in range(0, len(captions), CACHE_ROWS)] + [prompts]
     parts = [datasets.Dataset.from_dict({"caption": some}) for some in lists]
@@ -917,7 +914,7 @@ def cache_latents(records, args, accelerator):
     """The records with the moments of their latents in place of their pictures."""
     vae, rows = args.pretrained_vae_model_name_or_path, range(len(records))
     about = [identity(vae or args.pretrained_teacher_model, ["." if vae else "vae"], args), args.resolution]
-    about += [args.interpolation_type, args.random_flip, vars(args).get("use_fix_crop_and_size"), args.caption_column]
+    about += [args.interpolation_type, args.random_flip, vars(args).get("use_fix_crop_and_size")]
     parts = [records.select(rows[i : i + CACHE_ROWS]) for i in rows[::CACHE_ROWS]]
     latents = open_cache("latents", parts, encode_records, about, args, accelerator)
     return datasets.concatenate_datasets([drop_pictures(records), latents], axis=1)
@@ -933,9 +930,8 @@ def draw_batch(pipe, batch, c_null, timesteps, step, args):
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))  # LoRA dropout draws from torch
     side = args.resolution // pipe.vae_scale_factor
     shape = (vae.config.latent_channels, side, side)
-    moments = (
-        batch["moments"] if "moments" in batch else encode_pictures(vae, batch["pixels"], args.vae_encode_batch_size)
-    )
+    cached = batch.get("moments")
+    moments = encode_pictures(vae, batch["pixels"], args.vae_encode_batch_size) if cached is None else cached
     posterior_noise = normal(args.seed, step, places, "posterior", shape).to(device)
     z = sample_posterior(moments.to(device), posterior_noise, vae.config.scaling_factor)
     c = conditions(pipe, batch)
@@ -1156,9 +1152,8 @@ def find_checkpoint(args):
     """The folder that --resume_from_checkpoint means, or None where a run with `latest` has none yet."""
     name, found = args.resume_from_checkpoint, checkpoints(args.output_dir)
     if name is None and found:
-        fail(
-            f"--output_dir {args.output_dir}: it holds {found[-1].name}; go on with --resume_from_checkpoint latest, or name another"
-        )
+        how = "go on with --resume_from_checkpoint latest, or name another"
+        fail(f"--output_dir {args.output_dir}: it holds {found[-1].name}; {how}")
     if name is None or (name == "latest" and not found):
         return None
     candidates = found if name == "latest" else [Path(name)]
@@ -1167,9 +1162,8 @@ def find_checkpoint(args):
         if not why:
             return folder
         print(f"warning: {folder}: {why}", file=sys.stderr)
-    fail(
-        f"--resume_from_checkpoint {name}: no whole checkpoint there; give a checkpoint-<step> folder, `latest`, or a new --output_dir"
-    )
+    advice = "give a checkpoint-<step> folder, `latest`, or a new --output_dir"
+    fail(f"--resume_from_checkpoint {name}: no whole checkpoint there; {advice}")
 
 
 class Stop:
@@ -1323,9 +1317,10 @@ class Log:
         self.skipped, self.overflows = self.skipped + (not finite), self.overflows + overflow
         self.rows.append(row | {"skipped": self.skipped, "overflows": self.overflows})
         self.bar.update()
+        if finite:
+            return
         what = f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}, with {', '.join(names)}"
-        if not finite:
-            self.bar.write(f"warning: step {row['step']} is skipped: {what}", sys.stderr)
+        self.bar.write(f"warning: step {row['step']} is skipped: {what}", sys.stderr)
         if self.bad == BAD_STEPS:
             advice = "lower --learning_rate, give --mixed_precision bf16, or look at these pictures"
             fail(f"{self.bad} steps in a row were not finite, the last, {row['step']}: {what}; {advice}")

@@ -14,7 +14,7 @@ counted by reason, and the first ones are named.
 
 With several captions for a picture `text` is a list, and a tar shard holds key.json, {"text": [...]}, for key.txt. All
 pictures in tar shards bear the ending of the first, as `datasets` wants equal fields; readers look at the content.
-The trainers read parquet as it is, tar shards with --image_column jpg --caption_column txt, and as yet no lists.
+The trainers read both as they are, and of a list of captions draw one each time.
 """
 
 import argparse

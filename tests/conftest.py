@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -137,6 +138,16 @@ def picture_bytes(picture, kind="PNG", **settings):
     file = io.BytesIO()
     picture.save(file, kind, **settings)
     return {"bytes": file.getvalue(), "path": None}
+
+
+def write_tar(path, files):
+    """A tar shard of {name: bytes}, or of such pairs; its path."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in dict(files).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
 
 
 def make_tokenizer(folder):

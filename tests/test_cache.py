@@ -1,13 +1,11 @@
 """The caches: each picture and caption is encoded once, whatever is killed, and training is that without them."""
 
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 
@@ -16,7 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import transformers
-from conftest import ROOT, SMOOTH, command_line, launch, near, picture_bytes, series
+from conftest import ROOT, SMOOTH, command_line, launch, near, picture_bytes, series, write_tar
 from PIL import Image
 from single_file import as_single_file
 
@@ -339,13 +337,10 @@ def test_strict_data(run, parquet, tmp_path):
 
 def test_the_caption_column_of_tar_shards(run, work, tmp_path):
     """Where a first run named a column that is not there, the next one does not find its records odd for ever."""
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for i in range(3):
-            record = picture(i)
-            for name, value in (("png", record["image"]["bytes"]), ("json", json.dumps({"words": "a"}).encode())):
-                info = tarfile.TarInfo(f"{i}.{name}")
-                info.size = len(value)
-                tar.addfile(info, io.BytesIO(value))
+    files = {}
+    for i in range(3):
+        files |= {f"{i}.png": picture(i)["image"]["bytes"], f"{i}.json": json.dumps({"words": "a"}).encode()}
+    write_tar(tmp_path / "a.tar", files)
     flags = BOTH | {"train_data_dir": None, "train_shards_path_or_url": tmp_path / "a.tar", "max_train_steps": 2}
     with pytest.raises(SystemExit, match="not one record"):
         run(**flags)

@@ -1,16 +1,14 @@
 """scripts/check_data.py: what it says of known data is exact, and its sheet shows what the trainer would train on."""
 
-import io
 import json
 import shutil
 import sys
-import tarfile
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, LORA, ROOT, command_line, load_script, picture_bytes, run
+from conftest import CAPTIONS, LORA, ROOT, command_line, load_script, picture_bytes, run, write_tar
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -48,15 +46,6 @@ def write_folder(folder, records):
     for name, (picture, _) in records.items():
         (folder / name).write_bytes(picture if isinstance(picture, bytes) else picture_bytes(picture)["bytes"])
     return folder
-
-
-def write_tar(path, files):
-    """A tar shard of {name: bytes}."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def cut_out(sheet, side, count):

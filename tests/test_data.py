@@ -7,7 +7,6 @@ import resource
 import shutil
 import struct
 import sys
-import tarfile
 import time
 import zlib
 from collections import Counter
@@ -16,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command_line, load_script, run, series
+from conftest import ROOT, command_line, load_script, run, series, write_tar
 from PIL import Image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -37,15 +36,6 @@ def tile(i, kind="PNG"):
 def reds(batches):
     """The numbers of the tiles in batches, from their pixels."""
     return [round((pixels[0, 0, 0].item() + 1) * 127.5) for pixels in column(batches, "pixels")]
-
-
-def write_tar(path, files):
-    """A tar file of (name, bytes)."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def write_shards(folder, *sizes, odd=()):

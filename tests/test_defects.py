@@ -1,11 +1,9 @@
 """Defects of the scripts of today that no other file has a test for, by number, and the table of scripts/defects.py."""
 
-import io
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 from types import SimpleNamespace
 
 import datasets
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import ROOT, load_script, picture_bytes
+from conftest import ROOT, load_script, picture_bytes, write_tar
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -71,11 +69,7 @@ def shards(tmp_path_factory):
     for i in range(3):
         files = {f"{row['text']}.png": row["image"]["bytes"] for row in good[3 * i : 3 * i + 3]}
         files |= {f"{row['text']}.txt": row["text"].encode() for row in good[3 * i : 3 * i + 3]}
-        with tarfile.open(folder / f"{i}.tar", "w") as tar:
-            for name, data in sorted(files.items()) + [("end.txt", b"end")]:
-                about = tarfile.TarInfo(name)
-                about.size = len(data)
-                tar.addfile(about, io.BytesIO(data))
+        write_tar(folder / f"{i}.tar", dict(sorted(files.items())) | {"end.txt": b"end"})
     return folder
 
 

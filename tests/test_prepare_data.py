@@ -7,7 +7,7 @@ import tracemalloc
 
 import datasets
 import pytest
-from conftest import command_line, load_script
+from conftest import command_line, load_script, write_tar
 from PIL import Image
 from pyarrow.parquet import read_table
 
@@ -65,7 +65,7 @@ def trained(sd15, tmp_path):
 
 
 def captions_of(folder):
-    """The captions in parquet shards; lists, which the trainers do not take yet, too."""
+    """The captions in parquet shards; lists too."""
     return [caption for file in sorted(folder.glob("*.parquet")) for caption in read_table(file)["text"].to_pylist()]
 
 
@@ -193,13 +193,8 @@ def test_what_datasets_opens(prepare, trained, pictures, tmp_path):
 
 def make_tar(path, samples):
     """A tar file of samples {ending: bytes}."""
-    with tarfile.open(path, "w") as tar:
-        for i, sample in enumerate(samples):
-            for ending, data in sample.items():
-                member = tarfile.TarInfo(f"{i:03}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return path
+    files = {f"{i:03}.{ending}": data for i, sample in enumerate(samples) for ending, data in sample.items()}
+    return write_tar(path, files)
 
 
 def test_tar_shards_of_others(prepare, trained, tmp_path):
