@@ -129,12 +129,8 @@ def parse_args(argv=None):
     parser.error = lambda message: fail(f"{message} (python infer.py --help lists every flag)")
 
     group = parser.add_argument_group("Model")
-    group.add_argument(
-        "--lora",
-        required=True,
-        metavar="PATH",
-        help="the LCM-LoRA: a .safetensors file, an output folder, a PEFT folder",
-    )
+    says = "the LCM-LoRA: a .safetensors file, an output folder, a PEFT folder"
+    group.add_argument("--lora", required=True, metavar="PATH", help=says)
     group.add_argument("--lcm_weight", "--lora_scale", type=strength, default=1.0, help="1 (default): as trained")
     group.add_argument(
         "--style_lora",
@@ -155,8 +151,10 @@ def parse_args(argv=None):
         help="of a base model in one file; default: what the header names, else the hub's",
     )
     group.add_argument("--variant", help="kind of weight files to take from the base model, e.g. fp16")
+    group.add_argument("--tiny_vae", metavar="FOLDER_OR_ID", help="an AutoencoderTiny in place of the base model's VAE")
     group.add_argument("--device", default="auto", help="auto (default: cuda, else mps, else cpu), or e.g. cuda:1")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: fp16 on cuda, else fp32")
+    group.add_argument("--compile", action="store_true", help="compile the UNet's blocks: slow at first, then faster")
 
     group = parser.add_argument_group("Picture")
     group.add_argument("--prompt", nargs="+", default=[], help="one or more, each in quotes")
@@ -243,7 +241,7 @@ def check_args(args, parser):
     drawing = "image controlnet steps scheduler seed num_images height width batch_size guidance_scale negative_prompt"
     # (flags, what they need to have an effect, its name)
     for names, effect, needed in (
-        (f"{drawing} compare output", prompts, "--prompt or --prompts_file"),
+        (f"{drawing} compare output compile", prompts, "--prompt or --prompts_file"),
         ("mask strength", args.image, "--image"),
         ("controlnet", args.control_image, "--control_image"),
         ("control_image controlnet_scale", args.controlnet, "--controlnet"),
@@ -356,9 +354,7 @@ def find_lora(name, flag="--lora"):
         for file in (path / WEIGHTS_NAME, path / PEFT_NAME, path / "unet" / PEFT_NAME):
             if file.is_file():
                 return file
-        others = sorted(
-            str(file.relative_to(path)) for depth in ("", "*/") for file in path.glob(f"{depth}*.safetensors")
-        )
+        others = sorted(str(f.relative_to(path)) for stem in ("*", "*/*") for f in path.glob(f"{stem}.safetensors"))
         hint = f", but {', '.join(others)}" if others else ""
         fail(f"{flag} {name}: no {WEIGHTS_NAME} or {PEFT_NAME} in this folder{hint}")
     if not path.is_file():
@@ -644,11 +640,23 @@ def pick_device(device, dtype):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"--device {device}: not usable here ({reason}); valid are auto, cpu, cuda, cuda:N, mps")
+        fail(f"--device {device}: not usable here ({reason(error)}); valid are auto, cpu, cuda, cuda:N, mps")
     if dtype == "auto":
         dtype = "fp16" if device.startswith("cuda") else "fp32"
     return device, getattr(torch, DTYPES[dtype])
+
+
+def check_compiler(device):
+    """torch.compile works for this device, and may compile as many kinds of calls as a UNet has."""
+    import torch
+
+    # SD has three widths, each called for one picture or more, with guidance or without, with LoRA or without.
+    torch._dynamo.config.recompile_limit = 64
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001 (a missing compiler shows as whatever it leads to; none is swallowed)
+        says = "torch.compile needs a C++ compiler on a CPU and Triton on CUDA"
+        fail(f"--compile does not work here ({reason(error)}); {says}")
 
 
 def local(name):
@@ -661,7 +669,7 @@ def reason(error):
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
-def open_file(file, config, dtype, match):
+def open_file(file, config, match, **more):
     """The pipeline of a checkpoint in one .safetensors file, in the key names of the original code."""
     import diffusers
     import torch
@@ -679,7 +687,7 @@ def open_file(file, config, dtype, match):
     advice = f"its configs are those of {config or 'the hub'}; --base_config names another folder or hub id"
     config = config and str(local(config) or config)
     try:
-        pipe = getattr(diffusers, kind).from_single_file(str(file), config=config, dtype=dtype)
+        pipe = getattr(diffusers, kind).from_single_file(str(file), config=config, **more)
     except Exception as error:  # noqa: BLE001 (hub, configs, and its converters raise whatever a strange file leads to)
         fail(f"base model {file} cannot be opened ({reason(error)}); {advice}")
     # Without a word diffusers drops what the configs do not describe, and leaves empty what the file does not hold.
@@ -690,9 +698,9 @@ def open_file(file, config, dtype, match):
     return pipe
 
 
-def load_pipeline(base, config, variant, device, dtype, match):
+def load_pipeline(base, config, variant, tiny_vae, device, dtype, match):
     """The base model as a text-to-image pipeline, from a folder, a file or the hub; `match` judges its layers' names."""
-    from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
+    from diffusers import AutoencoderTiny, AutoPipelineForText2Image, UNet2DConditionModel
 
     place, one_file = local(base), base.endswith(".safetensors")
     if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
@@ -702,10 +710,13 @@ def load_pipeline(base, config, variant, device, dtype, match):
         fail(f"base model {base}: a file must be a .safetensors one; pickled weights are not read")
     if not place:
         print(f"{base} is no folder here or beside infer.py: asking the model hub")
+    kinds = {"dtype": dtype}
+    if tiny_vae:  # the VAE is then not even read
+        kinds["vae"] = load_part(AutoencoderTiny, "tiny_vae", tiny_vae, dtype)
     if one_file:
-        pipe = open_file(place, config, dtype, match)
+        pipe = open_file(place, config, match, **kinds)
     else:
-        kinds = {"dtype": dtype, "variant": variant, "use_safetensors": True}
+        kinds |= {"variant": variant, "use_safetensors": True}
         try:
             pipe = AutoPipelineForText2Image.from_pretrained(str(place or base), **kinds)
         except Exception as error:  # noqa: BLE001 (hub, network, configs, weights: each library has its own; none is swallowed)
@@ -714,22 +725,39 @@ def load_pipeline(base, config, variant, device, dtype, match):
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "load_lora_weights"):
         fail(f"--base_model {base} is a {type(pipe).__name__}; valid are Stable Diffusion 1.x, 2.x and SDXL layouts")
     match(name for name, _ in pipe.unet.named_modules())
+    if tiny_vae:
+        check_tiny_vae(pipe, tiny_vae, place if not one_file else config and local(config))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_part(kind, flag, name, dtype):
+    """The model of the class `kind` that a flag names."""
+    place = str(local(name) or name)
+    try:
+        part, info = kind.from_pretrained(place, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # noqa: BLE001 (hub, network, configs, weights: each library has its own; none is swallowed)
+        fail(f"--{flag} {name} cannot be opened ({reason(error)}); valid are a diffusers folder or a hub id")
+    if info["missing_keys"] or info["unexpected_keys"]:
+        fail(f"--{flag} {name}: its weights are not those of {kind.__name__}")
+    return part
+
+
+def check_tiny_vae(pipe, name, folder):
+    """The tiny VAE is for latents of the base model's shape; the config of its VAE is in `folder` unless on the hub."""
+    channels, factor = pipe.unet.config.out_channels, pipe.vae_scale_factor
+    if folder and (config := folder / "vae" / "config.json").is_file():
+        factor = 2 ** (len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+    if (ours := (pipe.vae.config.latent_channels, pipe.vae_scale_factor)) != (channels, factor):
+        has = "latents of {} channels and a side of 1/{}"
+        fail(f"--tiny_vae {name} is for {has.format(*ours)}; the base model has {has.format(channels, factor)}")
 
 
 def load_controlnet(name, pipe):
     """A ControlNet that fits the base model, of its device and type."""
     from diffusers import ControlNetModel
 
-    place = local(name)
-    kinds = {"dtype": pipe.dtype, "use_safetensors": True, "output_loading_info": True}
-    try:
-        net, info = ControlNetModel.from_pretrained(str(place or name), **kinds)
-    except Exception as error:  # noqa: BLE001 (hub, network, configs, weights: each library has its own; none is swallowed)
-        fail(f"--controlnet {name} cannot be opened ({reason(error)}); valid are a diffusers folder or a hub id")
-    if info["missing_keys"] or info["unexpected_keys"]:
-        fail(f"--controlnet {name}: its weights are not those of a ControlNet")
+    net = load_part(ControlNetModel, "controlnet", name, pipe.dtype)
     for key in "cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block":
         if net.config[key] != pipe.unet.config[key]:
             says = f"of another layout than the base model: {key} is {net.config[key]}"
@@ -796,10 +824,11 @@ def batches(jobs, size):
     return [places[i : i + size] for places in kinds.values() for i in range(0, len(places), size)]
 
 
-def draw(pipe, args, pictures, jobs, steps, guidance, warm=True):
-    """Pictures and seconds an image, text encoding and VAE included; each picture has its own generator.
+def draw(pipe, args, pictures, jobs, steps, guidance, seen):
+    """Pictures, seconds an image with text encoding and VAE, and how many are timed; each picture has its own generator.
 
-    The first call of a process pays for allocations and kernel choice: if not `warm`, it is left out of several.
+    The first call of a process pays for allocations, kernel choice and compilation: batches of a kind that is not in
+    `seen` are left out, unless there are no others (0 are timed).
     """
     import torch
     from PIL import Image
@@ -830,9 +859,13 @@ def draw(pipe, args, pictures, jobs, steps, guidance, warm=True):
         if args.mask:  # the VAE does not give back to the bit what is to stay
             drawn = [Image.composite(image, given["image"], given["mask_image"]) for image in drawn]
         images |= zip(places, drawn)
-        times.append((time.perf_counter() - start, len(part)))
-    timed = times if warm else times[1:] or times
-    return [images[place] for place in range(len(jobs))], sum(t for t, _ in timed) / sum(n for _, n in timed)
+        # Pillow's pictures lie in main memory: the device has done its work.
+        kind = (len(part) == 1, height, width) if args.compile else "any"
+        times.append((time.perf_counter() - start, len(part), kind in seen))
+        seen.add(kind)
+    timed = [row for row in times if row[-1]]
+    seconds, count, _ = map(sum, zip(*timed or times))
+    return [images[place] for place in range(len(jobs))], seconds / count, count if timed else 0
 
 
 def save_fused(pipe, folder):
@@ -856,15 +889,17 @@ def save_fused(pipe, folder):
 
 def compare(pipe, args, pictures, jobs, schedulers, teacher_guidance):
     """All columns of the grid, each a dict with its pictures (a row a prompt), UNet passes and seconds an image."""
-    columns = []
+    columns, seen = [], set()
     for name, steps in args.plan:
         group, teacher = SCHEDULERS[name][2], name not in DISTILLED
         guidance = teacher_guidance if teacher else args.guidance_scale
         pipe.scheduler = schedulers[name]
         set_loras(pipe, args, lcm=not teacher)
-        if not columns:
-            draw(pipe, args, pictures, jobs[: args.batch_size], 1, guidance)  # not timed: the first call is slow
-        images, seconds = draw(pipe, args, pictures, jobs, steps, guidance)
+        if args.compile:
+            seen.clear()  # a LoRA or guidance that goes on or off is compiled anew
+        if not seen:
+            draw(pipe, args, pictures, jobs[: args.batch_size], 1, guidance, seen)  # not timed: the first call is slow
+        images, seconds, _ = draw(pipe, args, pictures, jobs, steps, guidance, seen)
         passes = int(steps * enough(args.strength, steps)) if args.image else steps
         column = {"group": group, "scheduler": name, "steps": steps, "guidance": guidance}
         column |= {"passes": passes * (2 if guidance > 1 else 1), "seconds": seconds}
@@ -918,15 +953,9 @@ def grid(columns, prompts, title):
             pen.text((first, band + line), f"guidance {column['guidance']:g}", faint, font)
         pen.rectangle((first, band + 2.2 * line, right, band + 2.2 * line + max(2, gap // 3)), colour)
     for x, column in zip(lefts, columns):
-        texts = (
-            [column["label"]]
-            if "label" in column
-            else [
-                plural(column["steps"], "step"),
-                plural(column["passes"], "UNet pass"),
-                f"{column['seconds']:.3g} s/image",
-            ]
-        )
+        counts = [("steps", "step"), ("passes", "UNet pass")]
+        texts = [plural(column[key], word) for key, word in counts if key in column]
+        texts += [column["label"]] if "label" in column else [f"{column['seconds']:.3g} s/image"]
         for row, text in enumerate(texts):
             place = (x + width / 2, band + round((2.6 + row) * line))
             pen.text(place, text, ink if row == 0 else faint, font, anchor="ma")
@@ -988,20 +1017,23 @@ def save(image, path, settings, chunks):
 
 def draw_all(pipe, args, pictures, jobs, schedulers, settings):
     """Each job in each number of steps, each picture a file with its settings."""
-    warm = len(args.plan) > 1
-    if warm:  # step counts are compared: none of them pays for the first call
+    seen, report = set(), []
+    if len(args.plan) > 1:  # step counts are compared: none of them pays for the first call
         pipe.scheduler = schedulers[args.plan[0][0]]
-        draw(pipe, args, pictures, jobs[: args.batch_size], 1, args.guidance_scale)
+        draw(pipe, args, pictures, jobs[: args.batch_size], 1, args.guidance_scale, seen)
     for name, steps in args.plan:
         pipe.scheduler = schedulers[name]
-        images, seconds = draw(pipe, args, pictures, jobs, steps, args.guidance_scale, warm)
+        images, seconds, count = draw(pipe, args, pictures, jobs, steps, args.guidance_scale, seen)
+        timed = f"{count} of {len(jobs)} timed, after a warm-up" if count else "with the warm-up: no batch came after it"
+        report.append(f"{plural(steps, 'step')}: {seconds:.3g} s a picture ({timed})")
         for index, (image, job) in enumerate(zip(images, jobs)):
             ending = (f"-{index}" if len(jobs) > 1 else "") + (f"-steps{steps}" if len(args.plan) > 1 else "")
             output = args.output.with_stem(args.output.stem + ending)
             one = settings | job._asdict() | {"scheduler": name, "steps": steps}
             one |= {"strength": enough(args.strength, steps)} if args.image else {}
             save(image, output, one, {"parameters": parameters(one)})
-            print(f"{output} ({seconds:.3g} s/image)")
+            print(output)
+    print(*report, sep="\n")
 
 
 def import_quietly():
@@ -1029,7 +1061,7 @@ def main(argv=None):
     import diffusers
 
     loras = {adapter: open_lora(file) for adapter, file in files.items()}  # damage is seen before a base is fetched
-    path, _, metadata = loras[ADAPTER]
+    path, metadata = loras[ADAPTER][0], loras[ADAPTER][2]
     base = args.base_model or metadata.get("base_model")
     if not base:
         fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
@@ -1049,14 +1081,18 @@ def main(argv=None):
     teacher_guidance = 1 + mean_omega if args.compare_guidance is None else args.compare_guidance
 
     device, dtype = pick_device(args.device, args.dtype)
+    if args.compile:
+        check_compiler(device)
     match = functools.partial(match_layout, loras, base)
-    pipe = load_pipeline(base, base_config, args.variant, device, dtype, match)
+    pipe = load_pipeline(base, base_config, args.variant, args.tiny_vae, device, dtype, match)
     jobs = with_sizes(jobs, args, pictures, pipe)
-    for adapter, lora in loras.items():
-        attach_lora(pipe, adapter, *lora, base)
+    for adapter in files:
+        attach_lora(pipe, adapter, *loras.pop(adapter), base)  # of which no second copy is kept
     set_loras(pipe, args)
     if not args.compare:
         fuse(pipe)
+    if args.compile:
+        pipe.unet.compile_repeated_blocks(dynamic=True)  # its transformer blocks, for pictures of every size
     drawing = with_pictures(pipe, args)
     schedulers = {name: make_scheduler(name, pipe.scheduler.config, original_steps) for name in SCHEDULERS}
     try:
@@ -1072,8 +1108,8 @@ def main(argv=None):
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
     settings["style_lora"] = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
     settings |= {"lora": str(path), "base_model": base, "device": device, "dtype": str(dtype).removeprefix("torch.")}
-    settings |= {"base_config": base_config, "original_inference_steps": original_steps}
-    settings |= {"diffusers": diffusers.__version__}
+    more = {"original_inference_steps": original_steps, "diffusers": diffusers.__version__}
+    settings |= {"base_config": base_config} | more
     if args.compare:
         columns = compare(drawing, args, pictures, jobs, schedulers, teacher_guidance)
         given = {"image": args.image, "mask": args.mask, "control": args.control_image}

@@ -1,6 +1,7 @@
 """What infer.py draws from pictures, prompt files and schedulers, in grids and fused, mostly on the demo's teachers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def test_controlnet_that_does_not_fit(kit, tmp_path):
     for folder, message in (
         (tmp_path / "small", "is of another layout than the base model: cross_attention_dim is 64, needed is 128"),
         (kit / "control-sdxl", "is of another layout than the base model: addition_embed_type is text_time, needed is"),
-        (DEMO["sd15"] / "unet", "its weights are not those of a ControlNet"),
+        (DEMO["sd15"] / "unet", "its weights are not those of ControlNetModel"),
         (tmp_path / "nowhere", "cannot be opened"),
     ):
         with pytest.raises(SystemExit, match=f"^error: --controlnet {folder}:? {message}") as caught:
@@ -321,22 +322,32 @@ def test_steps_list(kit, tmp_path, capsys):
     run(kit, tmp_path / "alone.png", "--steps", 3, prompt=("a cat", "a dog"))
     assert difference(tmp_path / "x-1-steps3.png", tmp_path / "alone-1.png") == 0
     assert settings(tmp_path / "x-0-steps1.png")["steps"] == 1
-    assert capsys.readouterr().out.count(" s/image)") == 6
+    assert re.findall(r"(.*): \S+ s a picture \((.*)\)", capsys.readouterr().out) == [
+        ("1 step", "2 of 2 timed, after a warm-up"),
+        ("3 steps", "2 of 2 timed, after a warm-up"),
+        ("3 steps", "with the warm-up: no batch came after it"),
+    ]
 
 
-def test_first_call_is_not_timed(monkeypatch):
-    """Of several batches the first is left out; a warm pipeline's are all counted; one alone counts."""
-    clock = iter([0, 10, 20, 21, 30, 32])
-    monkeypatch.setattr(infer.time, "perf_counter", lambda: next(clock))
-    result = type("Result", (), {"images": ["picture"]})
-    args = infer.parse_args(["--lora", "x", "--prompt", "a", "--batch_size", "1"])
-    pipe = type("Pipe", (), {"scheduler": None, "__call__": lambda *args, **kwargs: result})()
-    jobs = [infer.Job("a", None, 0, 64, 64)] * 3
-    assert infer.draw(pipe, args, {}, jobs, 1, 1, warm=False)[1] == (1 + 2) / 2
-    clock = iter([0, 10, 20, 21, 30, 32])
-    assert infer.draw(pipe, args, {}, jobs, 1, 1)[1] == (10 + 1 + 2) / 3
-    clock = iter([0, 10])
-    assert infer.draw(pipe, args, {}, jobs[:1], 1, 1, warm=False)[1] == 10
+def test_first_call_is_not_timed(monkeypatch, tmp_path, capsys):
+    """Of several batches the first is left out; a warm pipeline's are all counted; one alone counts, and it is said."""
+
+    def seconds(times, compiled=(), seen=(), sizes=(64, 64, 64)):
+        clock = iter([moment for i, passed in enumerate(times) for moment in (100 * i, 100 * i + passed)])
+        monkeypatch.setattr(infer.time, "perf_counter", lambda: next(clock))
+        args = infer.parse_args(["--lora", "x", "--prompt", "a", "--batch_size", "2", *compiled])
+        jobs = [infer.Job("a", None, 0, 64, width) for width in sizes]
+        return infer.draw(pipe, args, {}, jobs, 1, 1, set(seen))[1:]
+
+    pipe = type("Pipe", (), {"scheduler": None, "__call__": lambda self, prompts, **kwargs: Result(prompts)})()
+    Result = type("Result", (), {"__init__": lambda self, prompts: setattr(self, "images", prompts)})
+    assert seconds([10, 1]) == (1, 1)
+    assert seconds([10, 3, 1], sizes=(64,) * 5) == ((3 + 1) / 3, 3)
+    assert seconds([10, 2], seen=["any"]) == ((10 + 2) / 3, 3)
+    assert seconds([10], sizes=(64, 64)) == (10 / 2, 0)
+    # Compiled code is for a size, and for one picture or for several.
+    assert seconds([10, 5], ["--compile"]) == ((10 + 5) / 3, 0)
+    assert seconds([10, 2, 5, 8], ["--compile"], sizes=(64,) * 5 + (96,) * 2) == (2 / 2, 2)
 
 
 @pytest.mark.parametrize("family", DEMO)

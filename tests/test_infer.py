@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,8 @@ def test_draws_and_reports(tiny, tmp_path, capsys):
     run(folder, "--prompt", "a cat, big", "--output", tmp_path / "new" / "x.png", "--seed", 3)
     out = capsys.readouterr().out
     line = f"LoRA: {count} of {count} layers loaded (rank 8, alpha 4, trained from {folder / 'base'}, 600 steps)"
-    assert line in out and "x.png (" in out
+    assert line in out
+    assert re.search(r"x.png\n4 steps: \S+ s a picture \(with the warm-up: no batch came after it\)\n$", out)
     picture = Image.open(tmp_path / "new" / "x.png")
     assert picture.size == (32, 32)
     prompt, last = picture.text["parameters"].split("\n")
