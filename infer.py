@@ -1024,8 +1024,8 @@ def draw_all(pipe, args, pictures, jobs, schedulers, settings):
     for name, steps in args.plan:
         pipe.scheduler = schedulers[name]
         images, seconds, count = draw(pipe, args, pictures, jobs, steps, args.guidance_scale, seen)
-        timed = f"{count} of {len(jobs)} timed, after a warm-up" if count else "with the warm-up: no batch came after it"
-        report.append(f"{plural(steps, 'step')}: {seconds:.3g} s a picture ({timed})")
+        timed = f"{count} of {len(jobs)} timed, after a" if count else "no batch came after the"
+        report.append(f"{plural(steps, 'step')}: {seconds:.3g} s a picture ({timed} warm-up)")
         for index, (image, job) in enumerate(zip(images, jobs)):
             ending = (f"-{index}" if len(jobs) > 1 else "") + (f"-steps{steps}" if len(args.plan) > 1 else "")
             output = args.output.with_stem(args.output.stem + ending)

@@ -267,6 +267,116 @@ def test_one_copy_of_the_weights(kit):
     assert all(getattr(drawing, name) is getattr(pipe, name) for name in ("unet", "vae", "text_encoder"))
 
 
+def test_merged_loras_leave_the_weights_of_the_base_alone(kit, tmp_path, monkeypatch):
+    """While it draws, all tensors of the process are those of the base's own parts, in their places, and small ones."""
+    import gc
+
+    def memory():
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+
+    def parts(pipe):
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    seen, draw_all, fuse = {}, infer.draw_all, infer.fuse
+    monkeypatch.setattr(infer, "fuse", lambda pipe: seen.update(loaded=parts(pipe)) or fuse(pipe))
+    monkeypatch.setattr(
+        infer, "draw_all", lambda pipe, *rest: seen.update(parts=parts(pipe), all=memory()) or draw_all(pipe, *rest)
+    )
+    gc.collect()
+    before = memory()
+    run(kit, tmp_path / "x.png", "--style_lora", f"{kit / 'sd15.safetensors'}:0.1", "--lcm_weight", 0.5)
+    lora = sum(seen["loaded"].values()) - sum(seen["parts"].values())
+    assert (
+        lora > 2e6 and seen["parts"].items() <= seen["loaded"].items()
+    )  # two LoRAs are gone, the base is where it was
+    base = pipeline(kit, "Pipeline", lora=False)
+    assert sum(parts(base).values()) == sum(seen["parts"].values())
+    surplus = seen["all"].keys() - seen["parts"].keys() - before.keys()
+    assert sum(seen["all"][place] for place in surplus) < 1e6
+
+
+def make_tiny_vae(folder, factor=4, **settings):
+    """An AutoencoderTiny with random weights."""
+    from diffusers import AutoencoderTiny
+
+    blocks = {2: 2, 4: 3, 8: 4}[factor]
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8,) * blocks,
+        decoder_block_out_channels=(8,) * blocks,
+        num_encoder_blocks=(1,) * blocks,
+        num_decoder_blocks=(1,) * blocks,
+        **settings,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", DEMO)
+@pytest.mark.parametrize("given", [(), ("image",), ("image", "mask")], ids=["text", "img2img", "inpainting"])
+def test_tiny_vae(kit, tmp_path, monkeypatch, family, given):
+    """As diffusers draws with it, decoding and encoding; the base's VAE is not made at all."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    vae = make_tiny_vae(tmp_path / "vae")
+    files = {"image": kit / "apple.png", "mask": kit / "mask.png"}
+    flags = [word for name in given for word in (f"--{name}", files[name])]
+    full = run(kit, tmp_path / "full.png", *flags, family=family)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "__init__", lambda *args, **kwargs: pytest.fail("the VAE was made"))
+        path = run(kit, tmp_path / "x.png", "--tiny_vae", vae, *flags, family=family)
+    assert settings(path)["tiny_vae"] == str(vae) and difference(path, full) > 8
+    if given == ("image", "mask"):
+        black = (0, 0, 42, 64)
+        assert Image.open(path).crop(black).tobytes() == Image.open(full).crop(black).tobytes()
+        return
+    pipe = pipeline(kit, "Img2ImgPipeline" if given else "Pipeline", family, vae=AutoencoderTiny.from_pretrained(vae))
+    source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
+    more = {"image": source, "strength": 0.8} if given else {}
+    assert difference(path, call(pipe, tmp_path / "theirs.png", "a cat", **more)) <= 1
+
+
+def test_tiny_vae_in_fused_output(kit, tmp_path):
+    """It is saved in the VAE's place, and what is saved is a base to draw with."""
+    flags = ("--tiny_vae", make_tiny_vae(tmp_path / "vae"))
+    run(kit, None, *flags, "--fused_output", tmp_path / "fused", prompt=())
+    ours = run(kit, tmp_path / "ours.png", *flags)
+    fused = run(kit, tmp_path / "fused.png", "--base_model", tmp_path / "fused", "--lora_scale", 0)
+    assert difference(ours, fused) <= 3
+    assert json.loads((tmp_path / "fused" / "model_index.json").read_text())["vae"][1] == "AutoencoderTiny"
+
+
+def test_tiny_vae_that_does_not_fit(kit, tmp_path):
+    """One for other latents, and a folder that holds something else, are refused with one line."""
+    has = "the base model has latents of 4 channels and a side of 1/4"
+    for folder, message in (
+        (
+            make_tiny_vae(tmp_path / "sd3", latent_channels=16),
+            f"is for latents of 16 channels and a side of 1/4; {has}",
+        ),
+        (make_tiny_vae(tmp_path / "taesd", factor=8), f"is for latents of 4 channels and a side of 1/8; {has}"),
+        (DEMO["sd15"] / "vae", "its weights are not those of AutoencoderTiny"),
+        (DEMO["sd15"], "cannot be opened"),
+        (tmp_path / "nowhere", "cannot be opened .*; valid are a diffusers folder or a hub id"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: --tiny_vae {folder}:? {message}") as caught:
+            run(kit, tmp_path / "x.png", "--tiny_vae", folder)
+        assert "\n" not in str(caught.value) and not (tmp_path / "x.png").exists()
+
+
+def test_tiny_vae_is_not_read_from_pickle(kit, tmp_path):
+    """Weights in a .bin file are refused."""
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny.from_pretrained(make_tiny_vae(tmp_path / "vae")).save_pretrained(
+        tmp_path / "bin", safe_serialization=False
+    )
+    with pytest.raises(SystemExit, match="^error: --tiny_vae .*bin cannot be opened"):
+        run(kit, tmp_path / "x.png", "--tiny_vae", tmp_path / "bin")
+
+
 def test_strength_is_raised_to_one_step(kit, tmp_path, capsys):
     """0.1 x 4 steps would draw nothing: it becomes 0.25, with a word; at every number of steps one step is taken."""
     flags = ("--image", kit / "apple.png", "--strength")
@@ -325,7 +435,7 @@ def test_steps_list(kit, tmp_path, capsys):
     assert re.findall(r"(.*): \S+ s a picture \((.*)\)", capsys.readouterr().out) == [
         ("1 step", "2 of 2 timed, after a warm-up"),
         ("3 steps", "2 of 2 timed, after a warm-up"),
-        ("3 steps", "with the warm-up: no batch came after it"),
+        ("3 steps", "no batch came after the warm-up"),
     ]
 
 
@@ -548,6 +658,7 @@ def test_bad_prompts_file(kit, tmp_path, line, message):
         ("--fused_output text.txt", "--fused_output text.txt: must be a new or an empty folder"),
         ("--fused_output .", "--fused_output .: must be a new or an empty folder"),
         ("--fused_output new --compare", "--compare has no effect without --prompt or --prompts_file"),
+        ("--fused_output new --compile", "--compile has no effect without --prompt or --prompts_file"),
         ("--fused_output new --steps 2", "--steps has no effect without --prompt or --prompts_file"),
         ("--fused_output new --image picture.png", "--image has no effect without --prompt or --prompts_file"),
     ],

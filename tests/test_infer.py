@@ -130,7 +130,7 @@ def test_draws_and_reports(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     line = f"LoRA: {count} of {count} layers loaded (rank 8, alpha 4, trained from {folder / 'base'}, 600 steps)"
     assert line in out
-    assert re.search(r"x.png\n4 steps: \S+ s a picture \(with the warm-up: no batch came after it\)\n$", out)
+    assert re.search(r"x.png\n4 steps: \S+ s a picture \(no batch came after the warm-up\)\n$", out)
     picture = Image.open(tmp_path / "new" / "x.png")
     assert picture.size == (32, 32)
     prompt, last = picture.text["parameters"].split("\n")
@@ -169,6 +169,81 @@ def test_a_picture_does_not_depend_on_its_batch(tiny, tmp_path):
     run(folder, "--prompt", "b", "--seed", 3, "--output", tmp_path / "last.png")
     assert difference(tmp_path / "last.png", tmp_path / "3" / "x-3.png") <= 1
     assert difference(tmp_path / "3" / "x-2.png", tmp_path / "3" / "x-3.png") > 8
+
+
+def test_prompts_are_drawn_together(tiny, tmp_path, monkeypatch):
+    """Five prompts at --batch_size 2 are three calls of the UNet in one step: 2, 2 and 1 pictures."""
+    from diffusers import UNet2DConditionModel
+
+    sizes, forward = [], UNet2DConditionModel.forward
+    monkeypatch.setattr(
+        UNet2DConditionModel, "forward", lambda self, x, *a, **k: sizes.append(len(x)) or forward(self, x, *a, **k)
+    )
+    flags = ("--steps", 1, "--batch_size", 2, "--output", tmp_path / "x.png")
+    run(tiny[0], "--prompt", *"abcde", *flags)
+    assert sizes == [2, 2, 1]
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing is compiled yet in this process, and what the test compiles is forgotten; counts the graphs."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def test_compile(tmp_path, capsys, fresh_compiler):
+    """Compiled blocks draw what uncompiled ones do, to 2 levels of 255."""
+    from diffusers import UNet2DConditionModel
+
+    make_base(tmp_path / "base", (32, 32))  # of one width: one kind of block
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "base", subfolder="unet")
+    make_lora(unet, tmp_path / "lora.safetensors", tmp_path / "base")
+    for name, flags in ("plain", ()), ("compiled", ("--compile",)):
+        flags += ("--prompt", "a cat", "a dog", "--output", tmp_path / f"{name}.png")
+        run(tmp_path, *flags, lora="lora.safetensors")
+        assert fresh_compiler() == (0 if name == "plain" else 2)  # a check of the compiler, one code for all blocks
+    for index in range(2):
+        assert difference(tmp_path / f"plain-{index}.png", tmp_path / f"compiled-{index}.png") <= 2
+    assert capsys.readouterr().err == ""
+
+
+def test_compile_in_a_grid(tiny, tmp_path, monkeypatch, fresh_compiler):
+    """Compiled code follows the LoRA that goes on and off; here it is not lowered to C++, which takes most of the time."""
+    from diffusers import UNet2DConditionModel
+
+    cells, grid, compile_blocks = [], infer.grid, UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(infer, "grid", lambda columns, *rest: cells.append(columns) or grid(columns, *rest))
+    monkeypatch.setattr(
+        UNet2DConditionModel, "compile_repeated_blocks", lambda *a, **k: compile_blocks(*a, **k, backend="aot_eager")
+    )
+    flags = ("--prompt", "a cat", "--compare", "--scheduler", "lcm", "ddim", "tcd", "--steps", 2)
+    for compiled in (), ("--compile",):
+        run(tiny[0], *flags, "--output", tmp_path / "grid.png", *compiled)
+    assert fresh_compiler() > 4
+    for columns in zip(*cells):
+        for name, column in zip(("plain", "compiled"), columns):
+            column["images"][0].save(tmp_path / f"{column['scheduler']}-{name}.png")
+    for name in "lcm", "ddim", "tcd":
+        assert difference(tmp_path / f"{name}-plain.png", tmp_path / f"{name}-compiled.png") <= 2
+    assert difference(tmp_path / "lcm-compiled.png", tmp_path / "ddim-compiled.png") > 8
+
+
+def test_compile_without_a_compiler(tiny, tmp_path, monkeypatch, fresh_compiler):
+    """One line, which names the flag, before a base is read."""
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    monkeypatch.setattr(infer, "load_pipeline", lambda *args: pytest.fail("the base was read"))
+    with pytest.raises(
+        SystemExit, match="^error: --compile does not work here .*no-such-compiler.* needs a C"
+    ) as caught:
+        run(tiny[0], "--prompt", "a", "--compile", "--output", tmp_path / "x.png")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_file_may_have_moved(tiny, tmp_path, monkeypatch):
@@ -216,7 +291,7 @@ def test_defect_2_mixed_naming_loads_completely(tiny, tmp_path, capsys):
     for name in ("mixed", "one"):
         flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / f"{name}.png", "--base_model", folder / "base")
         run(tmp_path, *flags, lora=f"{name}.safetensors")
-    mixed, _, one, _ = capsys.readouterr().out.splitlines()
+    mixed, one = (line for line in capsys.readouterr().out.splitlines() if line.startswith("LoRA"))
     with safe_open(tmp_path / "mixed.safetensors", "pt") as file:
         old, peft = (sum(word in key for key in file.keys()) for word in ("lora.down", "lora_A"))  # noqa: SIM118
     assert old and peft and old + peft == count
