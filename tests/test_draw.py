@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, ImageChops, ImageDraw
-from test_infer import difference, infer, make_lora
+from test_infer import difference, infer, make_lora, make_tiny_vae
 
 DEMO = {family: ROOT / "demo" / f"teacher-{family}" for family in ("sd15", "sdxl")}
 NAMES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
@@ -296,22 +296,6 @@ def test_merged_loras_leave_the_weights_of_the_base_alone(kit, tmp_path, monkeyp
     assert sum(parts(base).values()) == sum(seen["parts"].values())
     surplus = seen["all"].keys() - seen["parts"].keys() - before.keys()
     assert sum(seen["all"][place] for place in surplus) < 1e6
-
-
-def make_tiny_vae(folder, factor=4, **settings):
-    """An AutoencoderTiny with random weights."""
-    from diffusers import AutoencoderTiny
-
-    blocks = {2: 2, 4: 3, 8: 4}[factor]
-    torch.manual_seed(0)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8,) * blocks,
-        decoder_block_out_channels=(8,) * blocks,
-        num_encoder_blocks=(1,) * blocks,
-        num_decoder_blocks=(1,) * blocks,
-        **settings,
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", DEMO)

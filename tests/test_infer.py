@@ -98,6 +98,22 @@ def make_lora(unet, path, base, rank=8, alpha=4, **header):
     return len(tensors) // 3
 
 
+def make_tiny_vae(folder, factor=4, **settings):
+    """An AutoencoderTiny with random weights."""
+    from diffusers import AutoencoderTiny
+
+    blocks = {2: 2, 4: 3, 8: 4}[factor]
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8,) * blocks,
+        decoder_block_out_channels=(8,) * blocks,
+        num_encoder_blocks=(1,) * blocks,
+        num_decoder_blocks=(1,) * blocks,
+        **settings,
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A base, a base with other widths, and a LoRA of the first in a training output folder."""
@@ -212,7 +228,10 @@ def test_compile(tmp_path, capsys, fresh_compiler):
 
 
 def test_compile_in_a_grid(tiny, tmp_path, monkeypatch, fresh_compiler):
-    """Compiled code follows the LoRA that goes on and off; here it is not lowered to C++, which takes most of the time."""
+    """Compiled code follows the LoRA that goes on and off, and each column is timed after it was compiled.
+
+    Here it is not lowered to C++, which takes most of the time.
+    """
     from diffusers import UNet2DConditionModel
 
     cells, grid, compile_blocks = [], infer.grid, UNet2DConditionModel.compile_repeated_blocks
@@ -220,10 +239,12 @@ def test_compile_in_a_grid(tiny, tmp_path, monkeypatch, fresh_compiler):
     monkeypatch.setattr(
         UNet2DConditionModel, "compile_repeated_blocks", lambda *a, **k: compile_blocks(*a, **k, backend="aot_eager")
     )
+    steps, draw = [], infer.draw
+    monkeypatch.setattr(infer, "draw", lambda *args: steps.append(args[4]) or draw(*args))
     flags = ("--prompt", "a cat", "--compare", "--scheduler", "lcm", "ddim", "tcd", "--steps", 2)
     for compiled in (), ("--compile",):
         run(tiny[0], *flags, "--output", tmp_path / "grid.png", *compiled)
-    assert fresh_compiler() > 4
+    assert fresh_compiler() > 4 and steps == [1, 2, 2, 2] + [1, 2] * 3
     for columns in zip(*cells):
         for name, column in zip(("plain", "compiled"), columns):
             column["images"][0].save(tmp_path / f"{column['scheduler']}-{name}.png")
@@ -464,6 +485,21 @@ def test_base_in_one_file(layouts, tmp_path, monkeypatch, layout):
     assert difference(tmp_path / "folder.png", tmp_path / "file.png") <= 1
     settings = json.loads(Image.open(tmp_path / "file.png").text["infer_args"])
     assert (settings["base_model"], settings["base_config"]) == (file.name, folder.name)
+
+
+def test_tiny_vae_with_a_base_in_one_file(layouts, tmp_path, monkeypatch):
+    """The file's own VAE is not made; the picture is that of the folder."""
+    from diffusers import AutoencoderKL
+
+    folder, file, lora = layouts["sd15"]
+    monkeypatch.setattr(AutoencoderKL, "__init__", lambda *args, **kwargs: pytest.fail("the VAE was made"))
+    flags = ("--prompt", "a", "--tiny_vae", make_tiny_vae(tmp_path / "vae"), "--output")
+    run(folder, *flags, tmp_path / "folder.png", "--base_model", folder, lora=lora.name)
+    run(folder, *flags, tmp_path / "file.png", "--base_model", file, "--base_config", folder, lora=lora.name)
+    assert difference(tmp_path / "folder.png", tmp_path / "file.png") <= 1
+    wrong = make_tiny_vae(tmp_path / "wrong", factor=8)
+    flags = ("--tiny_vae", wrong, "--base_model", file, "--base_config", folder)
+    refused(lora, f"--tiny_vae {wrong} is for latents of 4 channels and a side of 1/8; ", tmp_path / "x.png", *flags)
 
 
 def test_layout_by_names(layouts):
