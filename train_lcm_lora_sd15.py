@@ -159,6 +159,7 @@ def parse_args(argv=None):
     add("--lora_dropout", type=share, default=0.0, help="dropout in front of the LoRA layers, 0..1")
     add("--lora_target_modules", default=TARGET_MODULES, help="name endings of the layers that get a LoRA")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a fifth more time")
+    add("--quantize_base", choices=["nf4", "int8"], help="the base's linear layers in 4 or 8 bits, the LoRA in float32")
 
     add = parser.add_argument_group("Data").add_argument
     add("--train_data_dir", help="folder of pictures with metadata.jsonl or metadata.csv (file_name, text)")
@@ -204,6 +205,7 @@ def parse_args(argv=None):
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how the learning rate changes")
     add("--lr_warmup_steps", type=number(int, 0), default=0, help="steps of warm-up, for schedulers that have one")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit state")
+    add("--paged_adam", action="store_true", help="with it: state moves to the host where the GPU runs short of memory")
     add("--adam_beta1", type=share, default=0.9)
     add("--adam_beta2", type=share, default=0.999)
     add("--adam_weight_decay", type=number(float, 0), default=0.0)
@@ -214,6 +216,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("Runtime").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate` is configured for")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs")
+    add("--torch_compile", action="store_true", help="compile the transformer blocks; the first steps take longer")
     add("--max_train_hours", type=positive, help="then save and stop, as on SIGTERM")
     add("--seed", type=number(int, 0), default=0, help="everything random is a function of it")
 
@@ -259,6 +262,8 @@ def parse_args(argv=None):
         fail("--cache_only: nothing to cache; give --cache_latents, --cache_text_embeddings or both")
     if args.streaming and (args.cache_latents or args.cache_text_embeddings):
         fail("--streaming: its records have no number to find them by in a cache; leave out one of the two")
+    if args.paged_adam and not args.use_8bit_adam:
+        fail("--paged_adam: only 8-bit state can be paged; give --use_8bit_adam too")
     if args.streaming and args.max_train_steps is None:
         fail("--streaming: nobody knows how long an epoch is; give --max_train_steps")
     return args
@@ -743,9 +748,31 @@ def load_teacher(args, dtype, cached=()):
     return open_teacher(StableDiffusionPipeline, {"unet", "text_encoder"}, args, dtype, cached, **options)
 
 
+def quantize_linears(unet, kind):
+    """Put the frozen linear layers of the UNet's transformers into 4 bits (NF4) or 8; they are quantized as they move."""
+    import bitsandbytes
+
+    nn, dtype = bitsandbytes.nn, unet.dtype
+    for path, old in list(unet.named_modules()):
+        if not isinstance(old, torch.nn.Linear) or ".attentions." not in path:
+            continue
+        size = old.in_features, old.out_features, old.bias is not None
+        if kind == "nf4":
+            new = nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4", device="meta")
+            new.weight = nn.Params4bit(old.weight.data, False, quant_type="nf4", module=new)
+        else:
+            new = nn.Linear8bitLt(*size, has_fp16_weights=False, device="meta")
+            new.weight = nn.Int8Params(old.weight.data, False, has_fp16_weights=False)
+        new.bias = old.bias
+        unet.set_submodule(path, new)  # in training mode: else it would repack the shared weights on some CPUs
+
+
 def share_weights(unet):
     """Another UNet object over the very same Parameter and buffer objects: what is added to one is not in the other."""
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in [*unet.parameters(), *unet.buffers()]})
+    shared = [*unet.parameters(), *unet.buffers()]
+    for module in unet.modules():  # the scales of quantized ones
+        shared += [vars(module)[name] for name in ("quant_state", "state") if vars(module).get(name)]
+    return copy.deepcopy(unet, {id(thing): thing for thing in shared})
 
 
 def attach_lora(unet, args):
@@ -757,6 +784,29 @@ def attach_lora(unet, args):
         unet.add_adapter(peft.LoraConfig(target_modules=targets, **strength))
     cast_training_params(unet, dtype=torch.float32)
     return unet
+
+
+def make_student(pipe, args, device, waiting=()):
+    """Freeze the teacher's models and put them on the device, save `waiting` ones; the student: its UNet with a LoRA."""
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            # convolutions are faster with the channels last
+            part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+            if name == "unet" and args.quantize_base:
+                quantize_linears(part, args.quantize_base)
+            part.float() if name in waiting else part.to(device)
+    if args.quantize_base == "int8":
+        for module in pipe.unet.modules():
+            if hasattr(module, "init_8bit_state"):
+                module.init_8bit_state()  # takes the scales from the weight, so only once
+    student = attach_lora(share_weights(pipe.unet), args).to(memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if args.torch_compile:
+        torch._dynamo.config.recompile_limit = 32  # widths of the blocks x teacher, target, student; else it gives up
+        for unet in (pipe.unet, student):
+            unet.compile_repeated_blocks()  # one code for all blocks of a width: seconds, not minutes
+    return student
 
 
 @torch.no_grad()
@@ -1066,7 +1116,8 @@ def save_lora(pipe, teacher, student, folder, args, step):
     file, peft_folder = folder / LORA_FILE, folder / "unet"
     kohya, prefixed = {}, {}
     for path, (a, b, _) in layers.items():
-        a, b, key = a.detach().cpu(), b.detach().cpu(), "lora_unet_" + path.replace(".", "_")
+        a, b = (weight.detach().cpu().contiguous() for weight in (a, b))
+        key = "lora_unet_" + path.replace(".", "_")
         kohya |= {f"{key}.lora_down.weight": a.to(dtype), f"{key}.lora_up.weight": b.to(dtype)}
         kohya[f"{key}.alpha"] = torch.tensor(float(args.lora_alpha))
         prefixed |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
@@ -1368,13 +1419,15 @@ def make_accelerator(args):
 
 def make_optimizer(parameters, args):
     """AdamW over the LoRA weights, and its learning-rate schedule counted in optimizer steps."""
-    kind = torch.optim.AdamW
+    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    settings["betas"] = args.adam_beta1, args.adam_beta2
     if args.use_8bit_adam:
         import bitsandbytes
 
-        kind = bitsandbytes.optim.AdamW8bit
-    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    optimizer = kind(parameters, betas=(args.adam_beta1, args.adam_beta2), **settings)
+        with or_fail("--paged_adam: it does not work here", "it needs a CUDA GPU; leave it out"):
+            optimizer = bitsandbytes.optim.AdamW8bit(parameters, is_paged=args.paged_adam, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
 
 
@@ -1438,15 +1491,10 @@ def train(args):
     schedule = NoiseSchedule(pipe.scheduler.config, device)
     if args.num_ddim_timesteps > len(schedule.alpha):
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {len(schedule.alpha)} timesteps")
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-            part.float() if name in cached else part.to(device)  # a VAE that only draws validation pictures: on the CPU
-    student = attach_lora(share_weights(teacher), args)
+    base_size = teacher.num_parameters()
+    student = make_student(pipe, args, device, cached)  # cached, a VAE only draws validation pictures, on the CPU
     if source := resumed or args.lora_path:
         load_lora(pipe, teacher, student, source, "--resume_from_checkpoint" if resumed else "--lora_path")
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
     trained = [p for p in student.parameters() if p.requires_grad]
 
     # Data: an endless seeded stream, cut into global batches of G pictures
@@ -1485,7 +1533,7 @@ def train(args):
         if ema:
             ema.to(device)
 
-    sizes = [f"{count / 1e6:.2f}M parameters" for count in (teacher.num_parameters(), sum(p.numel() for p in trained))]
+    sizes = [f"{count / 1e6:.2f}M parameters" for count in (base_size, sum(p.numel() for p in trained))]
     accelerator.print(f"teacher: {args.pretrained_teacher_model}, {sizes[0]}, {dtype}")
     accelerator.print(f"LoRA: {len(lora_layers(target))} layers of rank {args.lora_rank}, {sizes[1]}")
     batch_size = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {world} processes"

@@ -90,7 +90,7 @@ def test_requirements_are_pinned():
 
 @pytest.mark.parametrize("program", TRAINERS)
 def test_trainers_are_short(program):
-    assert len((ROOT / program).read_text().splitlines()) <= 1600
+    assert len((ROOT / program).read_text().splitlines()) <= 1650
     step = definition(program, "distillation_loss")
     body = step.body[1] if ast.get_docstring(step) else step.body[0]
     assert step.end_lineno - body.lineno + 1 <= 40
