@@ -1424,8 +1424,9 @@ def make_optimizer(parameters, args):
     if args.use_8bit_adam:
         import bitsandbytes
 
-        with or_fail("--paged_adam: it does not work here", "it needs a CUDA GPU; leave it out"):
-            optimizer = bitsandbytes.optim.AdamW8bit(parameters, is_paged=args.paged_adam, **settings)
+        if args.paged_adam and parameters[0].device.type != "cuda":
+            fail("--paged_adam: there is no GPU whose memory could run short; leave it out")
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters, is_paged=args.paged_adam, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)

@@ -419,7 +419,6 @@ def test_flag_changes_the_losses(train, plain, flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"vae_encode_batch_size": 1},
         {"dataloader_num_workers": 2},
         {"logging_steps": 1},
         {"validation_prompts": ["rain"], "validation_steps": 2},

@@ -1,0 +1,99 @@
+"""What makes a step faster or smaller leaves the maths alone: losses of 20 steps beside those of the plain float32 path."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMOOTH, same, series
+
+STEPS = SMOOTH | {"max_train_steps": 20, "lora_rank": 32, "center_crop": True}
+COMPILED = {"torch_compile": True}
+# {option: (its flags, the largest relative difference of a loss that it may make)}
+OPTIONS = {
+    "vae_encode_batch_size": ({"vae_encode_batch_size": 1}, 1e-5),
+    "caches": ({"cache_latents": True, "cache_text_embeddings": True}, 1e-5),
+    "torch_compile": (COMPILED, 1e-5),
+    "torch_compile, checkpointing": (COMPILED | {"gradient_checkpointing": True}, 1e-5),
+    "use_8bit_adam": ({"use_8bit_adam": True}, 1e-3),
+    "int8": ({"quantize_base": "int8"}, 0.01),
+    "bf16": ({"mixed_precision": "bf16"}, 0.05),
+    "nf4": ({"quantize_base": "nf4"}, 0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(train_xl):
+    return train_xl(**STEPS)
+
+
+def distance(a, b):
+    """The largest relative difference of a loss between two runs."""
+    return abs(np.array(series(a)) / series(b) - 1).max()
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(name, marks=pytest.mark.slow if name == "torch_compile" else ()) for name in OPTIONS]
+)
+def test_option_leaves_the_losses(train_xl, plain, option, tmp_path):
+    flags, tolerance = OPTIONS[option]
+    torch._dynamo.reset()  # or the blocks would be those of another test
+    before = torch._dynamo.utils.counters["stats"]["calls_captured"]
+    assert 0 < distance(train_xl(**STEPS, cache_dir=tmp_path, **flags), plain) < tolerance
+    compiled = torch._dynamo.utils.counters["stats"]["calls_captured"] > before
+    assert compiled == ("torch_compile" in flags)
+
+
+def test_channels_last_leaves_the_losses(train_xl, plain, monkeypatch):
+    monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
+    assert 0 < distance(train_xl(**STEPS), plain) < 1e-5
+
+
+def test_fused_adam_leaves_the_losses(train_xl, plain, monkeypatch):
+    adam = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, fused, **settings: adam(parameters, **settings))
+    assert 0 < distance(train_xl(**STEPS), plain) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_base(sdxl, xl_teacher, kind):
+    """Teacher and student share one base, of which just the transformers' linear layers are in 4 or 8 bits."""
+    words = ["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x", "--quantize_base", kind]
+    args = sdxl.parse_args(words)
+    pipe = sdxl.load_teacher(args, torch.float32)
+    before = copy.deepcopy(pipe.unet)
+    student = sdxl.make_student(pipe, args, torch.device("cpu"))
+    old, new, theirs = (dict(unet.named_modules()) for unet in (before, pipe.unet, student))
+    linears = {path for path, module in old.items() if isinstance(module, torch.nn.Linear)}
+    quantized = {path for path, module in new.items() if getattr(module, "weight", None) is not None
+                 and not module.weight.is_floating_point()}  # fmt: skip
+    assert quantized == {path for path in linears if ".attentions." in path} and len(quantized) > 20
+    for path in quantized:
+        base = getattr(theirs[path], "base_layer", theirs[path])
+        assert base.weight is new[path].weight
+        assert getattr(base, "state", None) is getattr(new[path], "state", None)
+        assert new[path].weight.numel() == old[path].weight.numel() / (2 if kind == "nf4" else 1)
+    kept = {id(p) for p in pipe.unet.parameters()}
+    assert all(id(p) in kept or p.dtype == torch.float32 and p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_run_resumes(train, train_xl, layout, kind):
+    """Checkpoints of a run on a quantized base go on to the bit."""
+    train = {"sd15": train, "sdxl": train_xl}[layout]
+    flags = {"quantize_base": kind, "checkpointing_steps": 2}
+    whole = train(**flags)
+    half = train(**flags, resume_from_checkpoint=whole / "checkpoint-2")
+    assert same(whole, half)
+
+
+def test_paged_adam_needs_8_bits(sd15, sdxl):
+    for trainer in (sd15, sdxl):
+        with pytest.raises(SystemExit, match="error: --paged_adam: .*--use_8bit_adam"):
+            trainer.parse_args(["--pretrained_teacher_model", "m", "--train_data_dir", "d", "--paged_adam"])
+
+
+def test_paged_adam_needs_a_gpu(train):
+    with pytest.raises(SystemExit, match="error: --paged_adam: .*GPU"):
+        train(use_8bit_adam=True, paged_adam=True)
