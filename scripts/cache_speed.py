@@ -30,6 +30,7 @@ def parse_args(argv=None):
     add("--pairs", type=int, default=5)
     add("--steps", type=int, default=20, help="optimizer steps that are timed in a run")
     add("--batch_size", type=int, default=16)
+    add("--lora_rank", type=int, default=8, help="8 is to the demo's width what 64 is to that of SD 1.5 and SDXL")
     add("--at_least", type=float, default=1.3, help="gain of the median pair that exit code 0 stands for")
     return parser.parse_args(argv)
 
@@ -45,7 +46,7 @@ def run(args, folder, *flags):
         ROOT / "demo/data",
     ]
     command += ["--train_batch_size", args.batch_size, "--max_train_steps", WARM_UP + args.steps, "--output_dir", out]
-    command += ["--center_crop", "--cache_dir", Path(folder, "cache"), *flags]
+    command += ["--lora_rank", args.lora_rank, "--center_crop", "--cache_dir", Path(folder, "cache"), *flags]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -60,7 +61,8 @@ def main(argv=None):
     args = parse_args(argv)
     caches = ["--cache_latents", "--cache_text_embeddings"]
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, demo/teacher-{args.family}", flush=True
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, demo/teacher-{args.family}, rank {args.lora_rank}",
+        flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         run(args, folder, *caches, "--cache_only")

@@ -1,11 +1,12 @@
 """What makes a step faster or smaller leaves the maths alone: losses of 20 steps beside those of the plain float32 path."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMOOTH, same, series
+from conftest import ROOT, SMOOTH, run, same, series
 
 STEPS = SMOOTH | {"max_train_steps": 20, "lora_rank": 32, "center_crop": True}
 COMPILED = {"torch_compile": True}
@@ -97,3 +98,20 @@ def test_paged_adam_needs_8_bits(sd15, sdxl):
 def test_paged_adam_needs_a_gpu(train):
     with pytest.raises(SystemExit, match="error: --paged_adam: .*GPU"):
         train(use_8bit_adam=True, paged_adam=True)
+
+
+@pytest.mark.slow
+def test_compare_speed(xl_teacher, pictures, tmp_path):
+    """Runs in turn with a reference that sleeps in each step: ours is the faster."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        f"import runpy, sys, time\nimport accelerate\nbackward = accelerate.Accelerator.backward\n"
+        f"accelerate.Accelerator.backward = lambda *words: (time.sleep(2), backward(*words))\n"
+        f"sys.argv += ['--logging_steps', '1']\nrunpy.run_path({str(ROOT / 'train_lcm_lora_sdxl.py')!r}, run_name='__main__')\n"
+    )
+    words = ["--reference", slow, "--teacher", xl_teacher, "--dataset_name", pictures, "--resolution", 32, "--batch", 2]
+    done = run(sys.executable, "scripts/compare_speed.py", *words, "--pairs", 1, "--steps", 2, "--lora_rank", 4)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
+    done = run(sys.executable, "scripts/compare_speed.py", "--reference", "nothing.py")
+    assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
