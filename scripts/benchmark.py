@@ -117,7 +117,7 @@ def matrix_rate(precision):
     )
     a, times = torch.randn(size, size, device=device).to(dtype), []
     torch.set_float32_matmul_precision("highest")
-    for _ in range(20):
+    while len(times) < 20 and sum(times) < 2:
         synchronize()
         start = time.perf_counter()
         a @ a
@@ -274,7 +274,7 @@ def parse_args(argv=None):
     if clash := [names for names in sets if {"nf4", "int8"} <= {*names}]:
         fail(f"--options {'+'.join(clash[0])}: the base is in 4 bits or in 8; give one of nf4 and int8")
     # The fewest first, so that what a cell is compared with is there before it
-    args.sets = sorted({tuple(name for name in OPTIONS if name in names) for names in [[], *sets]}, key=len)
+    args.sets = sorted(dict.fromkeys(tuple(o for o in OPTIONS if o in names) for names in [[], *sets]), key=len)
     return args
 
 
@@ -286,8 +286,9 @@ def main(argv=None):
         return serve(args.model, resolution, cell)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     flops = {cached: count_flops(args.model, args.resolution, cached) for cached in {"caches" in s for s in args.sets}}
-    rates = {precision: matrix_rate(precision) for precision in args.precision}
     results = measure(args, [*itertools.product(args.batch, args.precision, args.sets)])
+    rates = {cell[1]: 0 for cell, result in results.items() if "error" not in result}  # others may be no precision here
+    rates = {precision: matrix_rate(precision) for precision in rates}
     rows = [*table_rows(results, flops, rates)]
     print(write_report(args, sys.argv[1:] if argv is None else argv, rows, rates))
     return int(any(result.get("error", "out of memory") != "out of memory" for result in results.values()))

@@ -37,11 +37,11 @@ COMPUTED_BATCHES = 1, 8, 32  # between them memory is at most on the straight li
 TABLE = {"SD 1.5": ("sd15", 512), "SD 2.1": ("sd21", 768), "SSD-1B": ("ssd1b", 1024), "SDXL": ("sdxl", 1024)}
 LADDER = [
     ("caches",),
-    ("caches", "use_8bit_adam"),
     ("caches", "gradient_checkpointing"),
     ("caches", "gradient_checkpointing", "use_8bit_adam"),
     ("caches", "gradient_checkpointing", "use_8bit_adam", "nf4"),
 ]
+SHORT = {"gradient_checkpointing": "gc", "use_8bit_adam": "8bit", "nf4": "nf4"}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -206,16 +206,15 @@ def report(parts):
 
 
 def choose(curves, card):
-    """The options and the batch for a card of `card` GB, or None; `curves`: {options: {batch: bytes}}."""
+    """(options, largest batch) for a card of `card` GB, a batch of 0 where nothing fits; `curves`: {options: {batch: bytes}}.
 
-    def largest(options):
-        sizes = curves[options]
-        room = card * 1e9 - ALLOWANCE
-        return max((batch for batch in BATCHES if interpolate(sizes, batch) <= room), default=0)
-
-    best = [(options, largest(options)) for options in LADDER]
-    enough = [(options, batch) for options, batch in best if batch >= ENOUGH]
-    return next(iter(enough), None) or next(((o, b) for o, b in best if b == max(n for _, n in best)), None)
+    The fastest options that leave room for a batch of 4; where none do, those with the largest batch, the fastest first.
+    """
+    room = card * 1e9 - ALLOWANCE
+    best = [
+        (options, max([0, *(b for b in BATCHES if interpolate(sizes, b) <= room)])) for options, sizes in curves.items()
+    ]
+    return next((found for found in best if found[1] >= ENOUGH), max(best, key=lambda found: found[1]))
 
 
 def interpolate(sizes, batch):
@@ -225,12 +224,9 @@ def interpolate(sizes, batch):
     return sizes[below] + share * (sizes[above] - sizes[below])
 
 
-def cell(chosen):
-    """A cell of the table: `4 gc nf4 (c)`."""
-    options, batch = chosen
-    short = {"gradient_checkpointing": "gc", "use_8bit_adam": "8bit", "nf4": "nf4"}
-    words = [short[o] for o in options if o in short]
-    return " ".join([f"**{batch}**", *words, "(c)"]) if batch else "-"
+def cell(options, batch):
+    """A cell of the table, such as `4 gc nf4 (c)`."""
+    return " ".join([str(batch), *(SHORT[o] for o in options if o in SHORT), "(c)"]) if batch else "no"
 
 
 def table():
@@ -242,7 +238,7 @@ def table():
             options: {b: step_memory(model, side, b, "bf16", options)["total"] for b in COMPUTED_BATCHES}
             for options in LADDER
         }
-        yield f"| {name}, {side} px | " + " | ".join(cell(choose(curves, card)) for card in CARDS) + " |"
+        yield f"| {name}, {side} px | " + " | ".join(cell(*choose(curves, card)) for card in CARDS) + " |"
 
 
 def main(argv=None):

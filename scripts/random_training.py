@@ -165,7 +165,7 @@ class Training:
         if config.addition_embed_type == "text_time":
             batch["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]] * size)
         if not self.cached:
-            batch |= {"pixels": torch.rand(size, 3, side, side) * 2 - 1, "caption": ["a red apple on a table"] * size}
+            batch |= {"pixels": torch.rand(size, 3, side, side) * 2 - 1, "caption": ["a red apple"] * size}
             return batch, self.trainer.encode_captions(self.pipe, [""])
         side //= self.pipe.vae_scale_factor
         shapes = {"prompt": (self.pipe.tokenizer.model_max_length, config.cross_attention_dim)}
