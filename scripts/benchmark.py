@@ -98,7 +98,7 @@ class Cell:
         code = self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines() or [f"exit status {code}"]
-        short = code == -9 or "OutOfMemoryError" in lines[-1] or "not enough memory" in lines[-1]
+        short = code == -9 or "OutOfMemoryError" in lines[-1] or "allocate memory" in lines[-1]
         raise RuntimeError("out of memory" if short else lines[-1])
 
     def close(self):

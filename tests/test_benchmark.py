@@ -1,7 +1,6 @@
 """scripts/benchmark.py and scripts/memory.py: what they count is what independent counts give."""
 
 import csv
-import re
 
 import pytest
 import torch
@@ -33,44 +32,57 @@ def readme_table():
 
 
 def test_the_report_has_a_row_for_each_cell(benchmark, xl_teacher, tmp_path, capsys):
-    """One that cannot run is a row too; ratios are of the cell without the option."""
-    flags = [
-        "--model",
-        xl_teacher,
-        "--resolution",
-        32,
-        "--batch",
-        2,
-        "--precision",
-        "no",
-        "fp16",
-        "--options",
-        "caches",
-    ]
+    """Measured in processes of their own; figures that follow from others do."""
+    flags = ["--model", xl_teacher, "--resolution", 32, "--batch", 2, "--options", "caches"]
     flags += ["--rounds", 2, "--steps", 1, "--output_dir", tmp_path]
-    assert benchmark.main([str(flag) for flag in flags]) == 1  # without a GPU there is no fp16, which is not for memory
+    assert benchmark.main([str(flag) for flag in flags]) == 0
     head, *lines = (tmp_path / "benchmark.csv").read_text().splitlines()
     assert f"--model {xl_teacher}" in head and f"torch {torch.__version__}" in head and "TFLOP/s in no" in head
     rows = list(csv.DictReader(lines))
-    cells = [(row["batch"], row["precision"], row["options"]) for row in rows]
-    assert cells == [("2", p, o) for p in ("no", "fp16") for o in ("plain", "caches")]
-    for row in rows[2:]:
-        assert "fp16" in row["gains"] and not row["seconds"]
+    assert [(row["batch"], row["precision"], row["options"]) for row in rows] == [
+        ("2", "no", "plain"),
+        ("2", "no", "caches"),
+    ]
     for row, cached in zip(rows, (False, True)):
         seconds, work = float(row["seconds"]), float(row["tflop"])
         assert float(row["images_per_s"]) == pytest.approx(2 / seconds, rel=1e-2)
         assert work == pytest.approx(2 * benchmark.count_flops(str(xl_teacher), 32, cached) / 1e12, rel=1e-3)
         assert float(row["tflops"]) == pytest.approx(work / seconds, rel=1e-2)
         assert float(row["share"]) > 0 and 0.1 < float(row["memory_gib"]) < 8
-    ratio = re.fullmatch(
-        r"caches: ([\d.]+) \[([\d.]+), ([\d.]+)\] times as fast, [\d.]+ of the memory", rows[1]["gains"]
-    )
-    middle, low, high = map(float, ratio.groups())
-    assert 0 < low <= middle <= high and rows[0]["gains"] == ""
     table = [line for line in (tmp_path / "benchmark.md").read_text().splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and table[3].strip("| ").split(" | ")[:3] == ["2", "no", "caches"]
     assert Image.open(tmp_path / "benchmark.png").width > 500
     assert "| 2 | no | caches |" in capsys.readouterr().out
+
+
+def test_ratios_and_cells_without_memory(benchmark, monkeypatch, tmp_path):
+    """What an option buys is the median over rounds in turn; a cell for which memory is short is a row, and so is one that fails."""
+    times = {(): [4.0, 6.0, 5.0], ("caches",): [2.0, 2.0, 5.0], ("nf4",): "out of memory", ("int8",): "no such library"}
+    monkeypatch.setattr(benchmark, "count_flops", lambda *_: 10**12)
+    monkeypatch.setattr(benchmark, "matrix_rate", lambda _: 10**12)
+
+    class Cell:
+        def __init__(self, args, cell):
+            if isinstance(times[cell[2]], str):
+                raise RuntimeError(times[cell[2]])
+            self.seconds, self.memory = iter(times[cell[2]] * 9), 2.0 if cell[2] else 4.0
+
+        def run(self, steps):
+            return {"seconds": next(self.seconds), "memory": self.memory}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(benchmark, "Cell", Cell)
+    flags = ["--output_dir", str(tmp_path), "--rounds", "3", "--batch", "1", "--options", "caches", "nf4"]
+    assert benchmark.main(flags) == 0 and benchmark.main([*flags, "int8"]) == 1
+    rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()[1:]))
+    assert [(row["options"], row["seconds"], row["gains"]) for row in rows] == [
+        ("plain", "5", ""),
+        ("caches", "2", "caches: 2.00 [1.00, 3.00] times as fast, 0.50 of the memory"),
+        ("nf4", "", "out of memory"),
+        ("int8", "", "no such library"),
+    ]
 
 
 def test_counted_arithmetic(benchmark, sdxl, xl_teacher):
@@ -97,7 +109,7 @@ def test_counted_arithmetic(benchmark, sdxl, xl_teacher):
 
 @pytest.mark.parametrize(
     "options, precision",
-    [(("caches", GC), "no"), ((), "bf16"), (("caches", BITS, NF4), "no"), (("caches", GC, BITS, "int8"), "bf16")],
+    [((), "bf16"), (("caches", BITS, NF4), "no"), (("caches", GC, BITS, "int8"), "bf16")],
 )
 def test_memory_is_that_of_real_tensors(memory, xl_teacher, options, precision):
     """The same step, without and with memory: bitsandbytes' own layers and optimizer in the second."""
@@ -112,7 +124,7 @@ def test_memory_is_that_of_real_tensors(memory, xl_teacher, options, precision):
 
 def test_memory_of_parts(memory, xl_teacher):
     """Adam keeps 8 bytes for a float32 weight of the LoRA; checkpointing and CUDA's normalisation change activations alone."""
-    cell = str(xl_teacher), 64, 4, "bf16", ("caches",)
+    cell = str(xl_teacher), 32, 4, "bf16", ("caches",)
     plain, less = memory.step_memory(*cell), memory.step_memory(*cell[:4], ("caches", GC))
     by_cpu = memory.step_memory(*cell, cuda_rules=False)
     assert plain["optimizer state"] == pytest.approx(2 * plain["LoRA"], rel=0.01)
@@ -134,7 +146,7 @@ def test_choice_for_a_card(memory):
 
 
 def test_readme_table(memory):
-    """A row a model, a cell a card; one of the cells computed anew: its batch fits, and twice as much does not."""
+    """A row a model, a cell a card; one of the cells computed anew: it fits and leaves little."""
     rows, _ = readme_table()
     assert [*rows] == [f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()]
     ladder = [tuple(memory.SHORT[o] for o in options if o in memory.SHORT) for options in memory.LADDER]
@@ -146,8 +158,8 @@ def test_readme_table(memory):
             assert cell == "no" or int(words[0]) in memory.BATCHES and tuple(words[1:-1]) in ladder
     batch, *short, _ = rows["SD 1.5, 512 px"][0].split()
     options = memory.LADDER[ladder.index(tuple(short))]
-    sizes = [memory.step_memory("sd15", 512, n, "bf16", options)["total"] for n in (int(batch), 2 * int(batch))]
-    assert sizes[0] + memory.ALLOWANCE <= 8e9 < sizes[1] + memory.ALLOWANCE
+    size = memory.step_memory("sd15", 512, int(batch), "bf16", options)["total"]
+    assert 0.7 * 8e9 < size + memory.ALLOWANCE <= 8e9
 
 
 @pytest.mark.slow
@@ -163,7 +175,7 @@ def test_readme_table_is_what_memory_prints(memory):
         ("benchmark", ["--options", "nf4+int8"], "--options nf4+int8: the base is in 4 bits or in 8; give one"),
         ("benchmark", ["--rounds", "0"], "must be 1 or more"),
         ("memory", ["--model", "nowhere"], "--model nowhere: give sd15"),
-        ("memory", ["--resolution", "100"], "--resolution 100: it must be a multiple of the VAE's factor, 4"),
+        ("memory", ["--resolution", "98"], "--resolution 98: it must be a multiple of the VAE's factor, 4"),
         ("memory", ["--batch", "0"], "must be 1 or more"),
     ],
 )
