@@ -49,6 +49,22 @@ def text_encoder(tokenizer, width, kind=CLIPTextModel):
     return kind(config).to(torch.bfloat16)
 
 
+def random_module(make, dtype, device):
+    """What `make()` makes, with random weights, right on the device and in its precision."""
+    with torch.device("meta"):
+        module = make().to(dtype)
+    module = module.to_empty(device=device)
+    random = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for key, p in module.named_parameters():  # about what the layers would be initialised with, but faster
+            p.fill_(1.0 if "norm" in key and key.endswith("weight") else 0.0)
+            if p.ndim > 1:
+                p.uniform_(-1, 1, generator=random).mul_(p[0].numel() ** -0.5)
+        for buffer in module.buffers():  # only text encoders have one, the positions
+            buffer.copy_(torch.arange(buffer.numel(), device=device).view_as(buffer))
+    return module
+
+
 def write_teacher(name, folder):
     """A teacher with a full-size UNet of random bf16 weights, and its UNet's layers {name: weight's shape}."""
     letters = [chr(c) for c in range(33, 127)]
@@ -56,15 +72,7 @@ def write_teacher(name, folder):
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS[name]).to(torch.bfloat16)
-    unet = unet.to_empty(device="cpu")
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, p in unet.named_parameters():  # about what the layers would be initialised with, but faster
-            p.fill_(1.0 if "norm" in key and key.endswith("weight") else 0.0)
-            if p.ndim > 1:
-                p.uniform_(-1, 1, generator=random).mul_(p[0].numel() ** -0.5)
+    unet = random_module(lambda: UNet2DConditionModel(**UNETS[name]), torch.bfloat16, "cpu")
     vae = AutoencoderKL(
         block_out_channels=(16,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4, norm_num_groups=8,

@@ -1,0 +1,298 @@
+#!/usr/bin/env python
+"""Time the trainer's own training step, on a GPU or a CPU, with random weights: nothing is downloaded.
+
+    python scripts/benchmark.py                                                              # the demo's SDXL layout
+    python scripts/benchmark.py --model sdxl --resolution 1024 --precision bf16 --batch 1 4 12        # for a GPU
+
+--model is an official shape (sd15, sd21, ssd1b, sdxl) or a teacher folder, of which only the configs are read. A cell of the grid is a
+batch, a precision and a set of --options, `+` between the members; each runs in a process of its own. A cell and the same cell
+without one of its options stand side by side and are timed in turn: what the option buys is the median of the rounds' ratios.
+
+images/s and seconds are of whole optimizer steps without the reading of data. TFLOP are counted, not timed: the matrix products,
+convolutions and attention of one step (teacher 2, target 1, student forward and backward; VAE and text encoders where they run),
+2 for a multiplication and its addition; what checkpointing computes again is not counted. The share is of the rate of a large square
+matrix product in the same precision, timed here. Memory is CUDA's peak of allocated tensors, on a CPU the peak of the whole process.
+
+Writes benchmark.csv, benchmark.md and benchmark.png into --output_dir. The exit code is 1 if a cell failed for another reason
+than memory.
+"""
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from random_training import MODELS, OPTIONS, ROOT, Training, check_model, fail, fake_tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+WARM_UP = 3  # steps
+
+
+def count_flops(model, resolution, cached):
+    """Floating-point operations of a step for each picture of its batch, counted without computing anything."""
+    with fake_tensors(), sdpa_kernel(SDPBackend.MATH):  # its matrix products are those of attention, none made twice
+        training = Training(model, resolution, 1, "no", ["caches"] * cached)
+        with FlopCounterMode(display=False) as counter:
+            training.step()
+    return counter.get_total_flops()
+
+
+# --------------------------------------------------------------------------------------------------- measurements
+
+
+def synchronize():
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def serve(model, resolution, cell):
+    """The process of a cell: each line it reads is a number of steps, and is answered with seconds a step and peak memory."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
+    training, number = Training(model, resolution, *cell), 0
+    for line in sys.stdin:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            training.step(number := number + 1)
+        synchronize()
+        seconds = (time.perf_counter() - start) / int(line)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()  # for the cell that is next
+        print(json.dumps({"seconds": seconds, "memory": memory / 2**30}), file=answers, flush=True)
+
+
+class Cell:
+    """A running cell of the grid."""
+
+    def __init__(self, args, cell):
+        self.errors = tempfile.TemporaryFile("w+")
+        command = [sys.executable, __file__, "--model", args.model, "--serve", json.dumps([args.resolution, cell])]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.run(WARM_UP)
+
+    def run(self, steps):
+        """Take some steps: {"seconds" a step, "memory" in GiB}; RuntimeError says why it cannot."""
+        with contextlib.suppress(BrokenPipeError):  # the answer is missing then
+            print(steps, file=self.process.stdin, flush=True)
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        code = self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines() or [f"exit status {code}"]
+        short = code == -9 or "OutOfMemoryError" in lines[-1] or "allocate memory" in lines[-1]
+        raise RuntimeError("out of memory" if short else lines[-1])
+
+    def close(self):
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+def matrix_rate(precision):
+    """Floating-point operations a second of a large square matrix product here, the best of some."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, dtype = (
+        (8192, 1024)[device == "cpu"],
+        {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision],
+    )
+    a, times = torch.randn(size, size, device=device).to(dtype), []
+    torch.set_float32_matmul_precision("highest")
+    while len(times) < 20 and sum(times) < 2:
+        synchronize()
+        start = time.perf_counter()
+        a @ a
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def measure(args, cells):
+    """{cell: {"error"} or {"seconds": [one a round], "memory", "gains": {option: [ratios of time, ratio of memory]}}}."""
+    results, running = {}, {}
+
+    def take_turns(*wanted):
+        """Time cells side by side, round after round: for each round their answers."""
+        for cell in running.keys() - {*wanted}:
+            running.pop(cell).close()
+        try:
+            for cell in wanted:
+                running[cell] = running.get(cell) or Cell(args, cell)
+            return [[running[cell].run(args.steps) for cell in wanted] for _ in range(args.rounds)]
+        except RuntimeError:
+            while running:
+                running.popitem()[1].close()
+            raise
+
+    for cell in cells:
+        result = results[cell] = {"seconds": [], "gains": {}}
+        partners = {option: (*cell[:2], tuple(o for o in cell[2] if o != option)) for option in cell[2]}
+        partners = {option: other for option, other in partners.items() if "seconds" in results.get(other, {})}
+        for option, other in partners.items() or [(None, None)]:
+            try:
+                try:
+                    rounds = take_turns(*filter(None, (other, cell)))
+                except RuntimeError:  # perhaps there is no room for two
+                    option, rounds = None, take_turns(cell)
+            except RuntimeError as error:
+                result = results[cell] = {"error": str(error)}
+                break
+            result["seconds"] += [answers[-1]["seconds"] for answers in rounds]
+            result["memory"] = rounds[-1][-1]["memory"]
+            if option:
+                ratios = [before["seconds"] / after["seconds"] for before, after in rounds]
+                result["gains"][option] = ratios, result["memory"] / rounds[-1][0]["memory"]
+        said = result.get("error") or f"{statistics.median(result['seconds']):.3f} s a step"
+        print(f"batch {cell[0]}, {cell[1]}, {'+'.join(cell[2]) or 'plain'}: {said}", flush=True)
+    while running:
+        running.popitem()[1].close()
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+COLUMNS = {
+    "batch": "batch", "precision": "precision", "options": "options", "seconds": "s a step", "images_per_s": "images/s",
+    "tflop": "TFLOP a step", "tflops": "TFLOP/s", "share": "% of the matrix rate", "memory_gib": "peak GiB", "gains": "what it buys",
+}  # fmt: skip
+
+
+def table_rows(results, flops, rates):
+    """The rows of the table, a dict by COLUMNS for each cell."""
+    for (batch, precision, options), result in results.items():
+        row = {"batch": batch, "precision": precision, "options": "+".join(options) or "plain"}
+        if "error" in result:
+            yield dict.fromkeys(COLUMNS, "") | row | {"gains": result["error"]}
+            continue
+        seconds, work = statistics.median(result["seconds"]), batch * flops["caches" in options]
+        row |= {"seconds": f"{seconds:.4g}", "images_per_s": f"{batch / seconds:.4g}", "tflop": f"{work / 1e12:.4g}"}
+        row |= {"tflops": f"{work / seconds / 1e12:.4g}", "share": f"{100 * work / seconds / rates[precision]:.1f}"}
+        gains = (
+            f"{option}: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] times as fast, {memory:.2f} of the memory"
+            for option, (ratios, memory) in result["gains"].items()
+        )
+        yield row | {"memory_gib": f"{result['memory']:.2f}", "gains": "; ".join(gains)}
+
+
+def write_plot(rows, title, path):
+    """images/s of each cell as a bar."""
+    font, line, left = ImageFont.load_default(14), 24, 420
+    picture = Image.new("RGB", (1000, line * (len(rows) + 2)), "white")
+    draw, longest = ImageDraw.Draw(picture), max([float(row["images_per_s"] or 0) for row in rows] + [1e-9])
+    draw.text((10, 5), title, "black", font)
+    for i, row in enumerate(rows, 1):
+        speed, y = float(row["images_per_s"] or 0), line * i + 5
+        width = round(480 * speed / longest)
+        draw.text(
+            (left - 10, y), f"{row['options']}, {row['precision']}, batch {row['batch']}", "black", font, anchor="ra"
+        )
+        draw.rectangle((left, y, left + width, y + line - 8), "steelblue")
+        draw.text((left + width + 8, y), row["images_per_s"] or row["gains"][:60], "black", font)
+    picture.save(path)
+
+
+def write_report(args, argv, rows, rates):
+    """benchmark.csv, benchmark.md and benchmark.png in the output folder; the Markdown."""
+    rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s in {precision}" for precision, rate in rates.items())
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        model = next((x.split(": ")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), model)
+    machine = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    what = "CUDA's peak of allocated tensors" if torch.cuda.is_available() else "the whole process's peak"
+    head = f"`{shlex.join(['python', 'scripts/benchmark.py', *argv])}`. Commit {commit}. {machine}. {versions}. "
+    head += f"Matrix rate: {rates}. Memory: {what}."
+    lines = [
+        " | ".join(COLUMNS.values()),
+        " | ".join("---" for _ in COLUMNS),
+        *(" | ".join(map(str, row.values())) for row in rows),
+    ]
+    text = f"{head}\n\n" + "".join(f"| {line} |\n" for line in lines)
+    (args.output_dir / "benchmark.md").write_text(text)
+    with (args.output_dir / "benchmark.csv").open("w", newline="") as file:
+        file.write(f"# {head}\n")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    write_plot(rows, f"images/s, {Path(args.model).name}, {args.resolution or 'its own'} px", args.output_dir / "benchmark.png")
+    return text
+
+
+def parse_args(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add = fail, parser.add_argument
+    add(
+        "--model",
+        type=check_model,
+        default=str(ROOT / "demo/teacher-sdxl"),
+        help=f"{', '.join(MODELS)}, or a teacher folder",
+    )
+    add("--resolution", type=int, help="side of the pictures in pixels (default: what the teacher draws)")
+    add("--batch", type=int, nargs="+", default=[4], help="pictures in a batch")
+    add("--precision", choices=["no", "bf16", "fp16"], nargs="+", default=["no"])
+    default = [name for name in OPTIONS if name != "allow_tf32"]
+    add("--options", nargs="*", default=default, metavar="A+B", help=f"beside the plain cell; of {', '.join(OPTIONS)}")
+    add("--product", action="store_true", help="all combinations of the --options, instead of each of them")
+    add("--steps", type=int, default=2, help="optimizer steps in a round")
+    add("--rounds", type=int, default=5, help="rounds in which cells side by side take turns")
+    add("--output_dir", type=Path, default="outputs/benchmark", help="the tables and the plot")
+    add("--serve", metavar="JSON", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if min(args.steps, args.rounds, *args.batch, args.resolution or 1) < 1:
+        fail("--steps, --rounds, --batch and --resolution must be 1 or more")
+    sets = [option.split("+") for option in args.options]
+    if unknown := {name for names in sets for name in names} - OPTIONS.keys():
+        fail(
+            f"--options {' '.join(sorted(unknown))}: give some of {', '.join(OPTIONS)}, with + between those of one cell"
+        )
+    if args.product:
+        sets = [sum(some, []) for n in range(len(sets) + 1) for some in itertools.combinations(sets, n)]
+        sets = [names for names in sets if not {"nf4", "int8"} <= {*names}]
+    if clash := [names for names in sets if {"nf4", "int8"} <= {*names}]:
+        fail(f"--options {'+'.join(clash[0])}: the base is in 4 bits or in 8; give one of nf4 and int8")
+    # The fewest first, so that what a cell is compared with is there before it
+    args.sets = sorted(dict.fromkeys(tuple(o for o in OPTIONS if o in names) for names in [[], *sets]), key=len)
+    return args
+
+
+def main(argv=None):
+    """Measure the grid and write the report; the exit code."""
+    args = parse_args(argv)
+    if args.serve:
+        resolution, cell = json.loads(args.serve)
+        return serve(args.model, resolution, cell)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    flops = {cached: count_flops(args.model, args.resolution, cached) for cached in {"caches" in s for s in args.sets}}
+    results = measure(args, [*itertools.product(args.batch, args.precision, args.sets)])
+    rates = {cell[1]: 0 for cell, result in results.items() if "error" not in result}  # others may be no precision here
+    rates = {precision: matrix_rate(precision) for precision in rates}
+    rows = [*table_rows(results, flops, rates)]
+    print(write_report(args, sys.argv[1:] if argv is None else argv, rows, rates))
+    return int(any(result.get("error", "out of memory") != "out of memory" for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
