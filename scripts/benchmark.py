@@ -236,7 +236,9 @@ def write_report(args, argv, rows, rates):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    write_plot(rows, f"images/s, {Path(args.model).name}, {args.resolution or 'its own'} px", args.output_dir / "benchmark.png")
+    write_plot(
+        rows, f"images/s, {Path(args.model).name}, {args.resolution or 'its own'} px", args.output_dir / "benchmark.png"
+    )
     return text
 
 
