@@ -31,6 +31,7 @@ def readme_table():
     return {row[0]: row[1:] for row in rows[2:]}, lines
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_for_each_cell(benchmark, xl_teacher, tmp_path, capsys):
     """Measured in processes of their own; figures that follow from others do."""
     flags = ["--model", xl_teacher, "--resolution", 32, "--batch", 2, "--options", "caches"]
@@ -122,6 +123,7 @@ def test_memory_is_that_of_real_tensors(memory, xl_teacher, options, precision):
     assert (computed["VAE and text encoders"] == 0) == ("caches" in options)
 
 
+@pytest.mark.slow
 def test_memory_of_parts(memory, xl_teacher):
     """Adam keeps 8 bytes for a float32 weight of the LoRA; checkpointing and CUDA's normalisation change activations alone."""
     cell = str(xl_teacher), 32, 4, "bf16", ("caches",)
