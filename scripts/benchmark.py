@@ -36,7 +36,7 @@ from pathlib import Path
 import diffusers
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from random_training import MODELS, OPTIONS, ROOT, Training, check_model, fail, fake_tensors
+from random_training import OPTIONS, ROOT, Training, add_model_flags, fail, fake_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,10 +111,8 @@ class Cell:
 def matrix_rate(precision):
     """Floating-point operations a second of a large square matrix product here, the best of some."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, dtype = (
-        (8192, 1024)[device == "cpu"],
-        {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision],
-    )
+    size = 1024 if device == "cpu" else 8192
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     a, times = torch.randn(size, size, device=device).to(dtype), []
     torch.set_float32_matmul_precision("highest")
     while len(times) < 20 and sum(times) < 2:
@@ -246,13 +244,7 @@ def parse_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = fail, parser.add_argument
-    add(
-        "--model",
-        type=check_model,
-        default=str(ROOT / "demo/teacher-sdxl"),
-        help=f"{', '.join(MODELS)}, or a teacher folder",
-    )
-    add("--resolution", type=int, help="side of the pictures in pixels (default: what the teacher draws)")
+    add_model_flags(add)
     add("--batch", type=int, nargs="+", default=[4], help="pictures in a batch")
     add("--precision", choices=["no", "bf16", "fp16"], nargs="+", default=["no"])
     default = [name for name in OPTIONS if name != "allow_tf32"]

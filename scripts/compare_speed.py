@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Steps per second beside another trainer with the flags of Hugging Face's train_lcm_distill_lora_sdxl.py: runs in turn.
+"""Steps per second of our trainer with caches and without and, where one is given, of another trainer: runs in turn.
 
-    python scripts/compare_speed.py --reference train_lcm_distill_lora_sdxl.py      # on a CPU: the demo's teacher and pictures
+    python scripts/compare_speed.py --family sd15 --lora_rank 8                     # what caches gain on the demo
+    python scripts/compare_speed.py --reference train_lcm_distill_lora_sdxl.py      # beside a script with Hugging Face's flags
     python scripts/compare_speed.py --reference train_lcm_distill_lora_sdxl.py --teacher SDXL --dataset_name PICTURES \\
         --resolution 1024 --batch 1 4 12 --mixed_precision bf16 --gradient_checkpointing --least 2 2    # on a GPU
 
 Each round runs the reference, ours, and ours with caches that were filled before: same teacher, pictures, batch, rank. The time of a
-step is the median between the entries that a run writes for TensorBoard, after a warm-up, so both programs are run as they are. On a
-GPU peak memory is the most that the driver reports while a run lasts. Exit code 0 if the medians of the gains are at least --least.
+step is the median between the entries that a run writes for TensorBoard, after a warm-up, so all programs are run as they are. On a
+GPU peak memory is the most that the driver reports while a run lasts. A gain is that over the first of them. Exit code 0 if the median
+gains of the best batch are at least --least.
 """
 
 import argparse
@@ -32,8 +34,9 @@ def parse_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--reference", required=True, type=Path, help="the other trainer")
-    add("--teacher", default=ROOT / "demo/teacher-sdxl", help="of the SDXL layout")
+    add("--reference", type=Path, help="the other trainer")
+    add("--family", choices=["sd15", "sdxl"], default="sdxl", help="our trainer")
+    add("--teacher", help="of its layout (default: the demo's)")
     add("--dataset_name", default=ROOT / "demo/data")
     add("--resolution", type=int, default=64)
     add("--batch", type=int, nargs="+", default=[16])
@@ -42,9 +45,13 @@ def parse_args(argv=None):
     add("--gradient_checkpointing", action="store_true")
     add("--pairs", type=int, default=5)
     add("--steps", type=int, default=12, help="optimizer steps that are timed in a run")
-    add("--least", type=float, nargs=2, default=[1.25, 1.6], help="gain without and with caches that must be reached")
+    add("--least", type=float, nargs="+", help="gains to reach (default: 1.25 1.6 beside a reference, else 1.3)")
     args = parser.parse_args(argv)
-    if not args.reference.is_file():
+    args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
+    args.least = args.least or ([1.25, 1.6] if args.reference else [1.3])
+    if len(args.least) != 1 + bool(args.reference):
+        parser.error("--least: give a number for each gain, two beside a --reference, else one")
+    if args.reference and not args.reference.is_file():
         parser.error(f"--reference {args.reference}: no such file; give a trainer")
     return args
 
@@ -88,30 +95,25 @@ def train(program, batch, args, folder, *flags):
 
 
 def compare(batch, args, folder):
-    """The rounds of one batch size, printed; the median gains without and with caches."""
-    ours = ROOT / "train_lcm_lora_sdxl.py"
+    """The rounds of one batch size, printed; the median gains over the first program."""
+    ours = ROOT / f"train_lcm_lora_{args.family}.py"
     cached = [*CACHES, "--cache_dir", folder / "cache"]
     train(ours, batch, args, folder, *cached, "--cache_only")
-    print(
-        "\n| batch | reference, s a step | ours | ours, cached | gain | gain, cached | GPU GiB |\n" + "|---:" * 7 + "|"
-    )
+    runs = {"reference": [args.reference]} if args.reference else {}
+    runs |= {"ours": [ours, "--logging_steps", 1], "ours, cached": [ours, "--logging_steps", 1, *cached]}
+    first, *others = runs
+    heads = ["batch", *(f"{name}, s a step" for name in runs), *(f"gain: {name}" for name in others), "GPU GiB"]
+    print(f"\n| {' | '.join(heads)} |\n" + "|---:" * len(heads) + "|", flush=True)
     gains = []
     for _ in range(args.pairs):
-        (theirs, a), (plain, b), (fast, c) = (
-            train(args.reference, batch, args, folder),
-            train(ours, batch, args, folder, "--logging_steps", 1),
-            train(ours, batch, args, folder, "--logging_steps", 1, *cached),
-        )
-        gains.append((theirs / plain, theirs / fast))
-        memory = f"{a:.1f}, {b:.1f}, {c:.1f}" if a else ""
-        print(
-            f"| {batch} | {theirs:.3f} | {plain:.3f} | {fast:.3f} | {gains[-1][0]:.2f} | {gains[-1][1]:.2f} | {memory} |",
-            flush=True,
-        )
+        found = {name: train(program, batch, args, folder, *flags) for name, (program, *flags) in runs.items()}
+        gains.append([found[first][0] / found[name][0] for name in others])
+        cells = [f"{seconds:.3f}" for seconds, _ in found.values()] + [f"{gain:.2f}" for gain in gains[-1]]
+        memory = ", ".join(f"{peak:.1f}" for _, peak in found.values() if peak)
+        print(f"| {' | '.join([str(batch), *cells, memory])} |", flush=True)
     medians = [statistics.median(gain) for gain in zip(*gains, strict=True)]
-    print(
-        f"\nbatch {batch}, median of {args.pairs}: {medians[0]:.2f} times the steps/s, {medians[1]:.2f} times with caches"
-    )
+    said = ", ".join(f"{name} {gain:.2f} times the steps/s" for name, gain in zip(others, medians, strict=True))
+    print(f"\nbatch {batch}, median of {args.pairs}, over {first}: {said}")
     return medians
 
 

@@ -23,7 +23,7 @@ import weakref
 from unittest import mock
 
 import torch
-from random_training import OPTIONS, ROOT, Training, check_model, fail, fake_tensors
+from random_training import OPTIONS, Training, add_model_flags, fail, fake_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -245,13 +245,7 @@ def main(argv=None):
     """Print what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = fail, parser.add_argument
-    add(
-        "--model",
-        type=check_model,
-        default=str(ROOT / "demo/teacher-sdxl"),
-        help="sd15, sd21, ssd1b, sdxl, or a teacher folder",
-    )
-    add("--resolution", type=int, help="side of the pictures in pixels (default: what the teacher draws)")
+    add_model_flags(add)
     add("--batch", type=int, default=1, help="pictures in a batch")
     add("--precision", choices=["no", "bf16"], default="bf16", help="fp16 takes what bf16 takes, but for SDXL's VAE")
     add("--quantize_base", choices=["nf4", "int8"])

@@ -65,22 +65,22 @@ def check_model(name):
     return name
 
 
+def add_model_flags(add):
+    """The flags that say what is trained, and at which size."""
+    says = f"{', '.join(MODELS)}, or a teacher folder"
+    add("--model", type=check_model, default=str(ROOT / "demo/teacher-sdxl"), help=says)
+    add("--resolution", type=int, help="side of the pictures in pixels (default: what the teacher draws)")
+
+
 def describe(model):
     """(family, folder of tokenizers and scheduler, config of the UNet, of the VAE, configs of the text encoders)."""
     if model not in MODELS:
         family = "sdxl" if "XL" in DiffusionPipeline.load_config(model)["_class_name"] else "sd15"
-        unet, vae = (
-            UNet2DConditionModel.load_config(model, subfolder="unet"),
-            AutoencoderKL.load_config(model, subfolder="vae"),
-        )
+        unet = UNet2DConditionModel.load_config(model, subfolder="unet")
+        vae = AutoencoderKL.load_config(model, subfolder="vae")
         folders = ["text_encoder", "text_encoder_2"][: 1 + (family == "sdxl")]
-        return (
-            family,
-            Path(model),
-            unet,
-            vae,
-            [CLIPTextConfig.from_pretrained(model, subfolder=name) for name in folders],
-        )
+        encoders = [CLIPTextConfig.from_pretrained(model, subfolder=name) for name in folders]
+        return family, Path(model), unet, vae, encoders
     family = "sdxl" if len(ENCODERS[model]) == 2 else "sd15"
     encoders = [
         CLIPTextConfig(

@@ -113,5 +113,7 @@ def test_compare_speed(xl_teacher, pictures, tmp_path):
     done = run(sys.executable, "scripts/compare_speed.py", *words, "--pairs", 1, "--steps", 2, "--lora_rank", 4)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
+    alone = run(sys.executable, "scripts/compare_speed.py", *words[2:], "--pairs", 1, "--steps", 2, "--least", 1000)
+    assert alone.returncode == 1 and "gain: ours, cached" in alone.stdout and "reference" not in alone.stdout
     done = run(sys.executable, "scripts/compare_speed.py", "--reference", "nothing.py")
     assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
