@@ -846,10 +846,10 @@ def sample_posterior(moments, noise, scaling_factor):
     return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling_factor
 
 
-def conditions(pipe, batch):
+def conditions(pipe, batch, device):
     """All that the UNet gets beside z and t, {name: [B,...]}: the encoded captions, for SDXL the sizes too."""
     names = [name for name in ("prompt", "text_embeds", "time_ids") if name in batch]
-    given = {name: batch[name].to(pipe.unet.device) for name in names}
+    given = {name: batch[name].to(device) for name in names}
     return given if "prompt" in batch else encode_captions(pipe, batch["caption"]) | given
 
 
@@ -994,7 +994,7 @@ def cache_latents(records, args, accelerator):
 @torch.no_grad()
 def draw_batch(pipe, batch, c_null, timesteps, step, args):
     """(x, c) ~ data, z = E(x), n ~ U, omega ~ U[w_min, w_max]; what `distillation_loss` takes, from z to omega."""
-    places, device, vae = batch["place"], pipe.unet.device, pipe.vae
+    places, device, vae = batch["place"], timesteps.device, pipe.vae
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))  # LoRA dropout draws from torch
     side = args.resolution // pipe.vae_scale_factor
     shape = (vae.config.latent_channels, side, side)
@@ -1002,7 +1002,7 @@ def draw_batch(pipe, batch, c_null, timesteps, step, args):
     moments = encode_pictures(vae, batch["pixels"], args.vae_encode_batch_size) if cached is None else cached
     posterior_noise = normal(args.seed, step, places, "posterior", shape).to(device)
     z = sample_posterior(moments.to(device), posterior_noise, vae.config.scaling_factor)
-    c = conditions(pipe, batch)
+    c = conditions(pipe, batch, device)
     c_null = c | {name: value.expand(len(places), *value.shape[1:]) for name, value in c_null.items()}
     noise = normal(args.seed, step, places, "noise", shape).to(device)
     t_nk = timesteps[[int(rng(args.seed, step, place, "timestep").integers(len(timesteps))) for place in places]]

@@ -1,32 +1,36 @@
 #!/usr/bin/env python
-"""Steps per second of our trainer with caches and without and, where one is given, of another trainer: runs in turn.
+"""Steps per second of our trainer with caches and without and, where one is given, of another trainer, side by side.
 
     python scripts/compare_speed.py --family sd15 --lora_rank 8                     # what caches gain on the demo
     python scripts/compare_speed.py --reference train_lcm_distill_lora_sdxl.py      # beside a script with Hugging Face's flags
     python scripts/compare_speed.py --reference train_lcm_distill_lora_sdxl.py --teacher SDXL --dataset_name PICTURES \\
         --resolution 1024 --batch 1 4 12 --mixed_precision bf16 --gradient_checkpointing --least 2 2    # on a GPU
 
-Each round runs the reference, ours, and ours with caches that were filled before: same teacher, pictures, batch, rank. The time of a
-step is the median between the entries that a run writes for TensorBoard, after a warm-up, so all programs are run as they are. On a
-GPU peak memory is the most that the driver reports while a run lasts. A gain is that over the first of them. Exit code 0 if the median
-gains of the best batch are at least --least.
+Each program is run as it is, on the same teacher, pictures, batch and rank, and its steps are read from its progress bar. A round lets
+the reference, ours, and ours with caches (filled before) run in turn for some seconds each, so that a machine whose speed changes from
+minute to minute changes it for all of them: between their turns they are stopped (SIGSTOP), or on a GPU, whose memory is for one at a
+time, ended. The gains of a round are over the first program. Peak GPU memory is the most that the driver reports while one runs. Exit
+code 0 if the median gains of the best batch are at least --least.
 """
 
 import argparse
+import contextlib
 import os
 import platform
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3  # steps
+TOTAL = 9999999  # steps that no run reaches; the progress bar is known by it
 CACHES = ["--cache_latents", "--cache_text_embeddings"]
 
 
@@ -43,8 +47,9 @@ def parse_args(argv=None):
     add("--lora_rank", type=int, default=64)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     add("--gradient_checkpointing", action="store_true")
-    add("--pairs", type=int, default=5)
-    add("--steps", type=int, default=12, help="optimizer steps that are timed in a run")
+    add("--torch_compile", action="store_true", help="of ours")
+    add("--rounds", type=int, default=12)
+    add("--seconds", type=float, default=5, help="length of a turn, and at least two steps")
     add("--least", type=float, nargs="+", help="gains to reach (default: 1.25 1.6 beside a reference, else 1.3)")
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
@@ -64,56 +69,89 @@ def gpu_memory():
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
 
 
-def step_times(folder):
-    """Seconds from each entry of a run's loss to the next."""
-    times = []
-    for events in folder.rglob("events.out.tfevents*"):  # another holds the settings
-        run = EventAccumulator(str(events)).Reload()
-        for tag in {"loss", "train_loss"} & {*run.Tags()["scalars"]}:
-            times += [event.wall_time for event in run.Scalars(tag)]
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+class Run:
+    """A trainer that runs while it is watched and is stopped between; `times` has when each step ended, `peak` the GiB."""
 
+    def __init__(self, command):
+        self.command, self.times, self.peak, self.said = command, [], 0.0, ""
+        # its own process group, with whatever it starts
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+        self.watch(lambda: len(self.times) > WARM_UP)
 
-def train(program, batch, args, folder, *flags):
-    """A run of a trainer: (seconds a step, peak GiB of GPU memory)."""
-    out = folder / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    words = ["--pretrained_teacher_model", args.teacher, "--dataset_name", args.dataset_name, "--center_crop"]
-    words += ["--resolution", args.resolution, "--train_batch_size", batch, "--lora_rank", args.lora_rank]
-    words += ["--mixed_precision", args.mixed_precision, "--seed", 0, "--report_to", "tensorboard", "--output_dir", out]
-    words += ["--max_train_samples", max(64, 4 * batch), "--max_train_steps", WARM_UP + args.steps + 1, *flags]
-    words += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
-    with (folder / "output.txt").open("w") as output:
-        run = subprocess.Popen([sys.executable, *map(str, [program, *words])], stdout=output, stderr=output)
-        peak = 0.0
-        while run.poll() is None:
-            peak = max(peak, gpu_memory())
-            time.sleep(0.2)
-    if run.returncode:
-        raise SystemExit(f"{(folder / 'output.txt').read_text()[-2000:]}\n{program} ended with {run.returncode}")
-    return 0.0 if "--cache_only" in flags else statistics.median(step_times(out)[WARM_UP:]), peak
+    def read(self):
+        """Take the time whenever the progress bar shows one step more."""
+        while part := os.read(self.process.stdout.fileno(), 2**16):
+            self.said = self.said[-3000:] + part.decode(errors="replace")
+            for done in re.findall(rf"(\d+)/{TOTAL} \[", self.said[-300:]):
+                if int(done) > len(self.times):
+                    self.times += [time.perf_counter()] * (int(done) - len(self.times))
+
+    def watch(self, enough):
+        """Let it run until that is enough."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        while not enough():
+            time.sleep(0.1)
+            self.peak = max(self.peak, gpu_memory())
+            if self.process.poll() is not None:
+                self.reader.join()
+                raise SystemExit(f"{self.said}\n{' '.join(self.command)}\nended with {self.process.returncode}")
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def step_time(self, seconds):
+        """Seconds a step in a turn of so many."""
+        before, start = len(self.times), time.perf_counter()
+        self.watch(lambda: time.perf_counter() - start > seconds and len(self.times) - before > 2)
+        times = self.times[before:]  # from the end of the step that it was stopped in
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+    def end(self):
+        """Kill it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def compare(batch, args, folder):
     """The rounds of one batch size, printed; the median gains over the first program."""
-    ours = ROOT / f"train_lcm_lora_{args.family}.py"
-    cached = [*CACHES, "--cache_dir", folder / "cache"]
-    train(ours, batch, args, folder, *cached, "--cache_only")
-    runs = {"reference": [args.reference]} if args.reference else {}
-    runs |= {"ours": [ours, "--logging_steps", 1], "ours, cached": [ours, "--logging_steps", 1, *cached]}
-    first, *others = runs
-    heads = ["batch", *(f"{name}, s a step" for name in runs), *(f"gain: {name}" for name in others), "GPU GiB"]
+    words = ["--pretrained_teacher_model", args.teacher, "--dataset_name", args.dataset_name, "--center_crop"]
+    words += ["--resolution", args.resolution, "--train_batch_size", batch, "--lora_rank", args.lora_rank]
+    words += ["--mixed_precision", args.mixed_precision, "--seed", 0, "--report_to", "tensorboard"]
+    words += ["--max_train_samples", max(64, 4 * batch), "--max_train_steps", TOTAL, "--validation_steps", TOTAL]
+    words += ["--checkpointing_steps", TOTAL] + ["--gradient_checkpointing"] * args.gradient_checkpointing
+    ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words, *["--torch_compile"] * args.torch_compile]
+    cached = [*ours, *CACHES, "--cache_dir", folder / "cache"]
+    subprocess.run([sys.executable, *map(str, [*cached, "--cache_only"])], check=True, capture_output=True)
+    programs = {"reference": [args.reference, *words]} if args.reference else {}
+    programs |= {"ours": [*ours, "--logging_steps", 1], "ours, cached": [*cached, "--logging_steps", 1]}
+    commands = {
+        name: [sys.executable, *map(str, [*program, "--output_dir", folder / f"{batch} {name}"])]
+        for name, program in programs.items()
+    }
+    first, *others = commands
+    heads = ["batch", *(f"{name}, s a step" for name in commands), *(f"gain: {name}" for name in others), "GPU GiB"]
     print(f"\n| {' | '.join(heads)} |\n" + "|---:" * len(heads) + "|", flush=True)
-    gains = []
-    for _ in range(args.pairs):
-        found = {name: train(program, batch, args, folder, *flags) for name, (program, *flags) in runs.items()}
-        gains.append([found[first][0] / found[name][0] for name in others])
-        cells = [f"{seconds:.3f}" for seconds, _ in found.values()] + [f"{gain:.2f}" for gain in gains[-1]]
-        memory = ", ".join(f"{peak:.1f}" for _, peak in found.values() if peak)
-        print(f"| {' | '.join([str(batch), *cells, memory])} |", flush=True)
+    one_at_a_time, gains = gpu_memory() > 0, []
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for number in range(args.rounds):
+            found, memory = {}, []
+            for name, command in commands.items():
+                if number == 0 or one_at_a_time:
+                    runs[name] = Run(command)
+                    stack.callback(runs[name].end)
+                found[name] = runs[name].step_time(args.seconds)
+                memory += [f"{runs[name].peak:.1f}"] * one_at_a_time
+                if one_at_a_time:
+                    stack.close()
+            gains.append([found[first] / found[name] for name in others])
+            cells = [f"{seconds:.3f}" for seconds in found.values()] + [f"{gain:.2f}" for gain in gains[-1]]
+            print(f"| {' | '.join([str(batch), *cells, ', '.join(memory)])} |", flush=True)
     medians = [statistics.median(gain) for gain in zip(*gains, strict=True)]
     said = ", ".join(f"{name} {gain:.2f} times the steps/s" for name, gain in zip(others, medians, strict=True))
-    print(f"\nbatch {batch}, median of {args.pairs}, over {first}: {said}")
+    print(f"\nbatch {batch}, median of {args.rounds}, over {first}: {said}")
     return medians
 
 

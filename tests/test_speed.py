@@ -102,7 +102,7 @@ def test_paged_adam_needs_a_gpu(train):
 
 @pytest.mark.slow
 def test_compare_speed(xl_teacher, pictures, tmp_path):
-    """Runs in turn with a reference that sleeps in each step: ours is the faster."""
+    """Side by side with a reference that sleeps in each step ours is the faster; nothing is left running."""
     slow = tmp_path / "slow.py"
     slow.write_text(
         f"import runpy, sys, time\nimport accelerate\nbackward = accelerate.Accelerator.backward\n"
@@ -110,10 +110,10 @@ def test_compare_speed(xl_teacher, pictures, tmp_path):
         f"sys.argv += ['--logging_steps', '1']\nrunpy.run_path({str(ROOT / 'train_lcm_lora_sdxl.py')!r}, run_name='__main__')\n"
     )
     words = ["--reference", slow, "--teacher", xl_teacher, "--dataset_name", pictures, "--resolution", 32, "--batch", 2]
-    done = run(sys.executable, "scripts/compare_speed.py", *words, "--pairs", 1, "--steps", 2, "--lora_rank", 4)
+    done = run(sys.executable, "scripts/compare_speed.py", *words, "--rounds", 2, "--seconds", 1, "--lora_rank", 4)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
-    alone = run(sys.executable, "scripts/compare_speed.py", *words[2:], "--pairs", 1, "--steps", 2, "--least", 1000)
+    alone = run(sys.executable, "scripts/compare_speed.py", *words[2:], "--rounds", 1, "--seconds", 1, "--least", 1000)
     assert alone.returncode == 1 and "gain: ours, cached" in alone.stdout and "reference" not in alone.stdout
     done = run(sys.executable, "scripts/compare_speed.py", "--reference", "nothing.py")
     assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
