@@ -104,6 +104,16 @@ def this_rank():
     return os.environ.get("RANK", "0")
 
 
+def launch_command():
+    """How `accelerate launch` was called, without the script: with its options where the system shows them."""
+    try:
+        words = Path(f"/proc/{LAUNCHER}/cmdline").read_text().split("\0")
+        first = 1 + next(i for i, word in enumerate(words) if word.endswith("launch"))
+        return ["accelerate", "launch", *words[first : words.index(sys.argv[0])]]
+    except (OSError, StopIteration, ValueError):  # another system, another launcher, or none
+        return ["accelerate", "launch"]
+
+
 def fail(message, rank="0"):
     """End with one line on stderr, from one process, the first unless another is named, and exit status 1."""
     raise SystemExit(f"{Path(__file__).name}: error: {message}" if this_rank() == rank else 1)
@@ -132,7 +142,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from `low` to `high`."""
 
     def check(text):
-        if not low <= kind(text) <= high:
+        if not low <= kind(text) <= high or kind(text) == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from {low} to {high}")
         return kind(text)
 
@@ -165,9 +175,7 @@ def parse_args(argv=None):
     add("--train_data_dir", help="folder of pictures with metadata.jsonl or metadata.csv (file_name, text)")
     add("--dataset_name", help="hub id, or local folder that `datasets` opens, such as one of parquet files")
     add("--dataset_config_name", help="configuration of that dataset")
-    add(
-        "--train_shards_path_or_url", metavar="TARS", help="WebDataset shards: folder, glob, or {00..99} in path or URL"
-    )
+    add("--train_shards_path_or_url", metavar="TARS", help="WebDataset shards: folder, glob, {00..99} in path or URL")
     add("--image_column", default="image", help="column of the pictures")
     add("--caption_column", default="text", help="column of the captions; of a list of captions one is drawn")
     add("--streaming", action="store_true", help="read the data as they are needed, never all of them")
@@ -206,8 +214,8 @@ def parse_args(argv=None):
     add("--lr_warmup_steps", type=number(int, 0), default=0, help="steps of warm-up, for schedulers that have one")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit state")
     add("--paged_adam", action="store_true", help="with it: state moves to the host where the GPU runs short of memory")
-    add("--adam_beta1", type=share, default=0.9)
-    add("--adam_beta2", type=share, default=0.999)
+    add("--adam_beta1", type=number(float, 0, 0.999999), default=0.9)
+    add("--adam_beta2", type=number(float, 0, 0.999999), default=0.999)
     add("--adam_weight_decay", type=number(float, 0), default=0.0)
     add("--adam_epsilon", type=positive, default=1e-8)
     add("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
@@ -218,7 +226,7 @@ def parse_args(argv=None):
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs")
     add("--torch_compile", action="store_true", help="compile the transformer blocks; the first steps take longer")
     add("--max_train_hours", type=positive, help="then save and stop, as on SIGTERM")
-    add("--seed", type=number(int, 0), default=0, help="everything random is a function of it")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="everything random is a function of it")
 
     add = parser.add_argument_group("Output & tracking").add_argument
     add("--output_dir", default="lcm-lora", help="the LoRA, log.jsonl, args.json, checkpoints, pictures")
@@ -248,14 +256,13 @@ def parse_args(argv=None):
         fail(f"--pretrained_teacher_model {name}: pickled weights are not read; give .safetensors, folder or hub id")
     if args.teacher_config and not one_file:
         fail(f"--teacher_config {args.teacher_config}: only a teacher in one .safetensors file needs it; leave it out")
-    if args.hub_token is not None and not args.push_to_hub:
-        fail("--hub_token: nothing is uploaded without --push_to_hub; give both or neither")
+    for flag in ("hub_token", "hub_model_id"):
+        if getattr(args, flag) is not None and not args.push_to_hub:
+            fail(f"--{flag}: nothing is uploaded without --push_to_hub; give both or neither")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is drawn from w_min to w_max")
     if [args.train_data_dir, args.dataset_name, args.train_shards_path_or_url].count(None) != 2:
-        fail(
-            "give one of --train_data_dir (pictures), --dataset_name (hub id, folder), --train_shards_path_or_url (tars)"
-        )
+        fail("give one of --train_data_dir (pictures), --dataset_name (hub id, folder), --train_shards_path_or_url")
     if args.cache_latents and not args.center_crop:
         fail("--cache_latents: a picture encoded once has one crop; give --center_crop too")
     if args.cache_only and not (args.cache_latents or args.cache_text_embeddings):
@@ -315,13 +322,13 @@ class NoiseSchedule:
 
     def __init__(self, config, device):
         """`config`: the teacher's scheduler config."""
-        self.prediction_type = config.get("prediction_type", "epsilon")
+        self.prediction_type = kind = config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction"):
+            fail(f"the teacher's prediction_type is {kind!r}: only epsilon and v_prediction can be distilled")
+        if "beta_schedule" not in config:
+            fail(f"the teacher's scheduler is {config.get('_class_name')}: only schedules of betas can be distilled")
         alpha_bar = DDPMScheduler.from_config(config).alphas_cumprod.double()
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            fail(
-                f"the teacher's prediction_type is {self.prediction_type!r}: epsilon and v_prediction can be distilled"
-            )
-        if self.prediction_type == "epsilon" and alpha_bar[-1] <= 0:
+        if kind == "epsilon" and alpha_bar[-1] <= 0:
             fail(
                 "the teacher's scheduler has prediction_type = 'epsilon' with rescale_betas_zero_snr = true: at the "
                 "last timestep nothing is left of the picture to predict it from; such a teacher needs v_prediction"
@@ -429,24 +436,22 @@ def load_records(args):
     tars = name if flag == "train_shards_path_or_url" else ""
     if Path(name).is_dir() and any(Path(name).glob("**/*.tar")):
         tars = f"{name}/**/*.tar"
-    with or_fail(
-        f"--{flag} {name}: cannot be opened", "give pictures with metadata.jsonl, a dataset folder or hub id, tars"
-    ):
+    with or_fail(f"--{flag} {name}: cannot be opened", "give pictures with metadata.jsonl, a dataset, or tars"):
         if tars:
             # `datasets` would take the fields from five records, end at the first text that is not UTF-8, and for a
             # picture take a file of its name in the working directory.
-            fields = dict.fromkeys([*TAR_PICTURES, *TAR_CAPTIONS], BYTES) | {"__key__": TEXT}
+            fields = datasets.Features(dict.fromkeys([*TAR_PICTURES, *TAR_CAPTIONS], BYTES) | {"__key__": TEXT})
             WebDataset.DECODERS = {}
-            options |= {"features": datasets.Features(fields)}
-            data = datasets.load_dataset("webdataset", data_files=list(braceexpand(tars)), **options)
+            data = datasets.load_dataset("webdataset", data_files=list(braceexpand(tars)), features=fields, **options)
         elif Path(name, "dataset_info.json").exists():  # written by save_to_disk
             data = datasets.load_from_disk(name)
-            data = data["train"] if isinstance(data, dict) else data
             data = data.to_iterable_dataset() if args.streaming else data
         elif flag == "dataset_name":
             data = datasets.load_dataset(name, args.dataset_config_name, **options)
         else:
             data = datasets.load_dataset("imagefolder", data_dir=name, **options)
+    if data.features is None:
+        fail(f"--{flag} {name}: streamed, its columns are not known; leave out --streaming")
     if not tars:
         check_columns(data, args)
     pictures = TAR_PICTURES if tars else [args.image_column]
@@ -483,6 +488,7 @@ def captions_of(record, name, args):
         texts = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in texts if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a caption is no text")
+        "".join(texts).encode()  # not half a surrogate pair, which no tokenizer takes
         return [text.strip() for text in texts] or [""]
 
 
@@ -677,10 +683,10 @@ def make_loader(records, embeddings, args, first_step, rank, world):
         samples = Samples(records, embeddings, args, size * parts * world)
         return torch.utils.data.DataLoader(samples, batch_sampler=batches, **options)
     stream = Stream(records, args, first_step * parts, rank, world)
-    options["num_workers"] = min(workers, stream.shuffled(0).num_shards)
+    options["num_workers"] = min(workers, stream.shuffled(0).num_shards, args.max_train_samples or workers)
     loader = torch.utils.data.DataLoader(stream, batch_size=size, **options)
     start = first_step * parts % max(1, options["num_workers"])  # the workers before this one have had their turn
-    return or_end(itertools.islice(loader, start, start + (args.max_train_steps - first_step) * parts))
+    return or_end(itertools.islice(loader, start, start + max(0, args.max_train_steps - first_step) * parts))
 
 
 # ------------------------------------------------------------------------------------------------------ 5. Models
@@ -732,8 +738,7 @@ def open_teacher(pipeline_class, needed, args, dtype, cached, **options):
     with or_fail(f"{flag} with --teacher_config {args.teacher_config or 'not given'}: cannot be loaded", advice):
         pipe = pipeline_class.from_single_file(name, config=args.teacher_config, **options)
         # The weights in the file are those of the pipeline, none left over and none never filled.
-        modules = [pipe.components[part] for part in pipe.components.keys() - {*cached}]
-        modules = [module for module in modules if isinstance(module, torch.nn.Module)]
+        modules = [m for part, m in pipe.components.items() if part not in cached and isinstance(m, torch.nn.Module)]
         empty = any(p.is_meta for module in modules for p in module.parameters())
         if empty or parts.count("unet") != len(pipe.unet.state_dict()):
             raise ValueError("the file does not hold just the tensors that these configs speak of")
@@ -795,10 +800,9 @@ def make_student(pipe, args, device, waiting=()):
             if name == "unet" and args.quantize_base:
                 quantize_linears(part, args.quantize_base)
             part.float() if name in waiting else part.to(device)
-    if args.quantize_base == "int8":
-        for module in pipe.unet.modules():
-            if hasattr(module, "init_8bit_state"):
-                module.init_8bit_state()  # takes the scales from the weight, so only once
+    for module in pipe.unet.modules():
+        if hasattr(module, "init_8bit_state"):  # of --quantize_base int8
+            module.init_8bit_state()  # takes the scales from the weight, so only once
     student = attach_lora(share_weights(pipe.unet), args).to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -830,8 +834,7 @@ def sample_posterior(moments, noise, scaling_factor):
 
 def conditions(pipe, batch, device):
     """All that the UNet gets beside z and t, {name: [B,...]}: the encoded captions, for SDXL the sizes too."""
-    names = [name for name in ("prompt", "text_embeds", "time_ids") if name in batch]
-    given = {name: batch[name].to(device) for name in names}
+    given = {name: batch[name].to(device) for name in ("prompt", "text_embeds", "time_ids") if name in batch}
     return given if "prompt" in batch else encode_captions(pipe, batch["caption"]) | given
 
 
@@ -884,7 +887,8 @@ def open_cache(kind, parts, encode, about, args, accelerator):
     rows = sum(map(len, parts))
     accelerator.print(f"cache of {rows} {kind}: {len(files) - len(missing)} of {len(files)} files are in {folder}")
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        with or_fail(f"--cache_dir {folder}: it cannot be made", "name another"):
+            folder.mkdir(parents=True, exist_ok=True)
         wanted = {"vae"} if kind == "latents" else {*TEXT_ENCODERS}
         pipe = load_teacher(args, DTYPES[args.mixed_precision], {"unet", "vae", *TEXT_ENCODERS} - wanted)
         for name in wanted & pipe.components.keys():
@@ -895,7 +899,10 @@ def open_cache(kind, parts, encode, about, args, accelerator):
         for i in tqdm(mine, kind, unit="file", disable=not accelerator.is_main_process, dynamic_ncols=True):
             given = {"fn_kwargs": {"first_row": sum(map(len, parts[:i])), "pipe": pipe, "args": args}}
             given |= {"cache_file_name": str(files[i]), "new_fingerprint": files[i].stem}
-            parts[i].map(encode, True, **given, **options)
+            try:
+                parts[i].map(encode, True, **given, **options)
+            except OSError as error:
+                fail(f"--cache_dir {folder}: {reason(error)}; free some space or name another", this_rank())
         accelerator.wait_for_everyone()
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
@@ -951,8 +958,10 @@ class Embeddings:
 def cache_embeddings(records, args, accelerator):
     """The embeddings of all captions of the records, of the empty one and of the validation prompts."""
     about, found = identity(args.pretrained_teacher_model, ENCODER_FILES, args), set()
-    for row, record in enumerate(drop_pictures(records)):
-        with contextlib.suppress(OddRecord):  # it is named when the training meets it
+    texts = drop_pictures(records)
+    for row in range(len(texts)):
+        with contextlib.suppress(OddRecord), or_odd(f"row {row}"):  # it is named when the training meets it
+            record = texts[row]
             found |= {*captions_of(record, name_of(record, row, args), args)}
     captions, prompts = sorted(found), ["", *(args.validation_prompts or [])]
     lists = [captions[i : i + CACHE_ROWS] for i in range(0, len(captions), CACHE_ROWS)] + [prompts]
@@ -965,8 +974,11 @@ def cache_latents(records, args, accelerator):
     vae, rows = args.pretrained_vae_model_name_or_path, range(len(records))
     about = [identity(vae or args.pretrained_teacher_model, ["." if vae else "vae"], args), args.resolution]
     about += [args.interpolation_type, args.random_flip, vars(args).get("use_fix_crop_and_size")]
-    parts = [records.select(rows[i : i + CACHE_ROWS]) for i in rows[::CACHE_ROWS]]
+    pictures = records.remove_columns(sorted({args.caption_column, *TAR_CAPTIONS} & {*records.features}))
+    parts = [pictures.select(rows[i : i + CACHE_ROWS]) for i in rows[::CACHE_ROWS]]
     latents = open_cache("latents", parts, encode_records, about, args, accelerator)
+    if len(odd := latents.data.column("odd").drop_null()):
+        accelerator.print(f"warning: {len(odd)} odd records in the cache, the first: {odd[0]}", file=sys.stderr)
     return datasets.concatenate_datasets([drop_pictures(records), latents], axis=1)
 
 
@@ -1024,12 +1036,8 @@ def distillation_loss(teacher, student, target, z, c, c_null, noise, t_nk, omega
 
 def lora_layers(unet):
     """{module path: (A, B, scaling)} of every LoRA layer in the UNet, whatever its adapter is called."""
-    layers = {}
-    for path, module in unet.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            (name,) = module.lora_A
-            layers[path] = (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-    return layers
+    found = [(path, m, *m.lora_A) for path, m in unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    return {path: (m.lora_A[name].weight, m.lora_B[name].weight, m.scaling[name]) for path, m, name in found}
 
 
 def base_name(name):
@@ -1183,10 +1191,8 @@ def save_checkpoint(pipe, teacher, student, states, args, step):
 def flush_to_disk(path):
     """What was written to a file or folder survives a power cut from here on."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)  # an error of it ends the run
+    os.close(descriptor)
 
 
 def damage(folder):
@@ -1207,10 +1213,8 @@ def find_checkpoint(args):
         fail(f"--output_dir {args.output_dir}: it holds {found[-1].name}; {how}")
     if name is None or (name == "latest" and not found):
         return None
-    candidates = found if name == "latest" else [Path(name)]
-    for folder in reversed(candidates):
-        why = damage(folder)
-        if not why:
+    for folder in reversed(found if name == "latest" else [Path(name)]):
+        if not (why := damage(folder)):
             return folder
         print(f"warning: {folder}: {why}", file=sys.stderr)
     advice = "give a checkpoint-<step> folder, `latest`, or a new --output_dir"
@@ -1231,18 +1235,18 @@ class Stop:
     def note(self, number, _):
         """Keep the first signal in mind; a second one ends the process at once."""
         now = time.monotonic()
-        if self.signal and now - self.since > 1:  # sooner it is the first one, passed on by the launcher
+        # sooner it is the first one, passed on by the launcher; nobody sent an alarm
+        if self.signal and now - self.since > 1 and number != signal.SIGALRM:
             os._exit(128 + number)
         self.signal, self.since = self.signal or number, self.since or now
 
     def asked(self):
         """The number of the signal that all ranks stop for after this step, or 0."""
-        if LAUNCHER and os.getppid() != LAUNCHER:
-            self.signal = self.signal or signal.SIGHUP
-        if not self.group:
-            return int(self.signal)
+        if LAUNCHER and os.getppid() != LAUNCHER and not self.signal:
+            self.note(signal.SIGHUP, None)
         number = torch.tensor(int(self.signal))
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
+        if self.group:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
         return int(number)
 
 
@@ -1310,7 +1314,7 @@ def open_hub(args, rank):
     token = args.hub_token
     del args.hub_token  # so log, trackers, args.json, header and card have no such setting
     sys.argv = [word.replace(token, "***") if token else word for word in sys.argv]  # which wandb notes down
-    if not args.push_to_hub or rank:
+    if not args.push_to_hub or args.cache_only or rank:
         return None
     hub, name = HfApi(token=token or None), args.hub_model_id or Path(args.output_dir).resolve().name
     with or_fail("--push_to_hub: no repository", "check --hub_token or `hf auth login`, --hub_model_id, the network"):
@@ -1329,16 +1333,15 @@ class Log:
         main, self.file = accelerator.is_main_process, None
         if main:
             path = Path(args.output_dir, "log.jsonl")
-            with or_fail(
-                f"--output_dir {args.output_dir}: another run writes there, or none can", "name another folder"
-            ):
+            with or_fail(f"--output_dir {args.output_dir}: another run writes there, or none can", "name another"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = path.open("a+", buffering=1)
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
             self.file.seek(0)
-            old = [line for line in self.file if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.file.truncate(len("".join(old).encode()) if keep else 0)
-            last = json.loads(old[-1]) if keep and old else {}
+            lines = self.file if keep else ()
+            old = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.file.truncate(len("".join(old).encode()))
+            last = json.loads(old[-1]) if old else {}
             self.skipped, self.overflows = last.get("skipped", 0), last.get("overflows", 0)
             libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
             versions = {m.__name__: m.__version__ for m in libraries} | {"python": platform.python_version()}
@@ -1429,6 +1432,9 @@ def make_optimizer(parameters, args):
         optimizer = bitsandbytes.optim.AdamW8bit(parameters, is_paged=args.paged_adam, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+    falls = args.lr_scheduler == "polynomial"  # to 1e-7, after the warm-up
+    if falls and (args.lr_warmup_steps >= args.max_train_steps or args.learning_rate <= 1e-7):
+        fail("--lr_scheduler polynomial falls to 1e-7 after --lr_warmup_steps: give fewer, or a higher --learning_rate")
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
 
 
@@ -1467,7 +1473,7 @@ def optimizer_step(accelerator, optimizer, trained, losses, args):
 
 def train(args):
     """Set up, train, save."""
-    accelerator = make_accelerator(args)
+    launch, accelerator = launch_command(), make_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision  # perhaps the launcher's
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     dtype = DTYPES[accelerator.mixed_precision]
@@ -1489,6 +1495,8 @@ def train(args):
     args.resolution = args.resolution or teacher.config.sample_size * pipe.vae_scale_factor
     if args.resolution % pipe.vae_scale_factor:
         fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {pipe.vae_scale_factor}")
+    if (channels := teacher.config.in_channels) != pipe.vae.config.latent_channels:
+        fail(f"the teacher's UNet takes {channels} channels, as for inpainting; give a text-to-image teacher")
     schedule = NoiseSchedule(pipe.scheduler.config, device)
     if args.num_ddim_timesteps > len(schedule.alpha):
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {len(schedule.alpha)} timesteps")
@@ -1499,11 +1507,9 @@ def train(args):
     trained = [p for p in student.parameters() if p.requires_grad]
 
     # Data: an endless seeded stream, cut into global batches of G pictures
-    records, embeddings = load_records(args), None
-    if args.cache_text_embeddings:
-        embeddings = cache_embeddings(records, args, accelerator)
-    if args.cache_latents:
-        records = cache_latents(records, args, accelerator)
+    records = load_records(args)
+    embeddings = cache_embeddings(records, args, accelerator) if args.cache_text_embeddings else None
+    records = cache_latents(records, args, accelerator) if args.cache_latents else records
     if args.cache_only:
         return accelerator.end_training()
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * world
@@ -1512,10 +1518,8 @@ def train(args):
     if args.scale_lr:
         args.learning_rate *= global_batch
     texts = ["", *(args.validation_prompts or [])]
-    if embeddings:
-        c_null, *prompts = [{k: v[None].to(device) for k, v in embeddings[text].items()} for text in texts]
-    else:
-        c_null, *prompts = [encode_captions(pipe, [text]) for text in texts]
+    samples = [{"caption": text} | (embeddings[text] if embeddings else {}) for text in texts]
+    c_null, *prompts = [conditions(pipe, torch.utils.data.default_collate([sample]), device) for sample in samples]
 
     # Optimizer; the model is wrapped for many processes, the target is the bare module
     optimizer, lr_scheduler = make_optimizer(trained, args)
@@ -1600,7 +1604,7 @@ def train(args):
     log.bar.close()
     if asked:
         more = [] if args.resume_from_checkpoint == "latest" else ["--resume_from_checkpoint", "latest"]
-        command = shlex.join(["accelerate", "launch", *sys.argv, *more])
+        command = shlex.join([*launch, *sys.argv, *more])
         accelerator.print(f"stopped by {signal.Signals(asked).name} after step {step}; this goes on: {command}")
         accelerator.end_training()
         raise SystemExit(128 + asked)

@@ -1,5 +1,6 @@
 """The caches: each picture and caption is encoded once, whatever is killed, and training is that without them."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,9 +13,12 @@ from collections import Counter
 import datasets
 import diffusers
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import transformers
 from conftest import ROOT, SMOOTH, command_line, launch, near, picture_bytes, series, write_tar
+from huggingface_hub import HfApi
 from PIL import Image
 from single_file import as_single_file
 
@@ -306,14 +310,15 @@ EMPTY = {"image": None, "text": "empty"}
 
 
 def test_odd_records_are_named_and_replaced(trainer, run, parquet, capsys, monkeypatch):
-    """As without a cache: the same warnings, by the row in the data, and the same losses."""
+    """As without a cache: the same warnings, by the row in the data, and the same losses; and how many, before the first step."""
     monkeypatch.setattr(trainer, "CACHE_ROWS", 2)
     data = parquet([picture(0), BROKEN, picture(2), EMPTY, BROKEN, picture(5), picture(6)])
     outs, told = [], []
     for flags in ({}, BOTH, BOTH):
         outs.append(run(train_data_dir=None, dataset_name=data, max_train_steps=2, train_batch_size=4, **flags))
         told.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")])
-    assert told[0] == told[1] == told[2] and len(told[0]) == 3
+    assert told[0] == told[1][1:] == told[2][1:] and len(told[0]) == 3
+    assert told[1][0] == told[2][0] and told[1][0].startswith("warning: 3 odd records in the cache, the first: row 1 (")
     assert {line.split(": ", 2)[2].split(" (")[0] for line in told[0]} == {"row 1", "row 3", "row 4"}
     assert told[0][2].startswith("warning: 3 odd records replaced")
     assert equal(outs[0], outs[1]) and series(outs[1]) == series(outs[2])
@@ -326,6 +331,19 @@ def test_only_odd_records(run, parquet, tmp_path):
         with pytest.raises(SystemExit, match=r"error: not one record of the data can be used, the first: row [01] \("):
             run(train_data_dir=None, dataset_name=data, output_dir=tmp_path / "out", **BOTH)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_not_utf8(run, parquet, capsys):
+    """As without a cache its row is odd, and nothing else."""
+    data = parquet([picture(0), picture(1), picture(2)])
+    table = pq.read_table(data / "train.parquet")
+    raw = pa.array([b"a", b"caf\xe9", b"c"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(table.set_column(1, table.schema.field(1), texts), data / "train.parquet")
+    flags = {"train_data_dir": None, "dataset_name": data, "max_train_steps": 2, "train_batch_size": 3}
+    assert equal(run(**flags), run(**flags, **BOTH))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 2 and told[0] == told[1] and "row 1 (UnicodeDecodeError" in told[0]
 
 
 def test_strict_data(run, parquet, tmp_path):
@@ -365,6 +383,25 @@ def test_refused(run, tmp_path, case):
     with pytest.raises(SystemExit, match=f"error: {message}"):
         run(output_dir=tmp_path / "out", **flags)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["a file", "a full disk"])
+def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch, full):
+    def fill(*given, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if full:
+        monkeypatch.setattr(datasets.Dataset, "map", fill)
+    else:
+        (tmp_path / "lcm_lora").write_text("")
+    with pytest.raises(SystemExit, match=f"error: --cache_dir {tmp_path}.*(space|FileExistsError)"):
+        run(cache_dir=tmp_path, output_dir=tmp_path / "out", **BOTH)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fill_makes_no_repository(run, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", None)
+    run(**BOTH, cache_only=True, push_to_hub=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills

@@ -343,11 +343,12 @@ def test_a_wide_strip_needs_no_gigabytes(read, tmp_path):
 
 
 def test_odd_captions(read, tmp_path):
-    """Missing and empty ones are the empty caption; numbers, broken JSON and bytes that are not UTF-8 make a record odd."""
+    """Missing and empty ones are the empty caption; numbers, broken JSON and what is not UTF-8 make a record odd."""
     texts = {
         "good": ("txt", b"good"), "missing": ("cls", b"1"), "empty": ("txt", b" \n"), "null": ("json", b'{"text": null}'),
         "number": ("json", b'{"text": 5}'), "numbers": ("json", b'{"text": [5]}'), "latin": ("txt", b"caf\xe9"),
         "broken": ("json", b'{"text'), "other": ("json", b'{"words": "a"}'),
+        "half": ("json", b'{"text": "cut in \\ud83d"}'),  # a surrogate pair, which no tokenizer takes
     }  # fmt: skip
     files = [(f"{i}_{name}", i, text) for i, (name, text) in enumerate(texts.items())]
     files = [
@@ -355,13 +356,13 @@ def test_odd_captions(read, tmp_path):
     ]
     write_tar(tmp_path / "0.tar", files)
     for streaming in (False, True):
-        batches = read(dataset_name=tmp_path, streaming=streaming, train_batch_size=9, max_train_steps=2)
+        batches = read(dataset_name=tmp_path, streaming=streaming, train_batch_size=10, max_train_steps=2)
         used = {}
         for caption, number in zip(column(batches), reds(batches), strict=True):
             used.setdefault([*texts][number], set()).add(caption)
         assert used == {"good": {"good"}, "missing": {""}, "empty": {""}, "null": {""}}
         odd = sorted({why.split(" ")[0].split("_")[1] for why in column(batches, "odd")})
-        assert odd == ["broken", "latin", "number", "numbers", "other"]
+        assert odd == ["broken", "half", "latin", "number", "numbers", "other"]
 
 
 def test_texts_of_a_table_that_are_not_utf8(read, tmp_path):
@@ -378,6 +379,12 @@ def test_texts_of_a_table_that_are_not_utf8(read, tmp_path):
     assert set(column(batches)) == {"a", "c"}
     assert [why.split(":")[0] for why in set(column(batches, "odd"))] == ["row 1 (UnicodeDecodeError"]
     with pytest.raises(SystemExit, match="cannot be read on.*UnicodeDecodeError"):
+        read(dataset_name=tmp_path, streaming=True)
+
+
+def test_a_streamed_table_of_unknown_columns(read, tmp_path):
+    (tmp_path / "a.csv").write_text("image,text\n0.png,a\n")
+    with pytest.raises(SystemExit, match="error: --dataset_name .*leave out --streaming"):
         read(dataset_name=tmp_path, streaming=True)
 
 
@@ -573,6 +580,18 @@ def test_the_first_of_a_stream(read, tmp_path, workers):
     flags = {"streaming": True, "dataloader_num_workers": workers, "max_train_samples": 4, "max_train_steps": 8}
     drawn = set(column(read(train_shards_path_or_url=source, **flags)))
     assert drawn == ({"n0", "n1", "n6", "n7"} if workers else {"n0", "n1", "n2", "n3"})
+
+
+def test_more_readers_than_records_of_a_stream(read, tmp_path):
+    source = write_shards(tmp_path / "data", *[2] * 4)
+    flags = {"streaming": True, "dataloader_num_workers": 4, "max_train_samples": 2, "max_train_steps": 4}
+    assert set(column(read(train_shards_path_or_url=source, **flags))) == {"n0", "n2"}
+
+
+def test_a_stream_resumed_past_its_end(read, tmp_path):
+    """--max_train_steps less than were done: nothing is left to read."""
+    source = write_shards(tmp_path / "data", 6)
+    assert read(train_shards_path_or_url=source, streaming=True, max_train_steps=2, first_step=4) == []
 
 
 def test_streams_need_a_number_of_steps(sd15):

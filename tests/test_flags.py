@@ -72,7 +72,7 @@ FLAGS = {
     "hub_model_id": ("h", "h", EVERY, None),
     "hub_token": ("h", "h", EVERY, None),
 }
-WITH = {"hub_token": ["--push_to_hub"]}  # flags that are refused alone
+WITH = dict.fromkeys(["hub_token", "hub_model_id"], ["--push_to_hub"])  # flags that are refused alone
 SOURCES = ("dataset_name", "train_data_dir", "train_shards_path_or_url")  # a run has one
 ALIAS = {"revision": "teacher_revision"}
 # {flag: (a value, a word of the message)}

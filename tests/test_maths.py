@@ -1,12 +1,13 @@
 """The mathematics of the trainer against diffusers' schedulers, closed forms, and Algorithm 1 written a second time."""
 
 import io
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from PIL import Image
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -134,6 +135,13 @@ def test_epsilon_with_zero_terminal_snr_is_refused(sd15):
 def test_other_predictions_are_refused(sd15):
     with pytest.raises(SystemExit, match="prediction_type .*'sample'"):
         sd15.NoiseSchedule(config("sample"), "cpu")
+
+
+def test_a_scheduler_without_betas_is_refused(sd15):
+    """Such as Playground's: diffusers would make a schedule of its own defaults."""
+    for scheduler in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(SystemExit, match=f"the teacher's scheduler is {type(scheduler).__name__}: .*betas"):
+            sd15.NoiseSchedule(json.loads(scheduler.to_json_string()), "cpu")
 
 
 def test_v_with_zero_terminal_snr_is_finite(sd15):

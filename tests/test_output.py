@@ -493,7 +493,8 @@ def test_a_failed_upload_says_what_to_do(train, hub, monkeypatch, tmp_path):
     assert (tmp_path / "out" / LORA).is_file() and (tmp_path / "out" / "README.md").is_file()
 
 
-def test_a_token_without_push_is_refused(trainer):
-    with pytest.raises(SystemExit, match="error: --hub_token: .*--push_to_hub") as end:
-        trainer.train(hub_token=TOKEN)
+@pytest.mark.parametrize("flag", ["hub_token", "hub_model_id"])
+def test_flags_of_a_push_without_it_are_refused(trainer, flag):
+    with pytest.raises(SystemExit, match=f"error: --{flag}: .*--push_to_hub") as end:
+        trainer.train(**{flag: TOKEN})
     assert TOKEN not in str(end.value)

@@ -403,6 +403,13 @@ def test_two_runs_in_one_folder(sd15, start, train, whole, tmp_path):
     assert same(out, whole)
 
 
+def test_a_log_of_another_program(train, whole, tmp_path):
+    """A new run does not read the log that it replaces."""
+    (tmp_path / "log.jsonl").write_text("no json\n")
+    train(**RUN, output_dir=tmp_path)
+    assert same(tmp_path, whole) and series(tmp_path, *COLUMNS) == series(whole, *COLUMNS)
+
+
 # ------------------------------------------------------------------------------------------------------------ signals
 
 
@@ -486,6 +493,17 @@ def test_max_train_hours(sd15, start, finish, tmp_path):
     out = tmp_path / "out"
     stopped(sd15, *start(out, max_train_hours=1e-8), out, 1, signal.SIGALRM)
     finish(out)
+
+
+def test_an_alarm_is_no_second_signal(sd15, monkeypatch):
+    """The time of --max_train_hours that is over while a signal's checkpoint is saved does not end the process."""
+    ended, stop = [], sd15.Stop.__new__(sd15.Stop)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop.signal, stop.since = signal.SIGTERM, time.monotonic() - 5
+    stop.note(signal.SIGALRM, None)
+    assert stop.signal == signal.SIGTERM and not ended
+    stop.note(signal.SIGINT, None)
+    assert ended == [128 + signal.SIGINT]
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "SHELL"])
@@ -599,7 +617,7 @@ def test_a_signal_to_accelerate_launch(sd15, train, launched, tmp_path, processe
     (folder,), step = sd15.checkpoints(out), log(out)[-1]["step"]
     passed_on = processes == 2 and number in (signal.SIGTERM, signal.SIGINT) or to == "group"
     name = number.name if passed_on else "SIGHUP"
-    assert f"stopped by {name} after step {step}; this goes on: accelerate launch" in text.read_text()
+    assert f"stopped by {name} after step {step}; this goes on: accelerate launch --num_machines 1 " in text.read_text()
     assert folder.name == f"checkpoint-{step}" and sd15.damage(folder) is None and launcher.returncode
     if processes == 1:
         flags = LONG | {"max_train_steps": step + 2}

@@ -610,6 +610,7 @@ BAD = {
         "--pretrained_teacher_model .*text_encoder_2.*train_lcm_lora_sdxl.py",
     ),
     "epsilon with zero SNR": ({"pretrained_teacher_model": "zero_snr"}, "rescale_betas_zero_snr"),
+    "a UNet for inpainting": ({"pretrained_teacher_model": "inpainting"}, "UNet takes 9 channels"),
     "no such folder": ({"train_data_dir": "/nowhere"}, "--train_data_dir /nowhere"),
     "no such dataset": ({"dataset_name": "nobody/nothing"}, "--dataset_name nobody/nothing"),
     "no data": ({"train_data_dir": None}, SOURCES),
@@ -630,6 +631,14 @@ BAD = {
     "batch 0": ({"train_batch_size": 0}, "--train_batch_size.* 0"),
     "no steps": ({"max_train_steps": 0}, "--max_train_steps.* 0"),
     "not a number": ({"learning_rate": "nan"}, "--learning_rate.* nan"),
+    "infinite": ({"w_max": "inf"}, "--w_max.* inf"),
+    "beta of 1": ({"adam_beta2": 1}, "--adam_beta2.* 1"),
+    "a seed of 65 bits": ({"seed": 2**64}, "--seed.* 18446744073709551616"),
+    "polynomial, only warm-up": (
+        {"lr_scheduler": "polynomial", "lr_warmup_steps": 4},
+        "polynomial .*--lr_warmup_steps",
+    ),
+    "polynomial, low": ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "polynomial .*--learning_rate"),
     "dropout 1.5": ({"lora_dropout": 1.5}, "--lora_dropout.* 1.5"),
     "share of 2": ({"proportion_empty_prompts": 2}, "--proportion_empty_prompts.* 2"),
     "omega": ({"w_min": 5, "w_max": 4}, "--w_min 5.*--w_max 4"),
@@ -650,12 +659,15 @@ BAD = {
 @pytest.fixture(scope="session")
 def stand_ins(xl_teacher, make_teacher, make_pictures, plain, tmp_path_factory):
     """Folders that stand behind words in BAD."""
-    captionless, numbers = make_pictures(3), make_pictures(3)
+    captionless, numbers, inpainting = make_pictures(3), make_pictures(3), make_teacher()
+    config = UNet2DConditionModel.load_config(inpainting / "unet")
+    UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(inpainting / "unet")
     (captionless / "metadata.jsonl").unlink()
     rows = [json.dumps({"file_name": f"0{i}.png", "text": i}) for i in range(3)]
     (numbers / "metadata.jsonl").write_text("\n".join(rows))
     return {
         "xl_teacher": xl_teacher,
+        "inpainting": inpainting,
         "zero_snr": make_teacher(rescale_betas_zero_snr=True),
         "empty": tmp_path_factory.mktemp("empty"),
         "unreadable": make_pictures(3, broken=range(3)),
