@@ -699,7 +699,7 @@ def as_launched(*words):
 
 
 @pytest.mark.parametrize("start", [as_python, as_launched], ids=["python", "accelerate launch --quiet"])
-@pytest.mark.parametrize("case", ["wrong caption column", "SDXL teacher"])
+@pytest.mark.parametrize("case", ["wrong caption column", pytest.param("SDXL teacher", marks=pytest.mark.slow)])
 def test_bad_input_as_a_program(teacher, pictures, stand_ins, tmp_path, case, start):
     """Exit status not 0, one line, no traceback."""
     flags = {k: stand_ins.get(v, v) for k, v in BAD[case][0].items()}
