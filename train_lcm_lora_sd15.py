@@ -143,7 +143,7 @@ def number(kind, low, high=math.inf):
 
     def check(text):
         if not low <= kind(text) <= high or kind(text) == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: give a number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: give a finite number from {low} to {high}")
         return kind(text)
 
     check.__name__ = kind.__name__  # argparse names it in its own message

@@ -29,7 +29,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 3  # steps
 TOTAL = 9999999  # steps that no run reaches; the progress bar is known by it
 CACHES = ["--cache_latents", "--cache_text_embeddings"]
 
@@ -49,7 +48,7 @@ def parse_args(argv=None):
     add("--gradient_checkpointing", action="store_true")
     add("--torch_compile", action="store_true", help="of ours")
     add("--rounds", type=int, default=12)
-    add("--seconds", type=float, default=5, help="length of a turn, and at least two steps")
+    add("--seconds", type=float, default=5, help="length of a turn, which has three steps at least")
     add("--least", type=float, nargs="+", help="gains to reach (default: 1.25 1.6 beside a reference, else 1.3)")
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
@@ -80,7 +79,6 @@ class Run:
         )
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
-        self.watch(lambda: len(self.times) > WARM_UP)
 
     def read(self):
         """Take the time whenever the progress bar shows one step more."""
@@ -102,16 +100,17 @@ class Run:
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def step_time(self, seconds):
-        """Seconds a step in a turn of so many."""
+        """Seconds a step in a turn of so many, and of three steps at least."""
         before, start = len(self.times), time.perf_counter()
         self.watch(lambda: time.perf_counter() - start > seconds and len(self.times) - before > 2)
         times = self.times[before:]  # from the end of the step that it was stopped in
         return (times[-1] - times[0]) / (len(times) - 1)
 
     def end(self):
-        """Kill it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """Kill it, unless it has ended by itself."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def compare(batch, args, folder):
@@ -123,7 +122,10 @@ def compare(batch, args, folder):
     words += ["--checkpointing_steps", TOTAL] + ["--gradient_checkpointing"] * args.gradient_checkpointing
     ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words, *["--torch_compile"] * args.torch_compile]
     cached = [*ours, *CACHES, "--cache_dir", folder / "cache"]
-    subprocess.run([sys.executable, *map(str, [*cached, "--cache_only"])], check=True, capture_output=True)
+    fill = [sys.executable, *map(str, [*cached, "--cache_only"])]
+    fill = subprocess.run(fill, capture_output=True, text=True)
+    if fill.returncode:
+        raise SystemExit(fill.stderr[-3000:])
     programs = {"reference": [args.reference, *words]} if args.reference else {}
     programs |= {"ours": [*ours, "--logging_steps", 1], "ours, cached": [*cached, "--logging_steps", 1]}
     commands = {
@@ -142,6 +144,7 @@ def compare(batch, args, folder):
                 if number == 0 or one_at_a_time:
                     runs[name] = Run(command)
                     stack.callback(runs[name].end)
+                    runs[name].step_time(0)  # to warm up
                 found[name] = runs[name].step_time(args.seconds)
                 memory += [f"{runs[name].peak:.1f}"] * one_at_a_time
                 if one_at_a_time:

@@ -1,12 +1,13 @@
 """What makes a step faster or smaller leaves the maths alone: losses of 20 steps beside those of the plain float32 path."""
 
 import copy
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMOOTH, run, same, series
+from conftest import ROOT, SMOOTH, load_script, run, same, series
 
 STEPS = SMOOTH | {"max_train_steps": 20, "lora_rank": 32, "center_crop": True}
 COMPILED = {"torch_compile": True}
@@ -115,5 +116,17 @@ def test_compare_speed(xl_teacher, pictures, tmp_path):
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
     alone = run(sys.executable, "scripts/compare_speed.py", *words[2:], "--rounds", 1, "--seconds", 1, "--least", 1000)
     assert alone.returncode == 1 and "gain: ours, cached" in alone.stdout and "reference" not in alone.stdout
+    done = run(sys.executable, "scripts/compare_speed.py", "--family", "sdxl", "--teacher", tmp_path / "nothing")
+    assert done.returncode == 1 and f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
     done = run(sys.executable, "scripts/compare_speed.py", "--reference", "nothing.py")
     assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
+
+
+def test_decode_speed(capsys):
+    """Both decoders make a picture of the size that was asked for, which it checks."""
+    decode_speed = load_script("scripts/decode_speed.py")
+    decode_speed.main(["--resolution", "32", "--rounds", "1"])
+    assert re.fullmatch(r"VAE .* a picture of 32 px: .*\n.* [\d.]+ times as fast\n", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        decode_speed.main(["--resolution", "100"])
+    assert "--resolution 100: give a multiple of 8" in capsys.readouterr().err
