@@ -67,7 +67,7 @@ EMBEDS = {"prompt": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}  # w
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 ENCODER_FILES = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "model_index.json")
 # Fields of a record in a tar shard, by the endings of its files; the first that a record has is taken.
-TAR_PICTURES, TAR_CAPTIONS = "jpg jpeg png webp".split(), "txt text caption json".split()
+TAR_IMAGES, TAR_CAPTIONS = "jpg jpeg png webp".split(), "txt text caption json".split()
 INTERPOLATION = [kind.name.lower() for kind in Image.Resampling]
 # Flags of other LCM-LoRA scripts that nothing here needs, and why.
 REFUSED = {
@@ -443,7 +443,7 @@ def load_records(args):
         if tars:
             # `datasets` would take the fields from five records, end at the first text that is not UTF-8, and for a
             # picture take a file of its name in the working directory.
-            fields = datasets.Features(dict.fromkeys([*TAR_PICTURES, *TAR_CAPTIONS], BYTES) | {"__key__": TEXT})
+            fields = datasets.Features(dict.fromkeys([*TAR_IMAGES, *TAR_CAPTIONS], BYTES) | {"__key__": TEXT})
             WebDataset.DECODERS = {}
             data = datasets.load_dataset("webdataset", data_files=list(braceexpand(tars)), features=fields, **options)
         elif Path(name, "dataset_info.json").exists():  # written by save_to_disk
@@ -457,7 +457,7 @@ def load_records(args):
         fail(f"--{flag} {name}: streamed, its columns are not known; leave out --streaming")
     if not tars:
         check_columns(data, args)
-    pictures = TAR_PICTURES if tars else [args.image_column]
+    pictures = TAR_IMAGES if tars else [args.image_column]
     data = data.select_columns([*pictures, *([*TAR_CAPTIONS, "__key__"] if tars else [args.caption_column])])
     for column in pictures:
         data = data.cast_column(column, datasets.Image(decode=False))
@@ -469,23 +469,23 @@ def load_records(args):
     return data
 
 
-class OddRecord(Exception):
+class UnusableRecord(Exception):
     """A record that cannot be trained on: its name and why."""
 
 
 @contextlib.contextmanager
-def or_odd(name):
+def or_unusable(name):
     """A block in which any error makes a record odd: nobody can list what a broken file leads Pillow to."""
     try:
         yield
     except Exception as error:
-        raise OddRecord(f"{name} ({reason(error)})") from error
+        raise UnusableRecord(f"{name} ({reason(error)})") from error
 
 
 def captions_of(record, name, args):
-    """The captions of a record, one or more; a missing one is the empty caption. OddRecord if one is no text."""
+    """The captions of a record, one or more; a missing one is the empty caption. UnusableRecord if one is no text."""
     column = next((name for name in (args.caption_column, *TAR_CAPTIONS) if record.get(name) is not None), None)
-    with or_odd(name):
+    with or_unusable(name):
         value = json.loads(record["json"])[args.caption_column] if column == "json" else record.get(column)
         texts = value if isinstance(value, list) else [value]
         texts = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in texts if text is not None]
@@ -495,7 +495,7 @@ def captions_of(record, name, args):
         return [text.strip() for text in texts] or [""]
 
 
-def open_picture(record):
+def open_image(record):
     """A `datasets` picture record as an upright RGB image; transparent parts become white."""
     if not record:
         raise ValueError("no picture")
@@ -508,21 +508,21 @@ def open_picture(record):
     return picture.convert("RGB")
 
 
-def picture_of(record, args):
+def image_of(record, args):
     """The undecoded picture of a record, or None."""
-    return next((record[name] for name in (args.image_column, *TAR_PICTURES) if record.get(name)), None)
+    return next((record[name] for name in (args.image_column, *TAR_IMAGES) if record.get(name)), None)
 
 
 def name_of(record, row, args):
     """What a record is called in messages: its picture's file, its key in a tar shard, or its row."""
-    return (picture_of(record, args) or {}).get("path") or record.get("__key__") or f"row {row}"
+    return (image_of(record, args) or {}).get("path") or record.get("__key__") or f"row {row}"
 
 
 def open_record(record, row, args):
-    """(Upright RGB picture, its captions), or OddRecord."""
+    """(Upright RGB picture, its captions), or UnusableRecord."""
     name = name_of(record, row, args)
-    with or_odd(name):
-        picture = open_picture(picture_of(record, args))
+    with or_unusable(name):
+        picture = open_image(image_of(record, args))
     return picture, captions_of(record, name, args)
 
 
@@ -542,7 +542,7 @@ def resize_and_crop(picture, side, place, flip, interpolation):
     return ImageOps.mirror(square) if flip else square, left, top
 
 
-def prepare_picture(picture, place, flip, args):
+def prepare_image(picture, place, flip, args):
     """A training picture as what the step needs of it.
 
     pixels [3,H,W] in -1..1; time_ids, SDXL's conditioning on size: height and width of the picture as it was, top and left
@@ -557,19 +557,19 @@ def prepare_picture(picture, place, flip, args):
 
 
 def make_sample(record, row, step, place, embeddings, args):
-    """A record as a training sample, or OddRecord. All that is random about it is a function of (step, place)."""
+    """A record as a training sample, or UnusableRecord. All that is random about it is a function of (step, place)."""
     crop, flip, caption = (rng(args.seed, step, place, purpose).random(2) for purpose in ("crop", "flip", "caption"))
     crop = (0.5, 0.5) if args.center_crop else crop
     flip, name = args.random_flip and flip[0] < 0.5, name_of(record, row, args)
     if "latents" in record:  # from the cache, as `encode_records` makes them
-        if record["odd"]:
-            raise OddRecord(record["odd"])
+        if record["unusable"]:
+            raise UnusableRecord(record["unusable"])
         sample, captions = load(record["latents"]), captions_of(record, name, args)
         mirrored = sample.pop("mirrored", None)
         sample["moments"] = mirrored if flip else sample["moments"]
     else:
         picture, captions = open_record(record, row, args)
-        sample = prepare_picture(picture, crop, flip, args)
+        sample = prepare_image(picture, crop, flip, args)
     text = "" if caption[0] < args.proportion_empty_prompts else captions[int(caption[1] * len(captions))]
     sample |= embeddings[text] if embeddings else {}
     return sample | {"caption": text, "place": place, "name": name}
@@ -579,7 +579,7 @@ class Samples(torch.utils.data.Dataset):
     """Training samples by (optimizer step, place in the global batch), from one endless stream of seeded shuffles.
 
     Step s reads positions [s G, (s + 1) G) of the stream, G the global batch; epoch e of the stream is a permutation of
-    all records. An odd record is replaced by the next good one and named in the sample.
+    all records. An unusable record is replaced by the next good one and named in the sample.
     """
 
     def __init__(self, records, embeddings, args, global_batch):
@@ -595,19 +595,19 @@ class Samples(torch.utils.data.Dataset):
         for i in range(len(self.records)):
             row = int(self.order[(index + i) % len(self.records)])
             try:
-                with or_odd(f"row {row}"):  # such as a text that is not UTF-8
+                with or_unusable(f"row {row}"):  # such as a text that is not UTF-8
                     record = self.records[row]
-                return make_sample(record, row, step, place, self.embeddings, self.args) | {"odd": odd}
-            except OddRecord as error:
+                return make_sample(record, row, step, place, self.embeddings, self.args) | {"unusable": odd}
+            except UnusableRecord as error:
                 odd.append(str(error))
-        return {"odd": odd}
+        return {"unusable": odd}
 
 
 class Stream(torch.utils.data.IterableDataset):
     """The training samples of one rank from streamed records without end; each epoch is shuffled anew, in a buffer.
 
     Worker w of W makes the rank's batches w, w + W, ... Those in front of `first_batch` were used before the run was
-    stopped: they are read over, undecoded. An odd record is replaced by the next good one and named in the sample.
+    stopped: they are read over, undecoded. An unusable record is replaced by the next good one and named in the sample.
     """
 
     def __init__(self, records, args, first_batch, rank, world):
@@ -620,8 +620,8 @@ class Stream(torch.utils.data.IterableDataset):
         return split_dataset_by_node(self.records.shuffle(generator=order, buffer_size=size), self.rank, self.world)
 
     def read(self, epoch):
-        """The same, with an error of reading as OddRecord, which is handed on from a worker."""
-        with or_odd("the streamed data cannot be read on; is a shard cut off?"):
+        """The same, with an error of reading as UnusableRecord, which is handed on from a worker."""
+        with or_unusable("the streamed data cannot be read on; is a shard cut off?"):
             yield from self.shuffled(epoch)
 
     def __iter__(self):
@@ -640,31 +640,31 @@ class Stream(torch.utils.data.IterableDataset):
                 waiting.append((step, (self.rank * parts + micro) * size + i))
                 try:
                     while waiting:
-                        yield make_sample(record, position, *waiting[0], None, args) | {"odd": odd}
+                        yield make_sample(record, position, *waiting[0], None, args) | {"unusable": odd}
                         waiting.pop(0)
                         odd = []
-                except OddRecord as error:
+                except UnusableRecord as error:
                     odd.append(str(error))
             if len(waiting) >= position - first:  # not one good record in all of the epoch
-                yield from ({"odd": odd} for _ in range(size))
+                yield from ({"unusable": odd} for _ in range(size))
 
 
 def collate(samples):
     """A batch: tensors stacked, else lists; `odd` names the records that were replaced. Without a good one just that."""
-    odd = [why for sample in samples for why in sample.pop("odd")]
+    odd = [why for sample in samples for why in sample.pop("unusable")]
     if not all(samples):
-        return {"odd": odd}
+        return {"unusable": odd}
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    return {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in batch.items()} | {"odd": odd}
+    return {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in batch.items()} | {"unusable": odd}
 
 
 def check_batch(batch, args):
     """End the run where no record can be used or, with --strict_data, one cannot."""
     if "place" not in batch:
-        first = f", the first: {batch['odd'][0]}" if batch["odd"] else ""
+        first = f", the first: {batch['unusable'][0]}" if batch["unusable"] else ""
         fail(f"not one record of the data can be used{first}", this_rank())
-    if args.strict_data and batch["odd"]:
-        fail(f"--strict_data: {batch['odd'][0]}; mend or remove it", this_rank())
+    if args.strict_data and batch["unusable"]:
+        fail(f"--strict_data: {batch['unusable'][0]}; mend or remove it", this_rank())
 
 
 def ignore_signals(_):
@@ -677,8 +677,8 @@ def or_end(batches):
     """Streamed batches; the run ends with one line where the data cannot be read on."""
     try:
         yield from batches
-    except OddRecord as error:  # of a worker: the last line, under its traceback
-        fail(str(error).strip().split("\n")[-1].split("OddRecord: ")[-1], this_rank())
+    except UnusableRecord as error:  # of a worker: the last line, under its traceback
+        fail(str(error).strip().split("\n")[-1].split("UnusableRecord: ")[-1], this_rank())
 
 
 def make_loader(records, embeddings, args, first_step, rank, world):
@@ -838,7 +838,7 @@ def encode_captions(pipe, captions):
 
 
 @torch.no_grad()
-def encode_pictures(vae, pixels, batch_size):
+def encode_images(vae, pixels, batch_size):
     """Pixels [B,3,H,W] in -1..1 -> mean and log variance of the posteriors of their latents, [B,8,h,w]."""
     parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(batch_size)]
     return torch.cat([posterior.parameters for posterior in parts])
@@ -942,23 +942,23 @@ def encode_records(batch, rows, first_row, pipe, args):
     for values, row in zip(zip(*batch.values(), strict=True), rows, strict=True):
         try:
             record = dict(zip(batch, values, strict=True))
-            with or_odd(name_of(record, first_row + row, args)):
-                picture = open_picture(picture_of(record, args))
-            turns = [prepare_picture(picture, (0.5, 0.5), flip, args) for flip in (False, True)[: 1 + args.random_flip]]
+            with or_unusable(name_of(record, first_row + row, args)):
+                picture = open_image(image_of(record, args))
+            turns = [prepare_image(picture, (0.5, 0.5), flip, args) for flip in (False, True)[: 1 + args.random_flip]]
             samples.append(turns[0] | {"pixels": torch.stack([turn["pixels"] for turn in turns])})
             odd.append(None)
-        except OddRecord as error:
+        except UnusableRecord as error:
             odd.append(str(error))
     latents = iter(())
     if samples:
         tensors = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        moments = encode_pictures(pipe.vae, tensors.pop("pixels").flatten(0, 1), args.vae_encode_batch_size)
+        moments = encode_images(pipe.vae, tensors.pop("pixels").flatten(0, 1), args.vae_encode_batch_size)
         moments = moments.unflatten(0, (len(samples), -1)).unbind(1)
         latents = iter(as_rows(tensors | dict(zip(("moments", "mirrored"), moments, strict=False))))
-    return {"latents": [None if why else next(latents) for why in odd], "odd": odd}
+    return {"latents": [None if why else next(latents) for why in odd], "unusable": odd}
 
 
-def drop_pictures(records):
+def drop_images(records):
     """The records without their pictures, which are not even read."""
     return records.remove_columns([name for name, kind in records.features.items() if isinstance(kind, datasets.Image)])
 
@@ -976,9 +976,9 @@ class Embeddings:
 def cache_embeddings(records, args, accelerator):
     """The embeddings of all captions of the records, of the empty one and of the validation prompts."""
     about, found = identity(args.pretrained_teacher_model, ENCODER_FILES, args), set()
-    texts = drop_pictures(records)
+    texts = drop_images(records)
     for row in range(len(texts)):
-        with contextlib.suppress(OddRecord), or_odd(f"row {row}"):  # it is named when the training meets it
+        with contextlib.suppress(UnusableRecord), or_unusable(f"row {row}"):  # it is named when the training meets it
             record = texts[row]
             found |= {*captions_of(record, name_of(record, row, args), args)}
     captions, prompts = sorted(found), ["", *(args.validation_prompts or [])]
@@ -995,23 +995,23 @@ def cache_latents(records, args, accelerator):
     pictures = records.remove_columns(sorted({args.caption_column, *TAR_CAPTIONS} & {*records.features}))
     parts = [pictures.select(rows[i : i + CACHE_ROWS]) for i in rows[::CACHE_ROWS]]
     latents = open_cache("latents", parts, encode_records, about, args, accelerator)
-    if len(odd := latents.data.column("odd").drop_null()):
-        accelerator.print(f"warning: {len(odd)} odd records in the cache, the first: {odd[0]}", file=sys.stderr)
-    return datasets.concatenate_datasets([drop_pictures(records), latents], axis=1)
+    if len(odd := latents.data.column("unusable").drop_null()):
+        accelerator.print(f"warning: {len(odd)} unusable records in the cache, the first: {odd[0]}", file=sys.stderr)
+    return datasets.concatenate_datasets([drop_images(records), latents], axis=1)
 
 
 # -------------------------------------------------------------------------------------- 6. The distillation step
 
 
 @torch.no_grad()
-def draw_batch(pipe, batch, c_null, timesteps, step, args):
+def sample_batch(pipe, batch, c_null, timesteps, step, args):
     """(x, c) ~ data, z = E(x), n ~ U, omega ~ U[w_min, w_max]; what `distillation_loss` takes, from z to omega."""
     places, device, vae = batch["place"], timesteps.device, pipe.vae
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))  # LoRA dropout draws from torch
     side = args.resolution // pipe.vae_scale_factor
     shape = (vae.config.latent_channels, side, side)
     cached = batch.get("moments")
-    moments = encode_pictures(vae, batch["pixels"], args.vae_encode_batch_size) if cached is None else cached
+    moments = encode_images(vae, batch["pixels"], args.vae_encode_batch_size) if cached is None else cached
     posterior_noise = normal(args.seed, step, places, "posterior", shape).to(device)
     z = sample_posterior(moments.to(device), posterior_noise, vae.config.scaling_factor)
     c = conditions(pipe, batch, device)
@@ -1381,7 +1381,7 @@ class Log:
             if why not in self.odd:
                 self.odd.add(why)
                 if len(self.odd) <= 10 or str(len(self.odd)).strip("0") == "1":
-                    self.bar.write(f"warning: {len(self.odd)} odd records replaced so far: {why}", sys.stderr)
+                    self.bar.write(f"warning: {len(self.odd)} unusable records replaced so far: {why}", sys.stderr)
 
     def add(self, row, finite, overflow, names):
         """Keep a step for `flush`; the tenth in a row that was not finite ends the run."""
@@ -1582,10 +1582,10 @@ def train(args):
     timesteps, losses, names, asked = ddim_timesteps(args.num_ddim_timesteps, len(schedule.alpha)).to(device), [], [], 0
     for batch in itertools.chain(first, batches):
         check_batch(batch, args)
-        log.warn_of(batch["odd"])
+        log.warn_of(batch["unusable"])
         names += batch["name"]
         with accelerator.accumulate(student):
-            drawn = draw_batch(pipe, batch, c_null, timesteps, step, args)
+            drawn = sample_batch(pipe, batch, c_null, timesteps, step, args)
             loss = distillation_loss(teacher, student, target, *drawn, schedule, args)
             accelerator.backward(loss)
             losses.append(loss.detach())

@@ -6,7 +6,7 @@
 
 Beside its own flags it takes those of the training command, all of them or just the data's. With the teacher it counts
 tokens and knows the default of --resolution; of it only configs and tokenizers are read, of a teacher in one file those
-of --teacher_config. Writes report.md (counts, sizes, captions, duplicates, odd records by name) and contact_sheet.png,
+of --teacher_config. Writes report.md (counts, sizes, captions, duplicates, unusable records by name) and contact_sheet.png,
 the first samples of a run in one process as the step gets them: cropped, mirrored, with the caption drawn for them.
 Exit code 0 if every record can be used, 1 if there are odd ones or the data cannot be read.
 """
@@ -110,7 +110,7 @@ class Reader(torch.utils.data.IterableDataset):
         for row, record in numbered:
             try:
                 picture, captions = trainer.open_record(record, row, self.args)
-            except trainer.OddRecord as error:
+            except trainer.UnusableRecord as error:
                 yield str(error)
                 continue
             digest = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
@@ -119,7 +119,7 @@ class Reader(torch.utils.data.IterableDataset):
 
 
 def read_all(records, tokenizers, args):
-    """Figures of the records: (counts, sizes, longest captions, copies, odd records)."""
+    """Figures of the records: (counts, sizes, longest captions, copies, unusable records)."""
     counts, sizes, longest, first, copies, odd = Counter(), [], [], {}, [], []
     workers, total = args.dataloader_num_workers, args.limit
     if args.streaming:
@@ -177,7 +177,7 @@ def size_table(sizes):
 
 
 def report(figures, tokenizers, origin, args):
-    """The lines of report.md but for the odd records."""
+    """The lines of report.md but for the unusable records."""
     counts, sizes, longest, copies, odd = figures
     total, side = len(sizes) + len(odd), args.resolution
     first = f", the first ones (--limit {args.limit})" if total == args.limit else ""
@@ -220,7 +220,7 @@ def main(argv=None):
     if picture:
         picture.save(sheet)
     lines = list(report(figures, tokenizers, origin, args))
-    named = ["\n## Odd records\n", *(f"- {why}" for why in odd)] if odd else []
+    named = ["\n## Unusable records\n", *(f"- {why}" for why in odd)] if odd else []
     (args.output_dir / "report.md").write_text("\n".join(lines + named) + "\n")
     print(*lines, *named[: NAMED + 1], *["- ..."] * (len(odd) > NAMED), f"\nWritten to {args.output_dir}", sep="\n")
     return 1 if odd else 0

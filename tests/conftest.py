@@ -133,7 +133,7 @@ def near(a, b, tolerance=1e-5):
     )
 
 
-def picture_bytes(picture, kind="PNG", **settings):
+def image_bytes(picture, kind="PNG", **settings):
     """A `datasets` picture record of a picture."""
     file = io.BytesIO()
     picture.save(file, kind, **settings)
@@ -271,8 +271,8 @@ def xl_teacher(make_teacher):
 
 
 @pytest.fixture(scope="session")
-def make_pictures(tmp_path_factory):
-    """A factory of image folders with metadata.jsonl: make_pictures(count, broken=(indices)) -> folder."""
+def make_images(tmp_path_factory):
+    """A factory of image folders with metadata.jsonl: make_images(count, broken=(indices)) -> folder."""
 
     def make(count=12, broken=()):
         import numpy as np
@@ -295,9 +295,9 @@ def make_pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(make_pictures):
+def pictures(make_images):
     """A folder of twelve captioned pictures of mixed sizes."""
-    return make_pictures()
+    return make_images()
 
 
 @pytest.fixture(autouse=True)

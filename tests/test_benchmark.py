@@ -1,4 +1,4 @@
-"""scripts/benchmark.py and scripts/memory.py: what they count is what independent counts give."""
+"""scripts/measure/benchmark.py and scripts/measure/memory.py: what they count is what independent counts give."""
 
 import csv
 
@@ -15,12 +15,12 @@ GC, BITS, NF4 = "gradient_checkpointing", "use_8bit_adam", "nf4"
 
 @pytest.fixture(scope="session")
 def benchmark():
-    return load_script("scripts/benchmark.py")
+    return load_script("scripts/measure/benchmark.py")
 
 
 @pytest.fixture(scope="session")
 def memory():
-    return load_script("scripts/memory.py")
+    return load_script("scripts/measure/memory.py")
 
 
 def readme_table():

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from conftest import ROOT, SMOOTH, command_line, launch, near, picture_bytes, series, write_tar
+from conftest import ROOT, SMOOTH, command_line, launch, near, image_bytes, series, write_tar
 from huggingface_hub import HfApi
 from PIL import Image
 from single_file import as_single_file
@@ -46,13 +46,13 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 TELLING = """
-encode = trainer.encode_pictures
+encode = trainer.encode_images
 
 def tell(vae, pixels, batch_size):
     print(f"rank {os.environ['RANK']}: {len(pixels)} encoded")
     return encode(vae, pixels, batch_size)
 
-trainer.encode_pictures = tell
+trainer.encode_images = tell
 trainer.main(sys.argv[2:])
 """
 
@@ -92,17 +92,17 @@ class Work:
 @pytest.fixture
 def work(trainer, monkeypatch):
     """Fills while the trainer runs."""
-    seen, encode_pictures, encode_captions = Work(), trainer.encode_pictures, trainer.encode_captions
+    seen, encode_images, encode_captions = Work(), trainer.encode_images, trainer.encode_captions
 
     def pictures(vae, pixels, batch_size):
         seen.pictures += len(pixels)
-        return encode_pictures(vae, pixels, batch_size)
+        return encode_images(vae, pixels, batch_size)
 
     def captions(pipe, captions):
         seen.captions += captions
         return encode_captions(pipe, captions)
 
-    monkeypatch.setattr(trainer, "encode_pictures", pictures)
+    monkeypatch.setattr(trainer, "encode_images", pictures)
     monkeypatch.setattr(trainer, "encode_captions", captions)
     for kind in (diffusers.AutoencoderKL, transformers.PreTrainedModel):
 
@@ -141,10 +141,10 @@ def test_losses_are_those_without_a_cache(run, work, make_teacher, flip):
     assert len(series(plain)) == 20 and np.std(series(plain)) > 1e-2 * np.mean(series(plain))
 
 
-def test_each_is_encoded_once(run, work, make_pictures, make_teacher, tmp_path):
+def test_each_is_encoded_once(run, work, make_images, make_teacher, tmp_path):
     """By a fill that writes no more than the caches; runs afterwards encode nothing and load no model of that kind."""
     own = make_teacher(seed=5) / "vae"
-    flags = BOTH | {"train_data_dir": make_pictures(14), "random_flip": True, "max_train_steps": 2}
+    flags = BOTH | {"train_data_dir": make_images(14), "random_flip": True, "max_train_steps": 2}
     work.loaded.clear()
     assert not run(**flags, cache_only=True).exists()
     assert work.pictures == 2 * 14 and sorted(work.captions) == sorted({"", *work.captions})
@@ -282,7 +282,7 @@ def test_a_teacher_in_one_file(run, work, layout, make_teacher, tmp_path):
     assert Counter(name.split("-")[0] for name in made) == {"embeddings": 2}
 
 
-# --------------------------------------------------------------------------------------------------------- odd records
+# --------------------------------------------------------------------------------------------------------- unusable records
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def parquet(tmp_path):
 
 def picture(i):
     """A record with a picture of one colour."""
-    return {"image": picture_bytes(Image.new("RGB", (40, 40 + i), (30 * i, 0, 99))), "text": f"picture {i}"}
+    return {"image": image_bytes(Image.new("RGB", (40, 40 + i), (30 * i, 0, 99))), "text": f"picture {i}"}
 
 
 BROKEN = {"image": {"bytes": b"no picture at all", "path": None}, "text": "broken"}
@@ -318,9 +318,9 @@ def test_odd_records_are_named_and_replaced(trainer, run, parquet, capsys, monke
         outs.append(run(train_data_dir=None, dataset_name=data, max_train_steps=2, train_batch_size=4, **flags))
         told.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")])
     assert told[0] == told[1][1:] == told[2][1:] and len(told[0]) == 3
-    assert told[1][0] == told[2][0] and told[1][0].startswith("warning: 3 odd records in the cache, the first: row 1 (")
+    assert told[1][0] == told[2][0] and told[1][0].startswith("warning: 3 unusable records in the cache, the first: row 1 (")
     assert {line.split(": ", 2)[2].split(" (")[0] for line in told[0]} == {"row 1", "row 3", "row 4"}
-    assert told[0][2].startswith("warning: 3 odd records replaced")
+    assert told[0][2].startswith("warning: 3 unusable records replaced")
     assert equal(outs[0], outs[1]) and series(outs[1]) == series(outs[2])
 
 
@@ -433,13 +433,13 @@ class Fills:
         return next(line.strip() for line in self.process.stdout if line.strip().lstrip("-").isdigit())
 
 
-def test_ten_kills(teacher, make_pictures, sd15, train_by, tmp_path, monkeypatch):
+def test_ten_kills(teacher, make_images, sd15, train_by, tmp_path, monkeypatch):
     """Ten fills are killed at random moments, the eleventh ends: the files and rows are those of an undisturbed fill.
 
     A moment is some files after the start and up to 30 ms, every other time then when a file is half written. Nothing of
     a killed fill is taken for a whole file.
     """
-    data, calm, killed = make_pictures(72), tmp_path / "calm", tmp_path / "killed"
+    data, calm, killed = make_images(72), tmp_path / "calm", tmp_path / "killed"
     fills, random, counts = Fills(tmp_path, teacher, data), np.random.default_rng(0), []
 
     def number(pattern, least=0):
@@ -471,7 +471,7 @@ def test_ten_kills(teacher, make_pictures, sd15, train_by, tmp_path, monkeypatch
     assert content(killed) == expected and sum(map(len, expected.values())) == 72 + 12 + 1
 
     monkeypatch.setattr(sd15, "CACHE_ROWS", 4)
-    for name in ("encode_pictures", "encode_captions"):
+    for name in ("encode_images", "encode_captions"):
         monkeypatch.delattr(sd15, name)  # nothing is left to encode
     flags = BOTH | {
         "cache_dir": killed,

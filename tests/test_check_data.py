@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, LORA, ROOT, command_line, load_script, picture_bytes, run, write_tar
+from conftest import CAPTIONS, LORA, ROOT, command_line, load_script, image_bytes, run, write_tar
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -44,7 +44,7 @@ def write_folder(folder, records):
     lines = [json.dumps({"file_name": name, "text": text}) for name, (_, text) in records.items()]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     for name, (picture, _) in records.items():
-        (folder / name).write_bytes(picture if isinstance(picture, bytes) else picture_bytes(picture)["bytes"])
+        (folder / name).write_bytes(picture if isinstance(picture, bytes) else image_bytes(picture)["bytes"])
     return folder
 
 
@@ -100,23 +100,23 @@ def test_counts_sizes_and_captions(look, tmp_path):
     assert "token" not in text
 
 
-def test_odd_records_are_named(look, capsys, make_pictures, tmp_path):
+def test_odd_records_are_named(look, capsys, make_images, tmp_path):
     """Exit code 1, each with its reason; with no good one there is no sheet, not even that of an earlier check."""
-    folder = make_pictures(broken=(3, 7))
+    folder = make_images(broken=(3, 7))
     code, text = look(train_data_dir=folder)
     assert code == 1 and "Records read: 12; can be used: 10; odd, replaced by others in training: 2\n" in text
-    odd = text.split("## Odd records\n\n")[1].splitlines()
+    odd = text.split("## Unusable records\n\n")[1].splitlines()
     assert [line.split(" (")[0] for line in odd] == [f"- {folder}/03.png", f"- {folder}/07.png"]
     assert all("(UnidentifiedImageError: " in line for line in odd)
     assert (tmp_path / "check" / "contact_sheet.png").exists()
-    code, text = look(train_data_dir=make_pictures(count=2, broken=(0, 1)))
+    code, text = look(train_data_dir=make_images(count=2, broken=(0, 1)))
     assert code == 1 and "can be used: 0" in text and "contact_sheet" not in text
     assert [path.name for path in (tmp_path / "check").iterdir()] == ["report.md"]
 
 
-def test_many_odd_records(check, capsys, make_pictures, tmp_path):
+def test_many_odd_records(check, capsys, make_images, tmp_path):
     """Ten are printed, all are in the report."""
-    flags = {"train_data_dir": make_pictures(broken=range(11)), "resolution": 32, "output_dir": tmp_path}
+    flags = {"train_data_dir": make_images(broken=range(11)), "resolution": 32, "output_dir": tmp_path}
     assert check.main(command_line(flags)) == 1
     printed, written = capsys.readouterr().out, (tmp_path / "report.md").read_text()
     assert (printed.count("(Unidentified"), written.count("(Unidentified")) == (10, 11)
@@ -147,9 +147,9 @@ def test_tokens_and_resolution_of_a_teacher(look, make_teacher, family, tmp_path
 
 
 @pytest.mark.parametrize("family, side", [("sd15", 512), ("sdxl", 1024)])
-def test_without_teacher_or_resolution(look, make_pictures, family, side, tmp_path):
+def test_without_teacher_or_resolution(look, make_images, family, side, tmp_path):
     """The usual size of the family, and the report says why."""
-    code, text = look(train_data_dir=make_pictures(count=2), resolution=None, samples=1, family=family)
+    code, text = look(train_data_dir=make_images(count=2), resolution=None, samples=1, family=family)
     assert code == 0 and f"- Resolution: {side} x {side} (the usual one: neither --resolution nor a teacher" in text
     assert cut_out(tmp_path / "check" / "contact_sheet.png", side, 1).shape == (1, side, side, 3)
 
@@ -173,11 +173,11 @@ def test_the_sheet_is_what_the_step_gets(look, request, check, monkeypatch, pict
 
 
 def test_tar_shards(look, sd15, tmp_path):
-    """Two shards with an odd record; streamed by workers it is the same report but for the limit, and the same sheet."""
+    """Two shards with an unusable record; streamed by workers it is the same report but for the limit, and the same sheet."""
     for shard in range(2):
         files = {}
         for i in range(4):
-            files[f"{shard}{i}.jpg"] = picture_bytes(noise(40 + i, 40, 4 * shard + i), "JPEG")["bytes"]
+            files[f"{shard}{i}.jpg"] = image_bytes(noise(40 + i, 40, 4 * shard + i), "JPEG")["bytes"]
             files[f"{shard}{i}.txt"] = CAPTIONS[i].encode()
         write_tar(tmp_path / f"{shard}.tar", files | {"02.txt": b"\xff"} if shard == 0 else files)
     flags = {"train_shards_path_or_url": f"{tmp_path}/{{0..1}}.tar"}
@@ -197,7 +197,7 @@ def test_tar_shards(look, sd15, tmp_path):
 def test_lists_of_captions_and_limits(look, tmp_path):
     """Parquet; the first records only, by --limit or --max_train_samples, map-style and streamed."""
     texts = [["one", "two words"], ["three"], [], ["", "five"], None, ["six"]]
-    rows = {"picture": [picture_bytes(noise(40, 40, i)) for i in range(6)], "captions": texts}
+    rows = {"picture": [image_bytes(noise(40, 40, i)) for i in range(6)], "captions": texts}
     kinds = {"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_dict(rows, datasets.Features(kinds)).to_parquet(tmp_path / "data" / "train.parquet")
@@ -223,9 +223,9 @@ def test_a_stream_is_read_to_a_thousand(check, monkeypatch, look, pictures):
     assert "Records read: 12;" in look(train_data_dir=pictures)[1]
 
 
-def test_workers_change_nothing(look, make_pictures):
+def test_workers_change_nothing(look, make_images):
     """Not even the order of the odd ones."""
-    flags = {"train_data_dir": make_pictures(broken=(1, 2, 9))}
+    flags = {"train_data_dir": make_images(broken=(1, 2, 9))}
     assert look(**flags) == look(dataloader_num_workers=2, **flags)
 
 
@@ -248,7 +248,7 @@ def test_a_pasted_training_command(xl_teacher, pictures, tmp_path):
 
 def test_a_shard_that_is_cut_off(check, tmp_path):
     """A stream that ends in the midst of a record: one line, also where the limit is in front of it; no report."""
-    picture = picture_bytes(noise(40, 40))["bytes"]
+    picture = image_bytes(noise(40, 40))["bytes"]
     write_tar(tmp_path / "0.tar", {f"{i}.{ending}": picture for i in range(4) for ending in ("jpg", "png")})
     whole = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[: whole.rindex(picture) + 1000])

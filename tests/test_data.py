@@ -1,4 +1,4 @@
-"""The trainers' data: sources, odd records, several captions, streaming."""
+"""The trainers' data: sources, unusable records, several captions, streaming."""
 
 import io
 import itertools
@@ -178,7 +178,7 @@ def test_tars_of_the_wild(read, tmp_path):
     for streaming in (False, True):
         flags = {"train_batch_size": 13, "max_train_steps": 1, "streaming": streaming}
         batches = read(train_shards_path_or_url=tmp_path, **flags)
-        assert sorted(column(batches)) == ["", *"aaaaaabcdefg"] and batches[0]["odd"] == []
+        assert sorted(column(batches)) == ["", *"aaaaaabcdefg"] and batches[0]["unusable"] == []
 
 
 BROKEN = {
@@ -237,7 +237,7 @@ def test_every_record_once_in_an_epoch(read, tmp_path, count, world, accumulatio
         batches = read(dataset_name=source, max_train_steps=steps, rank=rank, world=world, **flags)
         assert len(batches) == steps * accumulation
         for i, batch in enumerate(batches):
-            assert batch["odd"] == []
+            assert batch["unusable"] == []
             for place, caption in zip(batch["place"], batch["caption"], strict=True):
                 assert found.setdefault((i // accumulation, place), caption) is caption  # nobody else has this place
     assert len(found) == steps * 2 * accumulation * world
@@ -247,7 +247,7 @@ def test_every_record_once_in_an_epoch(read, tmp_path, count, world, accumulatio
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-# -------------------------------------------------------------------------------------------------------- odd records
+# -------------------------------------------------------------------------------------------------------- unusable records
 
 
 def header_of_40_000_squared():
@@ -294,25 +294,25 @@ UNUSABLE = {
 
 
 @pytest.fixture(scope="module")
-def odd_folder(tmp_path_factory):
+def broken_folder(tmp_path_factory):
     """An image folder of one good picture, those of the gallery, the unusable ones and one that is missing."""
     pictures = {name: data for name, (data, *_) in gallery().items()}
     files = {"good.png": tile(7)} | pictures | UNUSABLE
     rows = [{"file_name": name, "text": f"{name}"} for name in [*files, "missing.png"]]
-    return write_folder(tmp_path_factory.mktemp("odd") / "data", files, rows)
+    return write_folder(tmp_path_factory.mktemp("unusable") / "data", files, rows)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_odd_pictures_are_what_a_person_expects(read, odd_folder, streaming):
+def test_odd_pictures_are_what_a_person_expects(read, broken_folder, streaming):
     """Converted, to the first picture of an animation, upright, on white; the others give way to good ones and are named."""
-    batches = read(train_data_dir=odd_folder, streaming=streaming, train_batch_size=15, max_train_steps=1)
+    batches = read(train_data_dir=broken_folder, streaming=streaming, train_batch_size=15, max_train_steps=1)
     seen = dict(zip(column(batches), column(batches, "pixels"), strict=True))
     assert seen.keys() == {"good.png", *gallery()}
     for name, (_, left, right) in gallery().items():
         picture = ((seen[name] + 1) * 127.5).round()
         for side, colour in ((0, left), (7, right)):
             assert (picture[:, :, side] - torch.tensor(colour)[:, None]).abs().max() <= 3, name
-    odd = sorted(set(column(batches, "odd")))
+    odd = sorted(set(column(batches, "unusable")))
     assert len(odd) == 5 and all(name in why for name, why in zip(sorted([*UNUSABLE, "missing.png"]), odd, strict=True))
 
 
@@ -328,7 +328,7 @@ def test_odd_records_in_parquet_and_tars(read, tmp_path, monkeypatch):
     for kind, streaming in itertools.product(("tar", "parquet"), (False, True)):
         batches = read(dataset_name=tmp_path / kind, streaming=streaming, train_batch_size=5, max_train_steps=3)
         assert [reds(batches)] == [[7] * 15], (kind, streaming)
-        odd = sorted(set(column(batches, "odd")))
+        odd = sorted(set(column(batches, "unusable")))
         assert len(odd) == 4 and all(name.split(".")[0] in why for name, why in zip(sorted(UNUSABLE), odd, strict=True))
 
 
@@ -361,7 +361,7 @@ def test_odd_captions(read, tmp_path):
         for caption, number in zip(column(batches), reds(batches), strict=True):
             used.setdefault([*texts][number], set()).add(caption)
         assert used == {"good": {"good"}, "missing": {""}, "empty": {""}, "null": {""}}
-        odd = sorted({why.split(" ")[0].split("_")[1] for why in column(batches, "odd")})
+        odd = sorted({why.split(" ")[0].split("_")[1] for why in column(batches, "unusable")})
         assert odd == ["broken", "half", "latin", "number", "numbers", "other"]
 
 
@@ -377,7 +377,7 @@ def test_texts_of_a_table_that_are_not_utf8(read, tmp_path):
     pq.write_table(table.set_column(1, table.schema.field(1), texts), tmp_path / "train.parquet")
     batches = read(dataset_name=tmp_path, train_batch_size=3)
     assert set(column(batches)) == {"a", "c"}
-    assert [why.split(":")[0] for why in set(column(batches, "odd"))] == ["row 1 (UnicodeDecodeError"]
+    assert [why.split(":")[0] for why in set(column(batches, "unusable"))] == ["row 1 (UnicodeDecodeError"]
     with pytest.raises(SystemExit, match="cannot be read on.*UnicodeDecodeError"):
         read(dataset_name=tmp_path, streaming=True)
 
@@ -401,7 +401,7 @@ def test_each_odd_record_is_replaced_and_named_once(train, tmp_path, capsys, fla
     """Over several epochs: as many warnings as records up to ten, then one for the hundredth."""
     source = write_shards(tmp_path / "data", 6, 6, odd=(1, 2, 9))
     out = train(train_shards_path_or_url=source, max_train_steps=12, **flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "odd records" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unusable records" in line]
     assert len(series(out)) == 12 and len(lines) == 3
     assert [int(line.split("warning: ")[1].split()[0]) for line in lines] == [1, 2, 3]
     assert all(sum(name in line for line in lines) == 1 for name in (" 001 ", " 002 ", " 009 "))
@@ -528,11 +528,11 @@ def test_streams_are_seeded(read, captioned, kind):
     assert not same(first, read(**flags, seed=1))
 
 
-@pytest.mark.parametrize("odd", [(), (3, 4, 5, 13, 14, 22)], ids=["good", "odd"])
+@pytest.mark.parametrize("unusable", [(), (3, 4, 5, 13, 14, 22)], ids=["good", "unusable"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streams_go_on_where_they_stopped(read, tmp_path, workers, accumulation, odd):
-    """From any step, in the middle of an epoch and beside odd records, the batches are those of the run that did not stop."""
+    """From any step, in the middle of an epoch and beside unusable records, the batches are those of the run that did not stop."""
     source = write_shards(tmp_path / "data", 5, 7, 11, odd=odd)
     flags = {"train_shards_path_or_url": source, "streaming": True, "dataloader_num_workers": workers}
     flags |= {"gradient_accumulation_steps": accumulation, "max_train_steps": 16, "shuffle_buffer_size": 6}
@@ -555,8 +555,8 @@ def test_resumed_streams_give_the_same_losses(train, tmp_path, workers):
 
 def test_nothing_is_decoded_before_it_is_needed(sd15, read, tmp_path, monkeypatch):
     """Not while the buffer is filled, and not while what was used before a stop is read over."""
-    opened, open_picture = [], sd15.open_picture
-    monkeypatch.setattr(sd15, "open_picture", lambda record: opened.append(record["path"]) or open_picture(record))
+    opened, open_image = [], sd15.open_image
+    monkeypatch.setattr(sd15, "open_image", lambda record: opened.append(record["path"]) or open_image(record))
     source = write_shards(tmp_path / "data", 20, 20)
     args = sd15.parse_args(
         command_line(

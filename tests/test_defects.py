@@ -1,4 +1,4 @@
-"""Defects of the scripts of today that no other file has a test for, by number, and the table of scripts/defects.py."""
+"""Defects of the scripts of today that no other file has a test for, by number, and the table of scripts/proofs/defects.py."""
 
 import re
 import signal
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import ROOT, load_script, picture_bytes, write_tar
+from conftest import ROOT, load_script, image_bytes, write_tar
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-defects = load_script("scripts/defects.py")
+defects = load_script("scripts/proofs/defects.py")
 BROKEN = {"image": {"bytes": b"no picture", "path": "broken.png"}, "text": "a"}
 
 
@@ -30,7 +30,7 @@ def rows(count):
     """Undecoded records of small pictures, the captions their numbers."""
     random = np.random.default_rng(0)
     pictures = [Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)) for _ in range(count)]
-    return [{"image": picture_bytes(picture), "text": str(i)} for i, picture in enumerate(pictures)]
+    return [{"image": image_bytes(picture), "text": str(i)} for i, picture in enumerate(pictures)]
 
 
 # ------------------------------------------------------------------------------------------------------------- the table
@@ -81,7 +81,7 @@ def test_defect_06_all_shards_are_read_to_their_end(sd15, shards, tmp_path, stre
     batches = [*sd15.make_loader(sd15.load_records(args), None, args, 0, 0, 1)]
     captions = [caption for batch in batches for caption in batch["caption"]]
     assert len(batches) == 12 and {*captions} == {*"012345678"}
-    odd = [why for batch in batches for why in batch["odd"]]
+    odd = [why for batch in batches for why in batch["unusable"]]
     assert odd and all("(ValueError: no picture)" in why for why in odd)
 
 
@@ -92,7 +92,7 @@ def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flip):
     width, height = size
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     picture = Image.fromarray(np.dstack([x, y, 0 * x]).astype(np.uint8))
-    sample = sdxl.prepare_picture(picture, (0.25, 0.25), flip, flags(sdxl))
+    sample = sdxl.prepare_image(picture, (0.25, 0.25), flip, flags(sdxl))
     x, y, _ = ((sample["pixels"][:, 0, 0] + 1) * 127.5).round().tolist()
     left = width - 1 - x if flip else x
     assert left + y == 6
@@ -134,12 +134,12 @@ def test_defect_15_flags_are_read(sd15, pictures, tmp_path):
     assert any(tmp_path.rglob("*.arrow"))
 
 
-def test_defect_16_the_first_bad_record_is_named(train, make_pictures):
+def test_defect_16_the_first_bad_record_is_named(train, make_images):
     """Of a folder where none can be used, and with --strict_data of one where one cannot."""
     with pytest.raises(SystemExit, match=r"the first: .*0[012]\.png"):
-        train(train_data_dir=make_pictures(3, broken=range(3)))
+        train(train_data_dir=make_images(3, broken=range(3)))
     with pytest.raises(SystemExit, match=r"--strict_data: .*02\.png"):
-        train(train_data_dir=make_pictures(4, broken=[2]), strict_data=True)
+        train(train_data_dir=make_images(4, broken=[2]), strict_data=True)
 
 
 def test_defect_19_streamed_order_is_seeded(sd15):
@@ -177,7 +177,7 @@ def test_defect_12_no_rank_has_random_state_to_lose(sd15):
         torch.manual_seed(before)
         batch = {"place": places, "moments": torch.zeros(2, 8, 5, 5), "prompt": torch.zeros(2, 16, 32)}
         c_null = {"prompt": torch.zeros(1, 16, 32)}
-        drawn = sd15.draw_batch(pipe, batch, c_null, sd15.ddim_timesteps(50, 1000), step, args)
+        drawn = sd15.sample_batch(pipe, batch, c_null, sd15.ddim_timesteps(50, 1000), step, args)
         return [*(value.tolist() for value in drawn if torch.is_tensor(value)), torch.rand(4).tolist()]
 
     assert draw(1, 5, 2, 3) == draw(2, 5, 2, 3)
@@ -193,11 +193,11 @@ def test_defect_17_encoders_rest_where_all_is_cached(sd15, train, tmp_path, monk
         real = getattr(sd15, name)
         monkeypatch.setattr(sd15, name, lambda *given: seen.append(name) or real(*given))
 
-    for name in ("encode_pictures", "encode_captions", "distillation_loss"):
+    for name in ("encode_images", "encode_captions", "distillation_loss"):
         spy(name)
     train(cache_latents=True, center_crop=True, cache_text_embeddings=True, cache_dir=tmp_path)
     first = seen.index("distillation_loss")
-    assert {*seen[:first]} == {"encode_pictures", "encode_captions"} and seen[first:] == ["distillation_loss"] * 4
+    assert {*seen[:first]} == {"encode_images", "encode_captions"} and seen[first:] == ["distillation_loss"] * 4
 
 
 def test_defect_17_micro_steps_wait_for_nothing(sd15, train, monkeypatch):

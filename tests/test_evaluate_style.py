@@ -1,4 +1,4 @@
-"""scripts/evaluate_style.py: its KID against sums written out, and which adapters draw what."""
+"""scripts/demo/evaluate_style.py: its KID against sums written out, and which adapters draw what."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from conftest import ROOT, load_script
 @pytest.fixture(scope="module")
 def style():
     """The program as a module."""
-    return load_script("scripts/evaluate_style.py")
+    return load_script("scripts/demo/evaluate_style.py")
 
 
 def normal(*shape, seed=0):

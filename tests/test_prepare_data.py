@@ -57,7 +57,7 @@ def trained(sd15, tmp_path):
         flags = {"dataset_name": folder, "pretrained_teacher_model": "none", "cache_dir": tmp_path / "cache"} | flags
         args = sd15.parse_args(command_line(flags))
         rows = list(sd15.load_records(args))
-        pictures = [sd15.picture_of(row, args) for row in rows]
+        pictures = [sd15.image_of(row, args) for row in rows]
         pictures = [p["bytes"] or open(p["path"], "rb").read() for p in pictures]
         return list(zip(pictures, [sd15.captions_of(row, "a row", args)[0] for row in rows]))
 

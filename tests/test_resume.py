@@ -842,23 +842,23 @@ def test_two_processes_are_one_of_twice_the_batch(sd15, train, start, monkeypatc
     )
 
     def spy(trainer, name):
-        real, seen = trainer.draw_batch, []
+        real, seen = trainer.sample_batch, []
 
-        def draw_batch(*args):
+        def sample_batch(*args):
             drawn = real(*args)
             seen.append(drawn[3])
             torch.save(seen[: 2 * accumulation], tmp_path / name)
             return drawn
 
-        return draw_batch
+        return sample_batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(sd15, "draw_batch", spy(sd15, "one"))
+        patch.setattr(sd15, "sample_batch", spy(sd15, "one"))
         one = train(**flags)
     two = tmp_path / "out"
 
     def before(trainer, rank):
-        trainer.draw_batch = spy(trainer, f"rank-{rank}")
+        trainer.sample_batch = spy(trainer, f"rank-{rank}")
 
     ends = [program.end() for program in start(two, before, processes=2, **flags | {"train_batch_size": 2})]
     assert [code for code, _ in ends] == [0, 0], ends
@@ -915,8 +915,8 @@ def test_two_machines(train, teacher, pictures, tmp_path):
 
 
 def test_chaos_on_a_small_model(start, monkeypatch, capfd):
-    """scripts/chaos.py with trainers that are forked: killed three times, equal to the undisturbed run."""
-    chaos = load_script("scripts/chaos.py")
+    """scripts/proofs/chaos.py with trainers that are forked: killed three times, equal to the undisturbed run."""
+    chaos = load_script("scripts/proofs/chaos.py")
 
     def forked(out, args):
         words = [*chaos.SETTINGS, "--validation_prompts", "rain", "--resume_from_checkpoint", "latest"]
@@ -932,7 +932,7 @@ def test_chaos_on_a_small_model(start, monkeypatch, capfd):
 
 
 class Forked:
-    """What scripts/chaos.py asks of a process it started."""
+    """What scripts/proofs/chaos.py asks of a process it started."""
 
     def __init__(self, program):
         self.program, self.pid = program, program.pid
@@ -949,7 +949,7 @@ class Forked:
 
 def test_chaos_sees_a_difference(train, whole):
     """In the LoRA and in the log, and none between equal runs."""
-    chaos = load_script("scripts/chaos.py")
+    chaos = load_script("scripts/proofs/chaos.py")
     assert chaos.differences(whole, train(**RUN)) == []
     found = chaos.differences(whole, train(**RUN | {"seed": 1}))
     assert "metadata" in found and "log.jsonl" in found and any(key.startswith("lora_unet_") for key in found)
@@ -960,6 +960,6 @@ def test_chaos_sees_a_difference(train, whole):
     "words", [[], ["--processes", "2", "--runs", "1"], ["--streaming", "--runs", "1"]], ids=" ".join
 )
 def test_chaos(words, capsys):
-    """On the demo teacher, with real processes; all of it is `python scripts/chaos.py`."""
-    chaos = load_script("scripts/chaos.py")
+    """On the demo teacher, with real processes; all of it is `python scripts/proofs/chaos.py`."""
+    chaos = load_script("scripts/proofs/chaos.py")
     assert chaos.main(["--runs", "2", "--kills", "4", *words]) == 0, capsys.readouterr().out

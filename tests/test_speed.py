@@ -111,20 +111,20 @@ def test_compare_speed(xl_teacher, pictures, tmp_path):
         f"sys.argv += ['--logging_steps', '1']\nrunpy.run_path({str(ROOT / 'train_lcm_lora_sdxl.py')!r}, run_name='__main__')\n"
     )
     words = ["--reference", slow, "--teacher", xl_teacher, "--dataset_name", pictures, "--resolution", 32, "--batch", 2]
-    done = run(sys.executable, "scripts/compare_speed.py", *words, "--rounds", 2, "--seconds", 1, "--lora_rank", 4)
+    done = run(sys.executable, "scripts/measure/compare_speed.py", *words, "--rounds", 2, "--seconds", 1, "--lora_rank", 4)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
-    alone = run(sys.executable, "scripts/compare_speed.py", *words[2:], "--rounds", 1, "--seconds", 1, "--least", 1000)
+    alone = run(sys.executable, "scripts/measure/compare_speed.py", *words[2:], "--rounds", 1, "--seconds", 1, "--least", 1000)
     assert alone.returncode == 1 and "gain: ours, cached" in alone.stdout and "reference" not in alone.stdout
-    done = run(sys.executable, "scripts/compare_speed.py", "--family", "sdxl", "--teacher", tmp_path / "nothing")
+    done = run(sys.executable, "scripts/measure/compare_speed.py", "--family", "sdxl", "--teacher", tmp_path / "nothing")
     assert done.returncode == 1 and f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
-    done = run(sys.executable, "scripts/compare_speed.py", "--reference", "nothing.py")
+    done = run(sys.executable, "scripts/measure/compare_speed.py", "--reference", "nothing.py")
     assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
 
 
 def test_decode_speed(capsys):
     """Both decoders make a picture of the size that was asked for, which it checks."""
-    decode_speed = load_script("scripts/decode_speed.py")
+    decode_speed = load_script("scripts/measure/decode_speed.py")
     decode_speed.main(["--resolution", "32", "--rounds", "1"])
     assert re.fullmatch(r"VAE .* a picture of 32 px: .*\n.* [\d.]+ times as fast\n", capsys.readouterr().out)
     with pytest.raises(SystemExit):

@@ -24,7 +24,7 @@ from conftest import (
     log,
     lora_file,
     near,
-    picture_bytes,
+    image_bytes,
     run,
     same,
     series,
@@ -657,9 +657,9 @@ BAD = {
 
 
 @pytest.fixture(scope="session")
-def stand_ins(xl_teacher, make_teacher, make_pictures, plain, tmp_path_factory):
+def stand_ins(xl_teacher, make_teacher, make_images, plain, tmp_path_factory):
     """Folders that stand behind words in BAD."""
-    captionless, numbers, inpainting = make_pictures(3), make_pictures(3), make_teacher()
+    captionless, numbers, inpainting = make_images(3), make_images(3), make_teacher()
     config = UNet2DConditionModel.load_config(inpainting / "unet")
     UNet2DConditionModel.from_config(config, in_channels=9).save_pretrained(inpainting / "unet")
     (captionless / "metadata.jsonl").unlink()
@@ -670,7 +670,7 @@ def stand_ins(xl_teacher, make_teacher, make_pictures, plain, tmp_path_factory):
         "inpainting": inpainting,
         "zero_snr": make_teacher(rescale_betas_zero_snr=True),
         "empty": tmp_path_factory.mktemp("empty"),
-        "unreadable": make_pictures(3, broken=range(3)),
+        "unreadable": make_images(3, broken=range(3)),
         "captionless": captionless,
         "numbers": numbers,
         "checkpoint": plain / "checkpoint-2",
@@ -711,19 +711,19 @@ def test_bad_input_as_a_program(teacher, pictures, stand_ins, tmp_path, case, st
     assert not any(tmp_path.iterdir())
 
 
-def test_one_unreadable_picture_is_named(train, make_pictures, capsys):
-    out = train(train_data_dir=make_pictures(broken=[3]), train_batch_size=4, max_train_steps=6)
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "odd record" in line]
+def test_one_unreadable_picture_is_named(train, make_images, capsys):
+    out = train(train_data_dir=make_images(broken=[3]), train_batch_size=4, max_train_steps=6)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "unusable record" in line]
     assert len(log(out)) == 6
-    assert len(warnings) == 1 and "1 odd record" in warnings[0] and "03.png" in warnings[0]
+    assert len(warnings) == 1 and "1 unusable record" in warnings[0] and "03.png" in warnings[0]
 
 
-def test_defect_15_unreadable_pictures_are_counted(train, make_pictures, capsys):
+def test_defect_15_unreadable_pictures_are_counted(train, make_images, capsys):
     """Three of five, with two readers; training goes on with the others."""
-    out = train(train_data_dir=make_pictures(5, broken=[0, 2, 3]), dataloader_num_workers=2, train_batch_size=5)
+    out = train(train_data_dir=make_images(5, broken=[0, 2, 3]), dataloader_num_workers=2, train_batch_size=5)
     text = capsys.readouterr().err
     assert len(log(out)) == 4
-    assert "3 odd records" in text and "4 odd records" not in text
+    assert "3 unusable records" in text and "4 unusable records" not in text
     assert all(name in text for name in ("00.png", "02.png", "03.png"))
 
 
@@ -799,15 +799,15 @@ def test_transparency_becomes_white(sd15):
     rgb = Image.new("RGB", (2, 1))
     rgb.putdata([RED, (0, 255, 0)])
     for record, first in (
-        (picture_bytes(rgba), RED),
-        (picture_bytes(palette, transparency=1), RED),
-        (picture_bytes(grey), (7, 7, 7)),
-        (picture_bytes(rgb, transparency=(0, 255, 0)), RED),
+        (image_bytes(rgba), RED),
+        (image_bytes(palette, transparency=1), RED),
+        (image_bytes(grey), (7, 7, 7)),
+        (image_bytes(rgb, transparency=(0, 255, 0)), RED),
     ):
-        picture = sd15.open_picture(record)
+        picture = sd15.open_image(record)
         assert picture.mode == "RGB" and [picture.getpixel((x, 0)) for x in (0, 1)] == [first, WHITE]
-    half = picture_bytes(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))
-    assert sd15.open_picture(half).getpixel((0, 0)) == (127, 127, 127)
+    half = image_bytes(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))
+    assert sd15.open_image(half).getpixel((0, 0)) == (127, 127, 127)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -821,12 +821,12 @@ def test_exif_orientation_is_applied(sd15, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = upright.transpose(stored[orientation]) if orientation > 1 else upright
-    assert sd15.open_picture(picture_bytes(turned, exif=exif)).tobytes() == upright.tobytes()
+    assert sd15.open_image(image_bytes(turned, exif=exif)).tobytes() == upright.tobytes()
 
 
 def test_16_bit_grey_keeps_its_tones(sd15):
     ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16)[None])
-    tones = np.asarray(sd15.open_picture(picture_bytes(ramp)))[0, :, 0]
+    tones = np.asarray(sd15.open_image(image_bytes(ramp)))[0, :, 0]
     assert abs(tones - np.linspace(0, 255, 64)).max() <= 1
 
 
@@ -838,7 +838,7 @@ def samples(sd15):
         args = sd15.parse_args(
             ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--resolution", "8", *flags]
         )
-        data = sd15.Samples([{"image": picture_bytes(picture), "text": "a"}], None, args, 8)
+        data = sd15.Samples([{"image": image_bytes(picture), "text": "a"}], None, args, 8)
         return torch.stack([data[step, place]["pixels"] for step in range(8) for place in range(8)])
 
     return samples
@@ -878,7 +878,7 @@ def test_pictures_become_latents(sd15, pipe):
     expected = 0.18215 * (posterior.mean + posterior.logvar.exp().sqrt() * noise)
     assert posterior.std.mean() > 0.1
     for at_once in (1, 2, 5):
-        moments = sd15.encode_pictures(pipe.vae, pixels, at_once)
+        moments = sd15.encode_images(pipe.vae, pixels, at_once)
         latents = sd15.sample_posterior(moments, noise, 0.18215)
         assert latents.dtype == torch.float32 and torch.allclose(latents, expected, atol=1e-5)
 

@@ -17,7 +17,7 @@ from conftest import (
     log,
     lora_file,
     near,
-    picture_bytes,
+    image_bytes,
     same,
     series,
 )
@@ -69,7 +69,7 @@ def sample(sdxl, size, *flags, orientation=None, place=0):
     if orientation:
         exif[0x0112] = orientation
     words = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--resolution", "20", *flags]
-    record = {"image": picture_bytes(picture, exif=exif), "text": "a"}
+    record = {"image": image_bytes(picture, exif=exif), "text": "a"}
     return sdxl.Samples([record], None, sdxl.parse_args(words), 64)[0, place], picture
 
 
@@ -340,7 +340,7 @@ def test_fp16_vae_upcast_draws_and_encodes(sdxl, xl_teacher):
     """A float32 VAE beside an fp16 UNet: pictures are encoded by it."""
     args = sdxl.parse_args(["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x"])
     pipe = sdxl.load_teacher(args, torch.float16)
-    moments = sdxl.encode_pictures(pipe.vae, torch.zeros(1, 3, 32, 32), 8)
+    moments = sdxl.encode_images(pipe.vae, torch.zeros(1, 3, 32, 32), 8)
     z = sdxl.sample_posterior(moments, torch.zeros(1, 4, 8, 8), pipe.vae.config.scaling_factor)
     assert moments.dtype == torch.float32 and z.dtype == torch.float32 and z.shape == (1, 4, 8, 8)
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Peak GPU memory of a training step, computed without a GPU, by part; and what fits on which card.
 
-    python scripts/memory.py --model sdxl --resolution 1024 --batch 1 --quantize_base nf4 --caches --gradient_checkpointing --use_8bit_adam
-    python scripts/memory.py --table      # README's table, an hour or so
-    python scripts/memory.py --real       # the demo's step with and without memory: both must say the same
+    python scripts/measure/memory.py --model sdxl --resolution 1024 --batch 1 --quantize_base nf4 --caches --gradient_checkpointing --use_8bit_adam
+    python scripts/measure/memory.py --table      # README's table, an hour or so
+    python scripts/measure/memory.py --real       # the demo's step with and without memory: both must say the same
 
 The trainer's own step runs on tensors that have shapes but no memory, and the bytes of all that are alive are added up at every
 operation; the largest sum counts. They are a CPU's tensors with two rules of CUDA's: autocast normalises in float32, and

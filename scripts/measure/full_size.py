@@ -1,6 +1,6 @@
 """One optimizer step of a full-size UNet with random weights through the trainer itself, on a CPU or a GPU.
 
-    python scripts/full_size.py sdxl        # or ssd1b, sd15; 6 GB of disk for sdxl
+    python scripts/measure/full_size.py sdxl        # or ssd1b, sd15; 6 GB of disk for sdxl
 
 A CPU without bf16 instructions (AVX-512 BF16, AMX) multiplies bf16 tens of times slower than float32, and the step lasts half an
 hour: there, `--mixed_precision no` shows the same layers in minutes, with twice the memory for the base.

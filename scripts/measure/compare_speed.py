@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Steps per second of our trainer with caches and without and, where one is given, of another trainer, side by side.
 
-    python scripts/compare_speed.py --family sd15 --lora_rank 8                     # what caches gain on the demo
-    python scripts/compare_speed.py --reference train_lcm_distill_lora_sdxl.py      # beside a script with Hugging Face's flags
-    python scripts/compare_speed.py --reference train_lcm_distill_lora_sdxl.py --teacher SDXL --dataset_name PICTURES \\
+    python scripts/measure/compare_speed.py --family sd15 --lora_rank 8                     # what caches gain on the demo
+    python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py      # beside a script with Hugging Face's flags
+    python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py --teacher SDXL --dataset_name PICTURES \\
         --resolution 1024 --batch 1 4 12 --mixed_precision bf16 --gradient_checkpointing --least 2 2    # on a GPU
 
 Each program is run as it is, on the same teacher, pictures, batch and rank, and its steps are read from its progress bar. A round lets

@@ -1,6 +1,6 @@
 """What infer.py's --tiny_vae buys: the decoders of SD's VAE and of a TAESD in their official shapes, random weights, timed in turn.
 
-    python scripts/decode_speed.py --resolution 512
+    python scripts/measure/decode_speed.py --resolution 512
 
 The shape of TAESD is the default one of diffusers' AutoencoderTiny.
 """

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Time the trainer's own training step, on a GPU or a CPU, with random weights: nothing is downloaded.
 
-    python scripts/benchmark.py                                                              # the demo's SDXL layout
-    python scripts/benchmark.py --model sdxl --resolution 1024 --precision bf16 --batch 1 4 12        # for a GPU
+    python scripts/measure/benchmark.py                                                              # the demo's SDXL layout
+    python scripts/measure/benchmark.py --model sdxl --resolution 1024 --precision bf16 --batch 1 4 12        # for a GPU
 
 --model is an official shape (sd15, sd21, ssd1b, sdxl) or a teacher folder, of which only the configs are read. A cell of the grid is a
 batch, a precision and a set of --options, `+` between the members; each runs in a process of its own. A cell and the same cell
@@ -220,7 +220,7 @@ def write_report(args, argv, rows, rates):
     machine += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     what = "CUDA's peak of allocated tensors" if torch.cuda.is_available() else "the whole process's peak"
-    head = f"`{shlex.join(['python', 'scripts/benchmark.py', *argv])}`. Commit {commit}. {machine}. {versions}. "
+    head = f"`{shlex.join(['python', 'scripts/measure/benchmark.py', *argv])}`. Commit {commit}. {machine}. {versions}. "
     head += f"Matrix rate: {rates}. Memory: {what}."
     lines = [
         " | ".join(COLUMNS.values()),

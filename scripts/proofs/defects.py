@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Shows that the tests catch the defects of today's LCM-LoRA scripts: puts each into these programs, and its test has to fail.
 
-    python scripts/defects.py             # exit code 0 if every defect is caught; a quarter of an hour
-    python scripts/defects.py --only 4 14
+    python scripts/proofs/defects.py             # exit code 0 if every defect is caught; a quarter of an hour
+    python scripts/proofs/defects.py --only 4 14
 
-A defect is a small patch of one program in a copy of the repository; the two trainers are one text where scripts/drift.py says so.
+A defect is a small patch of one program in a copy of the repository; the two trainers are one text where scripts/proofs/drift.py says so.
 First all these tests have to pass as the programs are. After a test stands why it failed.
 """
 
@@ -110,7 +110,7 @@ DEFECTS = (
      {'options = {"cache_dir": args.cache_dir, "split"': 'options = {"split"'}),
     (16, "the first bad record is not named", SD15,
      "tests/test_defects.py::test_defect_16_the_first_bad_record_is_named",
-     {", the first: {batch['odd'][0]}": ""}),
+     {", the first: {batch['unusable'][0]}": ""}),
     (17, "two UNets in memory", SD15,
      "tests/test_train_sd15.py::test_defect_17_one_copy_of_the_base",
      {"shared = [*unet.parameters(), *unet.buffers()]": "shared = []"}),
@@ -180,7 +180,7 @@ def patched(text, changes):
     """The text of a program with each change made; each has to fit exactly one place."""
     for old, new in changes.items():
         if text.count(old) != 1:
-            raise SystemExit(f"scripts/defects.py: error: {old!r} occurs {text.count(old)} times, not once")
+            raise SystemExit(f"scripts/proofs/defects.py: error: {old!r} occurs {text.count(old)} times, not once")
         text = text.replace(old, new)
     return text
 
@@ -211,7 +211,7 @@ def main(argv=None):
 
         code, lines = run_tests(folder, *{test: None for *_, test, _ in chosen})
         if code:
-            raise SystemExit("\n".join([*lines, "scripts/defects.py: error: these tests fail without any defect"]))
+            raise SystemExit("\n".join([*lines, "scripts/proofs/defects.py: error: these tests fail without any defect"]))
         print("without a defect: all of these tests pass", flush=True)
         for number, what, program, test, changes in chosen:
             text = (folder / program).read_text()

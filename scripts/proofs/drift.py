@@ -1,7 +1,7 @@
 """Check that the two trainers have not drifted apart: what bears one name in both files must be byte-identical.
 
-    python scripts/drift.py                                  # list what differs; exit code 1 if anything does
-    python scripts/drift.py --fix train_lcm_lora_sd15.py     # write that file's versions over the other's
+    python scripts/proofs/drift.py                                  # list what differs; exit code 1 if anything does
+    python scripts/proofs/drift.py --fix train_lcm_lora_sd15.py     # write that file's versions over the other's
 
 Compared are functions, classes and constants at the top level. What may differ stands in DIFFERS, with the reason.
 """
@@ -15,7 +15,7 @@ TRAINERS = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py")
 DIFFERS = {
     "FAMILY": "the name of the layout, in the LoRA's header",
     "parse_args": "SDXL has a flag more, --use_fix_crop_and_size",
-    "prepare_picture": "SDXL is conditioned on the picture's size and crop",
+    "prepare_image": "SDXL is conditioned on the picture's size and crop",
     "load_teacher": "another pipeline; SDXL's first VAE overflows in fp16",
     "encode_captions": "SDXL has two text encoders and a pooled output",
 }

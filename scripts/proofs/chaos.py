@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Kill the trainer at random moments, resume it until it is done, and compare: each run must end as an undisturbed one.
 
-    python scripts/chaos.py                           # 20 runs on one process; exit code 0 if all are equal
-    python scripts/chaos.py --processes 2 --runs 5    # on two
-    python scripts/chaos.py --runs 3 --streaming      # what it does not know goes to the trainer
+    python scripts/proofs/chaos.py                           # 20 runs on one process; exit code 0 if all are equal
+    python scripts/proofs/chaos.py --processes 2 --runs 5    # on two
+    python scripts/proofs/chaos.py --runs 3 --streaming      # what it does not know goes to the trainer
 
 A kill is SIGKILL to the launcher and all that it started, after a random time in the loop. Equal are the LoRA (keys, tensors
 to the bit, metadata) and of log.jsonl the losses, gradient norms and learning rates. It is said what each kill fell in: a save,

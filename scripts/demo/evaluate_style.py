@@ -1,10 +1,10 @@
 """Is the LCM-LoRA universal? Plug it, untrained, into a style LoRA and into a fine-tuned teacher, and measure both.
 
-    python scripts/evaluate_style.py --lora outputs/quickstart-sd15 --style_lora outputs/style-lora \
+    python scripts/demo/evaluate_style.py --lora outputs/quickstart-sd15 --style_lora outputs/style-lora \
         --fine_tune outputs/style-teacher --output_dir outputs/style
 
 The style is Twemoji, which neither teacher nor LCM-LoRA saw; scripts/demo/train_style_lora.py makes the other two, and
-scripts/style.sh everything. The settings are those of the LCM-LoRA report's figure 3: DPM-Solver++ at guidance 7.5, and the
+scripts/demo/style.sh everything. The settings are those of the LCM-LoRA report's figure 3: DPM-Solver++ at guidance 7.5, and the
 style LoRA with weight 0.8 beside the LCM-LoRA, 1 alone. DPM-Solver++ also draws at the guidance that suits it best in 8 steps,
 a harder comparison. Writes README.md, with a table of distances to the style's real pictures and what each comparison says, and
 style.png, after that figure. Exit code 0 if the LCM-LoRA in 4 steps is closer than DPM-Solver++ in 4 at the report's guidance,
@@ -195,7 +195,7 @@ def main(argv=None):
     lines = "".join(f"- {'closer' if apart else 'not closer'}: {says}\n" for _, apart, says in verdicts)
     text = f"""# LCM-LoRA as a universal module
 
-{provenance(argv, "scripts/evaluate_style.py")}
+{provenance(argv, "scripts/demo/evaluate_style.py")}
 {len(own)} captions of the Twemoji pictures by a seeded shuffle. KID and Frechet distance, in EfficientNet-lite0 features, to the
 {len(others)} other Twemoji pictures; the floor is the real pictures of the same captions. Style LoRA and fine-tune learned from all
 of them. {DPM} draws at {REPORT_GUIDANCE:g}, the report's guidance, and at the one of {", ".join(f"{g:g}" for g in args.guidance)} whose KID in {BEST_STEPS[-1]}

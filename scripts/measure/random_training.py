@@ -179,7 +179,7 @@ class Training:
     def step(self, number=0):
         """One optimizer step: (loss, gradient norm, whether they are finite)."""
         trainer, args = self.trainer, self.args
-        drawn = trainer.draw_batch(self.pipe, self.batch, self.c_null, self.timesteps, number, args)
+        drawn = trainer.sample_batch(self.pipe, self.batch, self.c_null, self.timesteps, number, args)
         loss = trainer.distillation_loss(self.teacher, self.student, self.target, *drawn, self.schedule, args)
         self.accelerator.backward(loss)
         return trainer.optimizer_step(self.accelerator, self.optimizer, self.trained, [loss.detach()], args)

@@ -1,6 +1,6 @@
 """Memory and start of streamed training: tar shards of many small records through the trainer's own loader.
 
-    python scripts/stream_memory.py        # shards of 20,000 and of 200,000 records, half a gigabyte in a temporary folder
+    python scripts/measure/stream_memory.py        # shards of 20,000 and of 200,000 records, half a gigabyte in a temporary folder
 
 Prints the seconds from opening the shards to the first batch for both sizes, medians over fresh processes, and for the larger
 one the resident memory after 200 and after 2,000 batches of 16. The exit code is 1 unless the memory differs by less than 5%
