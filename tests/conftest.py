@@ -295,8 +295,8 @@ def make_images(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(make_images):
-    """A folder of twelve captioned pictures of mixed sizes."""
+def images(make_images):
+    """A folder of twelve captioned images of mixed sizes."""
     return make_images()
 
 
@@ -323,14 +323,14 @@ def sdxl():
 
 
 @pytest.fixture(scope="session")
-def train_by(pictures, tmp_path_factory):
+def train_by(images, tmp_path_factory):
     """train_by(trainer, teacher) -> train(flag=value, ...) -> output folder: its main() in this process, QUICK by default."""
     import torch
     from accelerate.state import AcceleratorState
 
     def train_by(trainer, teacher):
         def train(**flags):
-            data = {} if flags.keys() & {"dataset_name", "train_shards_path_or_url"} else {"train_data_dir": pictures}
+            data = {} if flags.keys() & {"dataset_name", "train_shards_path_or_url"} else {"train_data_dir": images}
             out = tmp_path_factory.mktemp("run") / "out"
             flags = {"pretrained_teacher_model": teacher, "output_dir": out} | data | QUICK | flags
             AcceleratorState._reset_state(True)
