@@ -42,7 +42,7 @@ def unet_name(path, unet):
 
 
 def vae_name(path, vae):
-    """The original name of a VAE's layer: the decoder's levels are counted from the picture on."""
+    """The original name of a VAE's layer: the decoder's levels are counted from the image on."""
     last = len(vae.config.up_block_types) - 1
     path = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", path).replace("down_blocks", "down")
     path = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", path)

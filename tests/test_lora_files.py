@@ -6,6 +6,7 @@ import functools
 import json
 import pickle
 import random
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -54,7 +55,7 @@ def train(trainer, teacher, folder, seed=0, rank=4, alpha=2, targets=PARTS):
     pipe = open_pipe(teacher)
     student = trainer.attach_lora(trainer.share_weights(pipe.unet), args)
     randomise(student, seed)
-    trainer.save_lora(pipe, pipe.unet, student, folder, args, 1)
+    trainer.save_lora(SimpleNamespace(pipe=pipe, target=student, step=1), folder, args)
     return student
 
 
@@ -103,9 +104,9 @@ def test_file_to_forward_equals_the_student(layout, make_teacher, tmp_path):
     """Random ranks, alphas and targets; kohya's, diffusers' and PEFT's naming, PEFT's folder and a whole output folder."""
     teacher, trainer = make_teacher(layout), load_script(f"train_lcm_lora_{layout}.py")
     for seed in range({"sd15": 4, "sdxl": 2}[layout]):
-        draw = random.Random(seed)
-        rank, alpha = draw.randint(1, 9), draw.randint(1, 80) / 4
-        targets = draw.sample(PARTS, draw.randint(1, len(PARTS)))
+        chance = random.Random(seed)
+        rank, alpha = chance.randint(1, 9), chance.randint(1, 80) / 4
+        targets = chance.sample(PARTS, chance.randint(1, len(PARTS)))
         out = tmp_path / str(seed)
         student = train(trainer, teacher, out, seed, rank, alpha, targets)
         in_diffusers_naming(student, out / "diffusers")
@@ -321,8 +322,8 @@ def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
     assert torch.equal(pipe.unet.conv_in.weight, base.unet.conv_in.weight)
 
 
-def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
-    """Several LoRAs from the command line, a line for each; the settings in the picture name all of them."""
+def test_style_loras_are_used(sd15, teacher, tmp_path, capsys):
+    """Several LoRAs from the command line, a line for each; the settings in the image name all of them."""
     for index in range(3):
         train(sd15, teacher, tmp_path / f"run{index}", index, targets=PARTS[: 4 + index])
     text, layers = text_tensors("kohya")
@@ -332,12 +333,12 @@ def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
         tmp_path / "style.safetensors",
     )
 
-    def draw(name, *flags):
+    def generate(name, *flags):
         infer.main(["--lora", str(tmp_path / "run0"), "--prompt", "a", "--output", str(tmp_path / name), *flags])
         return Image.open(tmp_path / name)
 
-    plain = draw("plain.png")
-    styled = draw(
+    plain = generate("plain.png")
+    styled = generate(
         "styled.png", "--style_lora", f"{tmp_path}/style.safetensors", f"{tmp_path}/run2:0.5", "--lcm_weight", "0.9"
     )
     lines = capsys.readouterr().out.splitlines()
@@ -349,7 +350,7 @@ def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
     assert json.loads(styled.text["infer_args"])["style_lora"][1] == [str(tmp_path / "run2" / LORA), 0.5]
     assert plain.tobytes() != styled.tobytes()
     with pytest.raises(SystemExit, match=r"^error: .*style_lora: .*20.* is not float from -10 to 10"):
-        draw("x.png", "--style_lora", f"{tmp_path}/run2:20")
+        generate("x.png", "--style_lora", f"{tmp_path}/run2:20")
     assert not (tmp_path / "x.png").exists()
 
 
@@ -409,7 +410,7 @@ def test_bad_tensors(tmp_path, flag, tensors, message):
 
 
 def refused(files, message, folder):
-    """infer.py ends with one line on stderr that holds `message`, and draws nothing."""
+    """infer.py ends with one line on stderr that holds `message`, and writes no image."""
     flags = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         infer.main([*flags, "--prompt", "a", "--base_model", "/no/such/base", "--output", str(folder / "x.png")])

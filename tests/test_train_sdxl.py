@@ -62,32 +62,32 @@ def pipe(xl_teacher):
 
 
 def sample(sdxl, size, *flags, orientation=None, place=0):
-    """A training sample of a picture of `size` (width, height), at resolution 20; and the picture."""
+    """A training sample of an image of `size` (width, height), at resolution 20; and the image."""
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
     words = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--resolution", "20", *flags]
-    record = {"image": image_bytes(picture, exif=exif), "text": "a"}
-    return sdxl.Samples([record], None, sdxl.parse_args(words), 64)[0, place], picture
+    record = {"image": image_bytes(image, exif=exif), "text": "a"}
+    return sdxl.Samples([record], None, sdxl.parse_args(words), 64)[0, place], image
 
 
 def crop_of(pixels, left, top):
-    """The 20 x 20 crop of a picture as pixels [3,20,20] in -1..1."""
+    """The 20 x 20 crop of an image as pixels [3,20,20] in -1..1."""
     return torch.from_numpy(pixels[top : top + 20, left : left + 20]).permute(2, 0, 1) / 127.5 - 1
 
 
 @pytest.mark.parametrize("size", [(20, 44), (44, 20), (20, 20)], ids=["portrait", "landscape", "square"])
 @pytest.mark.parametrize("flags", [(), ("--center_crop",), ("--random_flip",)], ids=["random", "centre", "flipped"])
 def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flags):
-    """Height before width; the crop's edges, used on the (mirrored) picture itself, give the very pixels trained on."""
+    """Height before width; the crop's edges, used on the (mirrored) image itself, give the very pixels trained on."""
     mirrored, edges = 0, set()
     for place in range(12):
-        one, picture = sample(sdxl, size, *flags, place=place)
+        one, image = sample(sdxl, size, *flags, place=place)
         height, width, top, left, *target = one["time_ids"].tolist()
         assert (width, height) == size and target == [20, 20]
-        versions = [np.asarray(picture), np.asarray(picture)[:, ::-1]]
+        versions = [np.asarray(image), np.asarray(image)[:, ::-1]]
         fits = [torch.allclose(crop_of(pixels.copy(), left, top), one["pixels"], atol=1e-6) for pixels in versions]
         assert any(fits)
         mirrored += not fits[0]
@@ -100,7 +100,7 @@ def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flags):
 
 
 def test_size_is_that_of_the_upright_picture_before_resizing(sdxl):
-    """A picture twice as large, stored turned: its own upright size, the crop's place in the resized one."""
+    """An image twice as large, stored turned: its own upright size, the crop's place in the resized one."""
     one, _ = sample(sdxl, (88, 40), "--center_crop", orientation=6)
     assert one["time_ids"].tolist() == [88, 40, 12, 0, 20, 20]
 
@@ -126,7 +126,7 @@ def test_prompts_are_encoded_as_sdxl_does(sdxl, pipe):
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_defect_20_the_empty_prompt_is_the_teachers(sdxl, pipe, zeros):
-    """Zeros where the teacher's force_zeros_for_empty_prompt says so, else what the encoders make of it; as it draws."""
+    """Zeros where the teacher's force_zeros_for_empty_prompt says so, else what the encoders make of it; as in sampling."""
     pipe = copy.copy(pipe)
     pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     c = sdxl.encode_captions(pipe, ["red apple", ""])
@@ -139,18 +139,27 @@ def test_defect_20_the_empty_prompt_is_the_teachers(sdxl, pipe, zeros):
 
 
 def test_null_keeps_the_sizes(sdxl, train_xl, monkeypatch):
-    """The step gets each picture's sizes, with the prompt and without it; nothing else of the null is the picture's."""
-    seen, step = [], sdxl.distillation_loss
+    """The teacher gets each image's sizes, with the prompt and without it.
 
-    def spy(teacher, student, target, z, c, c_null, *rest):
-        seen.append((c, c_null))
-        return step(teacher, student, target, z, c, c_null, *rest)
+    Nothing else of what it gets without the prompt is the image's.
+    """
+    seen, predict, teachers, step = [], sdxl.predict, [], sdxl.distillation_loss
 
-    monkeypatch.setattr(sdxl, "distillation_loss", spy)
+    def spy_on_the_step(run, *rest):
+        teachers.append(run.teacher)
+        return step(run, *rest)
+
+    def spy(unet, z_t, t, c):
+        if unet is teachers[-1]:
+            seen.append([{name: value[i : i + 2] for name, value in c.items()} for i in (0, 2)])
+        return predict(unet, z_t, t, c)
+
+    monkeypatch.setattr(sdxl, "distillation_loss", spy_on_the_step)
+    monkeypatch.setattr(sdxl, "predict", spy)
     train_xl(max_train_steps=6)
     assert len(seen) == 6
     sizes = torch.cat([c["time_ids"] for c, _ in seen])
-    assert len({tuple(row[:2]) for row in sizes.tolist()}) > 4  # the pictures' sides differ
+    assert len({tuple(row[:2]) for row in sizes.tolist()}) > 4  # the images' sides differ
     for c, null in seen:
         assert torch.equal(c["time_ids"], null["time_ids"]) and c["time_ids"].shape == (2, 6)
         assert null["prompt"].abs().max() == 0 and null["text_embeds"].abs().max() == 0
@@ -179,16 +188,19 @@ def as_double(unet):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
 def test_losses_of_ten_steps_are_those_of_algorithm_1(family, monkeypatch, layout, prediction_type):
-    """Every loss of a real run against float64 code written from the report, on the same draws and the same weights."""
+    """Every loss of a real run against float64 code written from the report.
+
+    On the same random numbers and the same weights.
+    """
     module, _, train = family(layout, prediction_type=prediction_type)
     step, expected = module.distillation_loss, []
 
-    def spy(teacher, student, target, z, c, c_null, noise, t_nk, omega, schedule, args):
-        nets = as_double(teacher), as_double(target)
+    def spy(run, z, c, noise, t_nk, omega, args):
+        nets, kinds = (as_double(run.teacher), as_double(run.target)), (prediction_type, "huber")
         with torch.no_grad():
-            loss = algorithm_1(*nets, z, c, c_null, noise, t_nk, omega, prediction_type, "huber", args.huber_c)
-        expected.append(loss.item())
-        return step(teacher, student, target, z, c, c_null, noise, t_nk, omega, schedule, args)
+            batch = (z, c, run.c_null, noise, t_nk, omega)
+            expected.append(algorithm_1(*nets, *batch, *kinds, args.huber_c).item())
+        return step(run, z, c, noise, t_nk, omega, args)
 
     monkeypatch.setattr(module, "distillation_loss", spy)
     out = train(max_train_steps=10, huber_c=0.01)
@@ -199,7 +211,7 @@ def test_losses_of_ten_steps_are_those_of_algorithm_1(family, monkeypatch, layou
 
 
 def test_v_prediction_with_zero_terminal_snr(family):
-    """All draws at t = 999, where nothing is left of the picture."""
+    """All noise at t = 999, where nothing is left of the image."""
     _, _, train = family("sdxl", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     losses = np.array(series(train(num_ddim_timesteps=1)))
     assert np.isfinite(losses).all() and (losses > 0).all()
@@ -263,15 +275,14 @@ def test_code_of_the_source_page(family, layout):
     pipe.unet = PeftModel.from_pretrained(pipe.unet, checkpoint / "unet", adapter_name="default")
     assert not (checkpoint / "text_encoder_one").exists() and not (checkpoint / "text_encoder_two").exists()
 
-    def draw():
-        return pipe(
-            prompt, num_inference_steps=4, guidance_scale=1.0, height=32, width=32, generator=torch.manual_seed(0)
-        ).images[0]
+    def generate():
+        settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32}
+        return pipe(prompt, **settings, generator=torch.manual_seed(0)).images[0]
 
-    image = draw()
+    image = generate()
     assert image.size == (32, 32)
     pipe.unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
-    assert isinstance(base, UNet2DConditionModel) and draw().tobytes() != image.tobytes()
+    assert isinstance(base, UNet2DConditionModel) and generate().tobytes() != image.tobytes()
 
 
 @pytest.mark.parametrize("layout", ["sdxl", "ssd1b"])
@@ -300,7 +311,7 @@ def test_defect_05_two_processes_are_one(train_xl, xl_teacher, images, tmp_path)
 
 
 def test_alone_in_a_folder(xl_teacher, images, tmp_path):
-    """The script copied to an empty folder, with validation pictures and bf16."""
+    """The script copied to an empty folder, with validation images and bf16."""
     shutil.copy(ROOT / SCRIPT, tmp_path)
     flags = {
         "pretrained_teacher_model": xl_teacher, "train_data_dir": images, "output_dir": "out", "lora_rank": 4,
@@ -312,7 +323,7 @@ def test_alone_in_a_folder(xl_teacher, images, tmp_path):
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert found == {
         LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors", "args.json", "log.jsonl",
-        "README.md", "validation/step-000002.png",
+        "README.md", "validation/step-000002.png", ".lock",
     }  # fmt: skip
     assert len(log(tmp_path / "out")) == 2
 
@@ -336,8 +347,8 @@ def test_vae_in_fp16_only_where_it_can(sdxl, xl_teacher, upcast):
     assert pipe.vae.dtype == (torch.float32 if upcast else torch.float16)
 
 
-def test_fp16_vae_upcast_draws_and_encodes(sdxl, xl_teacher):
-    """A float32 VAE beside an fp16 UNet: pictures are encoded by it."""
+def test_fp16_vae_upcast_encodes(sdxl, xl_teacher):
+    """A float32 VAE beside an fp16 UNet: images are encoded by it."""
     args = sdxl.parse_args(["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x"])
     pipe = sdxl.load_teacher(args, torch.float16)
     moments = sdxl.encode_images(pipe.vae, torch.zeros(1, 3, 32, 32), 8)
@@ -355,7 +366,7 @@ def test_resolution_is_the_teachers(train_xl):
 
 
 BAD = {
-    "SD 1.5 teacher": ("teacher", "--pretrained_teacher_model .*text_encoder_2.*train_lcm_lora_sd15.py"),
+    "SD 1.5 teacher": ("teacher", "--pretrained_teacher_model .*train_lcm_lora_sd15.py"),
     "no such teacher": ("/nowhere", "--pretrained_teacher_model /nowhere"),
 }
 
