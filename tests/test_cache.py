@@ -175,12 +175,12 @@ def test_validation_prompts(run, work, tmp_path):
     assert abs(drawn[0] - drawn[1]).max() <= 1 and np.array_equal(drawn[1], drawn[2]) and drawn[0].std() > 5
 
 
-def test_two_processes_share_a_fill(sdxl, train_by, xl_teacher, pictures, tmp_path):
+def test_two_processes_share_a_fill(sdxl, train_by, xl_teacher, images, tmp_path):
     """Each encodes a part, no picture twice; the losses are those of one process without a cache."""
     driver, out = tmp_path / "driver.py", tmp_path / "two"
     driver.write_text(DRIVER + TELLING)
     flags = SETTINGS | {"resolution": 32, "lora_rank": 4, "max_train_steps": 3, "report_to": "none"}
-    where = {"pretrained_teacher_model": xl_teacher, "train_data_dir": pictures, "cache_dir": tmp_path / "cache"}
+    where = {"pretrained_teacher_model": xl_teacher, "train_data_dir": images, "cache_dir": tmp_path / "cache"}
     words = command_line(flags | where | BOTH | {"output_dir": out, "train_batch_size": 1})
     done = launch(driver, ROOT / SCRIPTS["sdxl"], *words, flags=("--multi_gpu", "--num_processes", "2"))
     assert done.returncode == 0, done.stderr
@@ -192,7 +192,7 @@ def test_two_processes_share_a_fill(sdxl, train_by, xl_teacher, pictures, tmp_pa
 # ------------------------------------------------------------------------------------------------- the names of files
 
 
-def test_what_the_files_depend_on(run, work, layout, base, pictures, make_teacher, tmp_path):
+def test_what_the_files_depend_on(run, work, layout, base, images, make_teacher, tmp_path):
     """Each change of it is another file, and no change of anything else."""
     flags = BOTH | {"cache_only": True, "resolution": 16, "max_train_samples": 3}
     other, third = make_teacher(layout, seed=5), make_teacher(layout, seed=6)
@@ -253,7 +253,7 @@ def test_what_the_files_depend_on(run, work, layout, base, pictures, make_teache
     assert work.captions == ["", "rain", "", "a snail"] and work.pictures == 0
     assert new(max_train_samples=4) == pixels | texts
     data = tmp_path / "data"
-    shutil.copytree(pictures, data)
+    shutil.copytree(images, data)
     assert new(train_data_dir=data, max_train_samples=5) == pixels | texts
     shutil.copy(data / "03.png", data / "01.png")
     os.utime(data / "01.png", (1, 1))

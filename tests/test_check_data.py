@@ -156,10 +156,10 @@ def test_without_teacher_or_resolution(look, make_images, family, side, tmp_path
 
 @pytest.mark.parametrize("settings", [{}, {"center_crop": True}, {"dataloader_num_workers": 2, "train_batch_size": 4}])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_the_sheet_is_what_the_step_gets(look, request, check, monkeypatch, pictures, family, settings, tmp_path):
+def test_the_sheet_is_what_the_step_gets(look, request, check, monkeypatch, images, family, settings, tmp_path):
     """To the pixel, in order: crops, flips, dropped captions, accumulation; seven samples of batches of three and four."""
     trainer, labels = request.getfixturevalue(family), []
-    flags = {"train_data_dir": pictures, "random_flip": True, "proportion_empty_prompts": 0.3, "seed": 5}
+    flags = {"train_data_dir": images, "random_flip": True, "proportion_empty_prompts": 0.3, "seed": 5}
     flags |= {"train_batch_size": 3, "gradient_accumulation_steps": 2} | settings
     wrap = check.textwrap.wrap
     monkeypatch.setattr(check.textwrap, "wrap", lambda text, *a, **k: labels.append(text) or wrap(text, *a, **k))
@@ -214,13 +214,13 @@ def test_lists_of_captions_and_limits(look, tmp_path):
     assert "Records read: 4; can be used: 4;" in text
 
 
-def test_a_stream_is_read_to_a_thousand(check, monkeypatch, look, pictures):
+def test_a_stream_is_read_to_a_thousand(check, monkeypatch, look, images):
     """Unless --limit says another number."""
     assert check.STREAMED == 1000
     monkeypatch.setattr(check, "STREAMED", 5)
-    assert "Records read: 5, the first ones (--limit 5);" in look(train_data_dir=pictures, streaming=True)[1]
-    assert "Records read: 7, the first ones (--limit 7);" in look(train_data_dir=pictures, streaming=True, limit=7)[1]
-    assert "Records read: 12;" in look(train_data_dir=pictures)[1]
+    assert "Records read: 5, the first ones (--limit 5);" in look(train_data_dir=images, streaming=True)[1]
+    assert "Records read: 7, the first ones (--limit 7);" in look(train_data_dir=images, streaming=True, limit=7)[1]
+    assert "Records read: 12;" in look(train_data_dir=images)[1]
 
 
 def test_workers_change_nothing(look, make_images):
@@ -229,11 +229,11 @@ def test_workers_change_nothing(look, make_images):
     assert look(**flags) == look(dataloader_num_workers=2, **flags)
 
 
-def test_a_pasted_training_command(xl_teacher, pictures, tmp_path):
+def test_a_pasted_training_command(xl_teacher, images, tmp_path):
     """All of its flags are taken, and of its output folder nothing but the two files is touched."""
     (tmp_path / LORA).write_bytes(b"precious")
     flags = {
-        "pretrained_teacher_model": xl_teacher, "train_data_dir": pictures, "center_crop": True, "train_batch_size": 12,
+        "pretrained_teacher_model": xl_teacher, "train_data_dir": images, "center_crop": True, "train_batch_size": 12,
         "max_train_steps": 1000, "mixed_precision": "fp16", "gradient_checkpointing": True, "cache_latents": True,
         "validation_prompts": ["a red apple", "two"], "output_dir": tmp_path, "resume_from_checkpoint": "latest",
         "use_fix_crop_and_size": True, "report_to": "wandb", "push_to_hub": True, "hub_token": "hf_secret",
@@ -261,9 +261,9 @@ def test_a_shard_that_is_cut_off(check, tmp_path):
     assert not [*(tmp_path / "check").iterdir()]
 
 
-def test_messages(check, xl_teacher, teacher, pictures, tmp_path):
+def test_messages(check, xl_teacher, teacher, images, tmp_path):
     """One line that names this program and the flag; nothing is written."""
-    data, out = {"train_data_dir": pictures}, {"output_dir": tmp_path / "check"}
+    data, out = {"train_data_dir": images}, {"output_dir": tmp_path / "check"}
     (tmp_path / "file").write_text("")
     for flags, words in (
         ({}, "give one of --train_data_dir (pictures), --dataset_name"),

@@ -58,14 +58,14 @@ def write_folder(folder, files, rows):
     return folder
 
 
-def write_parquet(folder, pictures, captions, names=None):
+def write_parquet(folder, images, captions, names=None):
     """A folder with a parquet file of the pictures' bytes, their names if given, and captions or lists of captions."""
     folder.mkdir(exist_ok=True)
     text = datasets.Value("string")
     text = datasets.List(text) if isinstance(captions[0], list) else text
     features = datasets.Features(image=datasets.Image(), text=text)
     rows = {
-        "image": [{"bytes": data, "path": name} for data, name in zip(pictures, names or [None] * len(captions))],
+        "image": [{"bytes": data, "path": name} for data, name in zip(images, names or [None] * len(captions))],
         "text": captions,
     }
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
@@ -111,23 +111,23 @@ def same(ours, theirs):
 
 
 @pytest.fixture(scope="module")
-def sources(pictures, tmp_path_factory):
+def sources(images, tmp_path_factory):
     """Flags that name the same twelve pictures in every form."""
     folder, prepare = tmp_path_factory.mktemp("sources"), load_script("scripts/prepare_data.py")
     for kind in ("tar", "parquet"):
-        prepare.main([str(pictures), "--output", str(folder / kind), "--to", kind, "--shard_mb", "0.01"])
-    shutil.copytree(pictures, folder / "csv")
-    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+        prepare.main([str(images), "--output", str(folder / kind), "--to", kind, "--shard_mb", "0.01"])
+    shutil.copytree(images, folder / "csv")
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     lines = ["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows)]
     (folder / "csv" / "metadata.csv").write_text("\n".join(lines))
     (folder / "csv" / "metadata.jsonl").unlink()
-    datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train").save_to_disk(folder / "saved")
+    datasets.load_dataset("imagefolder", data_dir=str(images), split="train").save_to_disk(folder / "saved")
     (folder / "zip").mkdir()
-    shutil.make_archive(str(folder / "zip" / "pictures"), "zip", pictures)
+    shutil.make_archive(str(folder / "zip" / "pictures"), "zip", images)
     shards = len(list((folder / "tar").iterdir()))
     assert shards > 2 and len(list((folder / "parquet").iterdir())) > 2
     return {
-        "folder": {"train_data_dir": pictures},
+        "folder": {"train_data_dir": images},
         "metadata.csv": {"train_data_dir": folder / "csv"},
         "zip file": {"train_data_dir": folder / "zip"},
         "parquet": {"dataset_name": folder / "parquet"},

@@ -117,7 +117,7 @@ def test_defect_15_no_good_record_is_an_error(sd15, streaming):
         sd15.check_batch(batch, args)
 
 
-def test_defect_15_flags_are_read(sd15, pictures, tmp_path):
+def test_defect_15_flags_are_read(sd15, images, tmp_path):
     """Those that nothing reads elsewhere: each changes what it says."""
 
     def samples(*words):
@@ -130,7 +130,7 @@ def test_defect_15_flags_are_read(sd15, pictures, tmp_path):
     assert kinds(samples("--center_crop")) == 1
     assert kinds(samples("--center_crop", "--random_flip")) == 2
     assert {sample["caption"] for sample in samples("--proportion_empty_prompts", "0.5")} == {"0", ""}
-    sd15.load_records(flags(sd15, "--train_data_dir", pictures, "--cache_dir", tmp_path))
+    sd15.load_records(flags(sd15, "--train_data_dir", images, "--cache_dir", tmp_path))
     assert any(tmp_path.rglob("*.arrow"))
 
 

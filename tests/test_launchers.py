@@ -43,10 +43,10 @@ def test_launcher(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHERS if "pokemon" not in name])
-def test_environment_overrides(name, pictures):
-    own = {"MODEL": "my/model", "DATA": pictures, "STEPS": 7, "BATCH_SIZE": 3, "OUTPUT": "a b", "PROMPT": "two words"}
+def test_environment_overrides(name, images):
+    own = {"MODEL": "my/model", "DATA": images, "STEPS": 7, "BATCH_SIZE": 3, "OUTPUT": "a b", "PROMPT": "two words"}
     _, _, args = printed(name, **{key: str(value) for key, value in own.items()})
-    assert (args.pretrained_teacher_model, args.train_data_dir) == ("my/model", str(pictures))
+    assert (args.pretrained_teacher_model, args.train_data_dir) == ("my/model", str(images))
     assert (args.max_train_steps, args.train_batch_size, args.output_dir) == (7, 3, "a b")
     assert args.validation_prompts == ["two words"]
 

@@ -448,10 +448,10 @@ def test_a_name_from_the_output_folder(train, hub):
     assert hub[0][2]["repo_id"] == "out" and hub[1][2]["repo_id"] == "someone/out"
 
 
-def test_the_token_goes_nowhere_else(trainer, hub, pictures, teacher, xl_teacher, tmp_path, monkeypatch, capfd):
+def test_the_token_goes_nowhere_else(trainer, hub, images, teacher, xl_teacher, tmp_path, monkeypatch, capfd):
     """As a program's own arguments, with every tracker: no file and no line has it."""
     flags = QUICK | {
-        "pretrained_teacher_model": teacher if trainer.module.FAMILY == "sd15" else xl_teacher, "train_data_dir": pictures,
+        "pretrained_teacher_model": teacher if trainer.module.FAMILY == "sd15" else xl_teacher, "train_data_dir": images,
         "output_dir": tmp_path / "out", "report_to": "all", "push_to_hub": True, "hub_token": TOKEN,
         "checkpointing_steps": 2, "validation_prompts": ["rain"],
     }  # fmt: skip

@@ -172,15 +172,15 @@ def test_table_of_bytes(prepare, trained, tmp_path, decoded):
     assert "1 left out: no picture, or an empty one: row 1\n" in prepare.said
 
 
-def test_folder_with_metadata(prepare, trained, pictures):
+def test_folder_with_metadata(prepare, trained, images):
     """The same pictures, captions and order as the trainer reads from the folder itself."""
-    assert trained(prepare(pictures)) == trained(None, train_data_dir=pictures)
+    assert trained(prepare(images)) == trained(None, train_data_dir=images)
 
 
-def test_what_datasets_opens(prepare, trained, pictures, tmp_path):
+def test_what_datasets_opens(prepare, trained, images, tmp_path):
     """A folder written by save_to_disk, one of parquet files, and this program's own shards of both kinds."""
-    data = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train", cache_dir=str(tmp_path / "c"))
-    expected = trained(None, train_data_dir=pictures)
+    data = datasets.load_dataset("imagefolder", data_dir=str(images), split="train", cache_dir=str(tmp_path / "c"))
+    expected = trained(None, train_data_dir=images)
     data.save_to_disk(tmp_path / "saved")
     assert trained(prepare(tmp_path / "saved")) == expected
     parquet = prepare(tmp_path / "out", output=tmp_path / "test-again", shard_mb=0.004)

@@ -106,12 +106,12 @@ class Program(multiprocessing.get_context("fork").Process):
 
 
 @pytest.fixture
-def start(sd15, teacher, pictures):
+def start(sd15, teacher, images):
     """start(out, before=change, processes=1, flag=value, ...) -> [Program]; before(trainer) and, of many, (trainer, rank)."""
     started = []
 
     def start(out, before=lambda *_: None, processes=1, environment=None, words=(), **flags):
-        data = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": out}
+        data = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": out}
         words = [*command_line(data | QUICK | RUN | flags), *words]
         port, programs = str(free_port()), []
         for rank in range(processes):
@@ -564,14 +564,14 @@ def test_under_nohup_a_hang_up_is_nothing(sd15, start, whole, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def launched(teacher, pictures, tmp_path_factory):
+def launched(teacher, images, tmp_path_factory):
     """launched(out, processes, flag=value, ...) -> (launcher, its trainers, file of their text), once they train."""
     launchers = []
 
     def launched(out, processes, **flags):
         kind = ["--multi_gpu", "--num_processes", processes] if processes > 1 else ["--cpu", "--num_processes", 1]
         machine = ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-        data = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": out}
+        data = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": out}
         words = [*machine, *kind, ROOT / "train_lcm_lora_sd15.py", *command_line(data | QUICK | flags)]
         command, text = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)], out.with_suffix(".txt")
         with text.open("ab") as file:
@@ -872,7 +872,7 @@ def test_two_processes_are_one_of_twice_the_batch(sd15, train, start, monkeypatc
 
 
 @pytest.mark.slow
-def test_two_machines(train, teacher, pictures, tmp_path):
+def test_two_machines(train, teacher, images, tmp_path):
     """Two launchers on this machine's loopback address: they train, save, and resume to the end of one run of two processes."""
     flags = RUN | SMOOTH | {"train_batch_size": 2}
 
@@ -892,7 +892,7 @@ def test_two_machines(train, teacher, pictures, tmp_path):
             ]
             words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--rdzv_backend", "static"]
             words += ["--mixed_precision", "no", ROOT / "train_lcm_lora_sd15.py"]
-            data = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": out}
+            data = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": out}
             words += command_line(QUICK | flags | data | more)
             command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)]
             options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

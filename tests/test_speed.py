@@ -102,7 +102,7 @@ def test_paged_adam_needs_a_gpu(train):
 
 
 @pytest.mark.slow
-def test_compare_speed(xl_teacher, pictures, tmp_path):
+def test_compare_speed(xl_teacher, images, tmp_path):
     """Side by side with a reference that sleeps in each step ours is the faster; nothing is left running."""
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -110,7 +110,7 @@ def test_compare_speed(xl_teacher, pictures, tmp_path):
         f"accelerate.Accelerator.backward = lambda *words: (time.sleep(2), backward(*words))\n"
         f"sys.argv += ['--logging_steps', '1']\nrunpy.run_path({str(ROOT / 'train_lcm_lora_sdxl.py')!r}, run_name='__main__')\n"
     )
-    words = ["--reference", slow, "--teacher", xl_teacher, "--dataset_name", pictures, "--resolution", 32, "--batch", 2]
+    words = ["--reference", slow, "--teacher", xl_teacher, "--dataset_name", images, "--resolution", 32, "--batch", 2]
     done = run(sys.executable, "scripts/measure/compare_speed.py", *words, "--rounds", 2, "--seconds", 1, "--lora_rank", 4)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2

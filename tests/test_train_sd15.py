@@ -81,11 +81,11 @@ def nets(sd15, monkeypatch):
 # ------------------------------------------------------------------------------------------------- as a user runs it
 
 
-def test_alone_in_a_folder(teacher, pictures, tmp_path):
+def test_alone_in_a_folder(teacher, images, tmp_path):
     """The script copied to an empty folder: `accelerate launch` runs it, and these are the files, all of them."""
     shutil.copy(ROOT / SCRIPT, tmp_path)
     flags = {
-        "pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": "out", "resolution": 32, "lora_rank": 4,
+        "pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": "out", "resolution": 32, "lora_rank": 4,
         "train_batch_size": 2, "max_train_steps": 4, "checkpointing_steps": 2, "report_to": "tensorboard",
         "validation_prompts": ["red apple", "rain"], "validation_steps": 2,
     }  # fmt: skip
@@ -220,12 +220,12 @@ def test_defect_23_alpha_tensors_are_alpha(train):
     assert (about["rank"], about["alpha"]) == ("8", "4")
 
 
-def test_the_header(plain, teacher, pictures):
+def test_the_header(plain, teacher, images):
     _, about = lora_file(plain)
     assert about["base_model"] == str(teacher) and about["family"] == "sd15" and about["step"] == "4"
     assert about["num_ddim_timesteps"] == "50" and "lora_adapter_metadata" not in about
     settings = json.loads(about["training_args"])
-    assert settings["learning_rate"] == 1e-2 and settings["train_data_dir"] == pictures.name
+    assert settings["learning_rate"] == 1e-2 and settings["train_data_dir"] == images.name
     assert lora_file(plain / "checkpoint-2")[1]["step"] == "2"
 
 
@@ -360,7 +360,7 @@ def test_gradient_checkpointing_changes_nothing(train, nets):
     assert difference(off, on) < 1e-5 and size_of_b(on) > 1e-3
 
 
-def test_defect_05_two_processes_are_one(train, teacher, pictures, tmp_path):
+def test_defect_05_two_processes_are_one(train, teacher, images, tmp_path):
     """Losses and LoRA of one process with the same global batch; so no rank shares noise (11), and the schedule ends (13).
 
     The checkpoint of the two continues in one (12).
@@ -368,7 +368,7 @@ def test_defect_05_two_processes_are_one(train, teacher, pictures, tmp_path):
     flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4, "lr_scheduler": "linear",
                       "checkpointing_steps": 2}  # fmt: skip
     one, two = train(**flags), tmp_path / "out"
-    where = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "output_dir": two, "report_to": "none"}
+    where = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": two, "report_to": "none"}
     done = launch(
         ROOT / SCRIPT,
         *command_line(flags | where | {"train_batch_size": 2}),
@@ -479,9 +479,9 @@ def test_checkpoints_total_limit(train):
 
 
 @pytest.mark.parametrize("kind", ["save_to_disk", "save_to_disk with splits", "parquet"])
-def test_forms_of_a_dataset(train, plain, pictures, tmp_path, kind):
+def test_forms_of_a_dataset(train, plain, images, tmp_path, kind):
     """The same pictures in another form give the same losses."""
-    data = datasets.load_dataset("imagefolder", data_dir=str(pictures))
+    data = datasets.load_dataset("imagefolder", data_dir=str(images))
     folder = tmp_path / "data"
     if kind == "parquet":
         folder.mkdir()
@@ -491,9 +491,9 @@ def test_forms_of_a_dataset(train, plain, pictures, tmp_path, kind):
     assert series(train(dataset_name=folder)) == series(plain)
 
 
-def test_other_columns_and_no_caption(train, pictures, tmp_path):
+def test_other_columns_and_no_caption(train, images, tmp_path):
     """Columns go by any name; a caption that is missing is the empty one."""
-    data = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train")
+    data = datasets.load_dataset("imagefolder", data_dir=str(images), split="train")
     data = data.rename_columns({"image": "photo", "text": "words"}).map(
         lambda row: {"words": None}, load_from_cache_file=False
     )
@@ -503,8 +503,8 @@ def test_other_columns_and_no_caption(train, pictures, tmp_path):
     assert series(out) == series(train(proportion_empty_prompts=1))
 
 
-def test_cache_dir_is_used(train, pictures, tmp_path):
-    train(dataset_name=pictures, cache_dir=tmp_path / "cache", max_train_steps=1)
+def test_cache_dir_is_used(train, images, tmp_path):
+    train(dataset_name=images, cache_dir=tmp_path / "cache", max_train_steps=1)
     assert any((tmp_path / "cache").rglob("*.arrow"))
 
 
@@ -700,10 +700,10 @@ def as_launched(*words):
 
 @pytest.mark.parametrize("start", [as_python, as_launched], ids=["python", "accelerate launch --quiet"])
 @pytest.mark.parametrize("case", ["wrong caption column", pytest.param("SDXL teacher", marks=pytest.mark.slow)])
-def test_bad_input_as_a_program(teacher, pictures, stand_ins, tmp_path, case, start):
+def test_bad_input_as_a_program(teacher, images, stand_ins, tmp_path, case, start):
     """Exit status not 0, one line, no traceback."""
     flags = {k: stand_ins.get(v, v) for k, v in BAD[case][0].items()}
-    defaults = {"pretrained_teacher_model": teacher, "train_data_dir": pictures, "resolution": 32}
+    defaults = {"pretrained_teacher_model": teacher, "train_data_dir": images, "resolution": 32}
     words = [ROOT / SCRIPT, *command_line(defaults | flags | {"output_dir": tmp_path / "out"})]
     done = start(*words)
     assert done.returncode != 0

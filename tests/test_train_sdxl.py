@@ -284,9 +284,9 @@ def test_one_seed_one_lora_and_exact_resume(family, layout):
     assert same(whole, train(output_dir=again, resume_from_checkpoint="latest", checkpointing_steps=2))
 
 
-def test_defect_05_two_processes_are_one(train_xl, xl_teacher, pictures, tmp_path):
+def test_defect_05_two_processes_are_one(train_xl, xl_teacher, images, tmp_path):
     flags = {
-        "pretrained_teacher_model": xl_teacher, "train_data_dir": pictures, "output_dir": tmp_path / "two", "resolution": 32,
+        "pretrained_teacher_model": xl_teacher, "train_data_dir": images, "output_dir": tmp_path / "two", "resolution": 32,
         "lora_rank": 4, "max_train_steps": 3, "report_to": "none",
     }  # fmt: skip
     done = launch(
@@ -299,11 +299,11 @@ def test_defect_05_two_processes_are_one(train_xl, xl_teacher, pictures, tmp_pat
     assert near(tmp_path / "two", train_xl(**SMOOTH, max_train_steps=3))
 
 
-def test_alone_in_a_folder(xl_teacher, pictures, tmp_path):
+def test_alone_in_a_folder(xl_teacher, images, tmp_path):
     """The script copied to an empty folder, with validation pictures and bf16."""
     shutil.copy(ROOT / SCRIPT, tmp_path)
     flags = {
-        "pretrained_teacher_model": xl_teacher, "train_data_dir": pictures, "output_dir": "out", "lora_rank": 4,
+        "pretrained_teacher_model": xl_teacher, "train_data_dir": images, "output_dir": "out", "lora_rank": 4,
         "train_batch_size": 2, "max_train_steps": 2, "report_to": "none", "validation_prompts": ["red apple"],
         "mixed_precision": "bf16",
     }  # fmt: skip
