@@ -390,11 +390,22 @@ def shell_commands(text):
     return commands
 
 
+def shell_blocks():
+    """[(page, text)] of the shell blocks of README.md, CONTRIBUTING.md and docs/*.md."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (str(page.relative_to(ROOT)), re.sub(r"^\$ ", "", text, flags=re.MULTILINE))
+        for page in pages
+        for language, text in re.findall(
+            r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
+        )
+        if language in ("", "bash", "sh", "shell", "console")
+    ]
+
+
 def documented_commands():
-    """[(file, words)] of the commands that README.md and scripts/*.sh give and that run a program of this repository."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    texts = [("README.md", re.sub(r"^\$ ", "", block, flags=re.MULTILINE)) for block in blocks]
+    """[(file, words)] of the commands that pages and scripts/*.sh give for programs of this repository."""
+    texts = shell_blocks()
     scripts = sorted((ROOT / "scripts").glob("*.sh"))
     scripts = [(path.name, path.read_text().replace("$family", "sd15")) for path in scripts]
     texts += [

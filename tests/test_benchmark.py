@@ -23,9 +23,10 @@ def memory():
     return load_script("scripts/measure/memory.py")
 
 
-def readme_table():
-    """README's rows of what fits, {model: cells}, and the lines themselves."""
-    section = (ROOT / "README.md").read_text().split("## What fits on which card\n")[1].split("\n## ")[0]
+def memory_table():
+    """The rows of what fits on which card, {model: cells}, and the lines themselves."""
+    page = (ROOT / "docs/memory-and-speed.md").read_text()
+    section = page.split("## What fits on which card\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows[2:]}, lines
@@ -147,9 +148,9 @@ def test_choice_for_a_card(memory):
     assert memory.cell(*memory.choose(curves, 8)) == "4 gc 8bit nf4 (c)"
 
 
-def test_readme_table(memory):
+def test_the_table_of_cards(memory):
     """A cell for each card; one of the cells computed anew: it fits and leaves little."""
-    rows, _ = readme_table()
+    rows, _ = memory_table()
     assert {*rows} <= {f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()}  # the slow test wants all
     ladder = [tuple(memory.SHORT[o] for o in options if o in memory.SHORT) for options in memory.LADDER]
     for cells in rows.values():
@@ -165,8 +166,8 @@ def test_readme_table(memory):
 
 
 @pytest.mark.slow
-def test_readme_table_is_what_memory_prints(memory):
-    assert [*memory.table()] == readme_table()[1]
+def test_the_table_of_cards_is_what_memory_prints(memory):
+    assert [*memory.table()] == memory_table()[1]
 
 
 @pytest.mark.parametrize(
