@@ -144,7 +144,6 @@ def main(argv=None):
     """Read, convert, write beside the output, read back, and only then give it its name."""
     args = parse_args(argv)
     source = infer.find_lora(args.input, "input")
-    infer.import_quietly()
     import torch
 
     tensors, metadata = infer.read_lora(source)

@@ -7,7 +7,9 @@ import sys
 import pytest
 from conftest import ROOT, documented_commands, load_script, run, shell_commands
 
-TRAINERS = [name for name in ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py") if (ROOT / name).exists()]
+TRAINERS = [
+    name for name in ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py") if (ROOT / name).exists()
+]
 PROGRAMS = [*TRAINERS, "infer.py"]
 DISTRIBUTION = {"PIL": "pillow"}  # where the name of the import is another
 
@@ -45,7 +47,9 @@ def reads_of_args(module):
 
 def pins():
     """{distribution: the rest of its line} of requirements.txt."""
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     return dict(re.match(r"([\w.-]+)(.*)", line).groups() for line in lines if line)
 
 
@@ -64,17 +68,36 @@ def test_every_definition_is_used(program):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined[node.name] = node
         elif isinstance(node, ast.Assign):
-            defined |= {n.id: node for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+            defined |= {
+                n.id: node
+                for target in node.targets
+                for n in ast.walk(target)
+                if isinstance(n, ast.Name)
+            }
     for name, node in defined.items():
-        others = [n for top in module.body if top is not node for n in ast.walk(top) if isinstance(n, ast.Name)]
-        assert any(n.id == name and isinstance(n.ctx, ast.Load) for n in others), f"{program}: nothing uses {name}"
+        others = [
+            n
+            for top in module.body
+            if top is not node
+            for n in ast.walk(top)
+            if isinstance(n, ast.Name)
+        ]
+        assert any(n.id == name and isinstance(n.ctx, ast.Load) for n in others), (
+            f"{program}: nothing uses {name}"
+        )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_imports_are_what_requirements_name(program):
-    imports = [node for node in ast.walk(tree(program)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = [
+        node for node in ast.walk(tree(program)) if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
-    names |= {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
+    names |= {
+        "." * node.level + (node.module or "")
+        for node in imports
+        if isinstance(node, ast.ImportFrom)
+    }
     roots = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
     assert "torch" in roots
     assert {DISTRIBUTION.get(root, root) for root in roots} - set(pins()) == set()
@@ -100,7 +123,11 @@ def test_trainers_are_short(program):
 def test_help_loads_no_library(program):
     """So it comes at once."""
     code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\n"
-    done = run(sys.executable, "-c", code + "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)")
+    done = run(
+        sys.executable,
+        "-c",
+        code + "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)",
+    )
     assert done.stdout.endswith("False False\n") and "--train_data_dir" in done.stdout
 
 
@@ -150,3 +177,13 @@ def test_documented_commands_name_programs_that_exist():
     for source, words in commands:
         program = next(word for word in words if word.endswith((".py", ".sh")))
         assert (ROOT / program).is_file(), f"{source}: {' '.join(words)}"
+
+
+def test_infer_is_short():
+    """In lines as wide as a reader's window, and in the order of its sections."""
+    lines = (ROOT / "infer.py").read_text().splitlines()
+    assert len(lines) <= 950
+    assert [line for line in lines if len(line) > 100] == []
+    sections = re.findall(r"^# -+ (\d)\. (.*)$", "\n".join(lines), re.MULTILINE)
+    titles = ["Arguments", "The LoRA file", "The pipeline", "Generate", "Save", "Main"]
+    assert sections == [(str(number), title) for number, title in enumerate(titles, 1)]

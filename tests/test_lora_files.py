@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from single_file import unet_name
 
 infer = load_script("infer.py")
-infer.import_quietly()
 PARTS = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj"
 ).split()
@@ -103,9 +102,9 @@ def test_file_to_forward_equals_the_student(layout, make_teacher, tmp_path):
     """Random ranks, alphas and targets; kohya's, diffusers' and PEFT's naming, PEFT's folder and a whole output folder."""
     teacher, trainer = make_teacher(layout), load_script(f"train_lcm_lora_{layout}.py")
     for seed in range({"sd15": 4, "sdxl": 2}[layout]):
-        draw = random.Random(seed)
-        rank, alpha = draw.randint(1, 9), draw.randint(1, 80) / 4
-        targets = draw.sample(PARTS, draw.randint(1, len(PARTS)))
+        rng = random.Random(seed)
+        rank, alpha = rng.randint(1, 9), rng.randint(1, 80) / 4
+        targets = rng.sample(PARTS, rng.randint(1, len(PARTS)))
         out = tmp_path / str(seed)
         student = train(trainer, teacher, out, seed, rank, alpha, targets)
         in_diffusers_naming(student, out / "diffusers")
@@ -321,8 +320,8 @@ def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
     assert torch.equal(pipe.unet.conv_in.weight, base.unet.conv_in.weight)
 
 
-def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
-    """Several LoRAs from the command line, a line for each; the settings in the picture name all of them."""
+def test_style_loras_are_used(sd15, teacher, tmp_path, capsys):
+    """Several LoRAs from the command line, a line for each; the settings in the image name all of them."""
     for index in range(3):
         train(sd15, teacher, tmp_path / f"run{index}", index, targets=PARTS[: 4 + index])
     text, layers = text_tensors("kohya")
@@ -332,12 +331,12 @@ def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
         tmp_path / "style.safetensors",
     )
 
-    def draw(name, *flags):
+    def generate(name, *flags):
         infer.main(["--lora", str(tmp_path / "run0"), "--prompt", "a", "--output", str(tmp_path / name), *flags])
         return Image.open(tmp_path / name)
 
-    plain = draw("plain.png")
-    styled = draw(
+    plain = generate("plain.png")
+    styled = generate(
         "styled.png", "--style_lora", f"{tmp_path}/style.safetensors", f"{tmp_path}/run2:0.5", "--lcm_weight", "0.9"
     )
     lines = capsys.readouterr().out.splitlines()
@@ -349,7 +348,7 @@ def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
     assert json.loads(styled.text["infer_args"])["style_lora"][1] == [str(tmp_path / "run2" / LORA), 0.5]
     assert plain.tobytes() != styled.tobytes()
     with pytest.raises(SystemExit, match=r"^error: .*style_lora: .*20.* is not float from -10 to 10"):
-        draw("x.png", "--style_lora", f"{tmp_path}/run2:20")
+        generate("x.png", "--style_lora", f"{tmp_path}/run2:20")
     assert not (tmp_path / "x.png").exists()
 
 
@@ -386,7 +385,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "holds no LoRA layer"),
+        ({}, "contains no LoRA layer"),
         (GOOD | {"lora_unet_conv_in.lora_up.weight": torch.full((32, 2, 1, 1), torch.nan)}, "1 of 2 tensors hold NaN"),
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 4)}, "layer unet.conv_in has no up matrix"),
         (GOOD | {"unet.conv_out.bias": torch.ones(2)}, "cannot read unet.conv_out.bias"),
@@ -394,7 +393,7 @@ GOOD = {
         (GOOD | {"lora_unet_conv_in.lokr_w1": torch.ones(2)}, "belongs to a LoKr"),
         (GOOD | {"lora_unet_conv_in.dora_scale": torch.ones(2)}, "belongs to a DoRA"),
         (GOOD | {"lora_unet_conv_in.lora_mid.weight": torch.ones(2)}, "belongs to a LoCon with a core tensor"),
-        (GOOD | {"lora_unet_conv_in.alpha": torch.ones(2)}, r"conv_in.alpha is no number but of shape \[2\]"),
+        (GOOD | {"lora_unet_conv_in.alpha": torch.ones(2)}, r"conv_in.alpha is not a number but has the shape \[2\]"),
         (GOOD | {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, "conv_in.lora_A.* is in the file twice"),
         (GOOD | {"lora_unet_conv_in.lora_up.weight": torch.ones(32, 3, 1, 1)}, "layer unet.conv_in do not fit together"),
     ],
@@ -409,7 +408,7 @@ def test_bad_tensors(tmp_path, flag, tensors, message):
 
 
 def refused(files, message, folder):
-    """infer.py ends with one line on stderr that holds `message`, and draws nothing."""
+    """infer.py ends with one line on stderr that holds `message`, and generates nothing."""
     flags = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         infer.main([*flags, "--prompt", "a", "--base_model", "/no/such/base", "--output", str(folder / "x.png")])
