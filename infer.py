@@ -7,27 +7,25 @@
 
 The base model and the number of DDIM steps are read from the header of the LoRA file. After
 loading, every matrix and every scaling is compared with the file: a LoRA that is only partly
-applied is an error. --compare, a grid of teacher and LoRA, is made by scripts/compare.py.
+applied is an error. scripts/compare.py makes the grids, scripts/fuse_lora.py the merged models.
 """
 
 import argparse
 import contextlib
-import functools
+import itertools
 import json
 import math
 import os
 import re
 import runpy
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageOps, PngImagePlugin
 
 
 def fail(message):
@@ -50,15 +48,10 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
 
-def plural(count, noun):
-    """1 step, 2 steps, 2 passes."""
-    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
-
-
 # ------------------------------------------------------------------------------------- 1. Arguments
 
 HERE = Path(__file__).resolve().parent
-COMPARE = HERE / "scripts" / "compare.py"
+COMPARE, FUSE = (HERE / "scripts" / name for name in ("compare.py", "fuse_lora.py"))
 # Trailing spacing, 999, 979 ... 19, is the grid that the LoRA was distilled on. It starts at
 # t = 999, where the latent really is noise: with "leading", SD's usual setting, one step would
 # start at t = 1 and return noise. Latents are not images: they are never clipped to [-1, 1].
@@ -107,36 +100,34 @@ def weighted(weight, default):
 
     def convert(text):
         match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", text)
-        return (
-            (match[1], weight(match[2])) if match and not Path(text).exists() else (text, default)
-        )
+        split = match and not Path(text).exists()
+        return (match[1], weight(match[2])) if split else (text, default)
 
     return convert
 
 
 def parse_args(argv=None):
     """Read the command line; what can be judged without a model is judged here."""
-    formatter = functools.partial(Help, max_help_position=32)
-    parser = argparse.ArgumentParser(description=__doc__, usage=USAGE, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=USAGE)
+    parser.formatter_class = lambda prog: Help(prog, max_help_position=32)
     parser.error = lambda message: fail(f"{message} (python infer.py --help lists every flag)")
     model, file, text = ({"metavar": name} for name in ("FOLDER_OR_ID", "FILE", "TEXT"))
     png, folder = ({"metavar": name, "type": Path} for name in ("FILE.png", "FOLDER"))
     weight = {"metavar": "WEIGHT", "type": number(float, -10, 10)}
-    styles = {"metavar": "PATH[:WEIGHT]", "type": weighted(weight["type"], 0.8), "nargs": "+"}
+    styles = {"metavar": "PATH[:WEIGHT]", "type": weighted(weight["type"], 0.8)}
+    styles |= {"nargs": "+", "action": "extend"}
     names = {"metavar": "NAME", "choices": SCHEDULERS, "nargs": "+"}
     steps = {"metavar": "STEPS", "type": number(int, 1, 1000), "nargs": "+"}
     count = {"metavar": "IMAGES", "type": number(int, 1, 10**6)}
-    seed = {"metavar": "SEED", "type": number(int, *LIMITS["seed"])}
     pixels = {"metavar": "PIXELS", "type": number(int, *LIMITS["width"])}
+    seed = {"metavar": "SEED", "type": number(int, *LIMITS["seed"]), "default": 0}
     scale = {"metavar": "SCALE", "type": number(float, 0, 1000)}
     share = {"metavar": "SHARE", "type": number(float, 0, 1)}
 
     add = parser.add_argument_group("Model").add_argument
     add("--lora", required=True, metavar="PATH", help="LCM-LoRA: .safetensors file or a folder")
     add("--lcm_weight", "--lora_scale", **weight, default=1.0, help="1: as strong as trained")
-    add(
-        "--style_lora", **styles, action="extend", default=[], help="LoRAs to add, by 0.8 or WEIGHT"
-    )
+    add("--style_lora", **styles, default=[], help="LoRAs to add (default WEIGHT: 0.8)")
     add("--base_model", metavar="PATH_OR_ID", help="default: the one in the LoRA's header")
     add("--base_config", "--teacher_config", **model, help="configs of a base model in one file")
     add("--variant", metavar="NAME", help="variant of the base model's weight files, e.g. fp16")
@@ -152,7 +143,7 @@ def parse_args(argv=None):
     add("--steps", **steps, help="UNet passes per image (default: 4); several: an image for each")
     add("--scheduler", **names, help=f"{', '.join(SCHEDULERS)} (default: lcm); several in a grid")
     add("--guidance_scale", **scale, default=1.0, help="1 to 2; above 1 a step is two UNet passes")
-    add("--seed", **seed, default=0, help="image i is generated from seed + i")
+    add("--seed", **seed, help="of the first image; image i has SEED + i")
     add("--num_images", **count, default=1, help="per prompt")
     add("--height", **pixels, help="default: that of --image, else the base model's own")
     add("--width", **pixels, help="default: that of --image, else the base model's own")
@@ -168,11 +159,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("Output").add_argument
     add("--output", **png, default=Path("lcm.png"), help="several: FILE-0.png, FILE-1.png ...")
-    add(
-        "--compare",
-        action="store_true",
-        help="a grid: teacher and LoRA in several numbers of steps",
-    )
+    add("--compare", action="store_true", help="a grid: a column per scheduler and step count")
     add("--compare_guidance", **scale, help="of the teacher (default: 1 + mean training omega)")
     add("--fused_output", **folder, help="save the base model with the LoRA merged in")
 
@@ -206,8 +193,9 @@ def check_args(args, parser):
         for name in names.split():
             if getattr(args, name) != parser.get_default(name) and not effect:
                 fail(f"--{name} has no effect without {needed}")
-    if args.compare and not COMPARE.is_file():
-        fail("--compare needs scripts/compare.py beside infer.py: copy it there too")
+    for flag, program in ("compare", COMPARE), ("fused_output", FUSE):
+        if getattr(args, flag) and not program.is_file():
+            fail(f"--{flag} needs scripts/{program.name} beside infer.py: copy it there too")
     if args.compare and args.num_images != 1:
         fail("--num_images does not go with --compare: one image per cell")
     if len(args.scheduler or ()) > 1 and not args.compare:
@@ -255,7 +243,7 @@ def read_row(line, where):
 
 def read_jobs(args):
     """The images to generate: image i from seed + i, unless its line names a seed."""
-    defaults = {key: getattr(args, key) for key in ("negative_prompt", "height", "width")}
+    defaults = {"negative_prompt": args.negative_prompt, "height": args.height, "width": args.width}
     jobs, rows = [], [{"prompt": prompt} for prompt in args.prompt]
     for row in read_lines(args.prompts_file) if args.prompts_file else rows:
         for copy in range(args.num_images):
@@ -269,12 +257,12 @@ def read_images(args):
     # A pipeline with a ControlNet and no image to start from calls the control image `image`.
     control = "control_image" if args.image else "image"
     keys = {"image": "image", "mask": "mask_image", "control_image": control}
-    return {key: read_image(flag, args) for flag, key in keys.items() if getattr(args, flag)}
+    given = {flag: file for flag in keys if (file := getattr(args, flag))}
+    return {keys[flag]: read_image(flag, file) for flag, file in given.items()}
 
 
-def read_image(flag, args):
+def read_image(flag, file):
     """The image that a flag names, upright, with 8 bits a channel, on white if transparent."""
-    file = getattr(args, flag)
     with or_fail(f"--{flag} {file}: not a readable image"):
         image = ImageOps.exif_transpose(Image.open(file))
         if image.mode.startswith("I"):  # 16-bit grey, such as a depth map, which Pillow would clip
@@ -296,9 +284,7 @@ os.environ |= {"HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderTiny, AutoPipelineForText2Image, ControlNetModel
-from peft import LoraConfig
-from peft.utils import set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
@@ -340,10 +326,8 @@ def read_lora(path):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     if bad := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
-        count = f"{len(bad)} of {len(tensors)} tensors"
-        fail(f"LoRA {path}: {count} hold NaN or infinity, first {bad[0]}")
-    version = metadata.get("lcm_lora_version", "1")
-    if version != "1":
+        fail(f"LoRA {path}: {len(bad)} of {len(tensors)} tensors hold NaN or inf, first {bad[0]}")
+    if (version := metadata.get("lcm_lora_version", "1")) != "1":
         fail(f"LoRA {path}: format version {version}; this infer.py reads version 1")
     config = path.with_name("adapter_config.json")
     if path.name == PEFT_NAME and config.is_file():
@@ -402,8 +386,7 @@ UNSUPPORTED = {
 def group_layers(path, tensors, metadata, alpha=None):
     """{layer: {A, B, alpha, rank, naming}} of a file in any naming; `alpha` for layers without one.
 
-    A layer is unet.X, text_encoder.X or text_encoder_2.X; X is the module path, in kohya's naming
-    with _ for every dot.
+    A layer is unet.X, text_encoder.X or text_encoder_2.X; X is a module path, in kohya's with _.
     """
     layers = {}
     for key, tensor in tensors.items():
@@ -424,15 +407,14 @@ def group_layers(path, tensors, metadata, alpha=None):
         fail(f"LoRA {path}: the file contains no LoRA layer")
     config = header(path, metadata, PEFT_KEY, "{}", lambda text: dict(json.loads(text)))
     for name, layer in layers.items():
-        for part, word in ("A", "down"), ("B", "up"):
-            if part not in layer:
-                fail(f"LoRA {path}: layer {name} has no {word} matrix; the file is incomplete")
+        if "A" not in layer or "B" not in layer:
+            missing = "up" if "A" in layer else "down"
+            fail(f"LoRA {path}: layer {name} has no {missing} matrix; the file is incomplete")
         down, up = [*layer["A"].shape], [*layer["B"].shape]
         if len(down) not in (2, 4) or len(up) != len(down) or down[0] != up[1] or down[0] == 0:
             fail(f"LoRA {path}: the matrices of layer {name} do not fit together: {down} and {up}")
         layer["rank"] = down[0]
-        if "alpha" not in layer:
-            # Without any alpha the scaling is 1.
+        if "alpha" not in layer:  # without any, the scaling is 1
             choices = (peft_alpha(config, *name.split(".", 1), down[0]), alpha, down[0])
             layer["alpha"] = next(value for value in choices if value is not None)
     return layers
@@ -473,8 +455,7 @@ ORIGINAL_NAMES = {
 def diffusers_name(name, layers_per_block):
     """A UNet layer's name in kohya's spelling, its blocks counted as in diffusers.
 
-    diffusers' own renaming takes the upsamplers of SD 1.x for attention, and input_blocks_10 for a
-    part of input_blocks_1.
+    Whose own renaming takes SD 1.x's upsamplers for attention, input_blocks_10 for input_blocks_1.
     """
     name = ORIGINAL_NAMES.get(name, name)
     match = re.fullmatch(r"(input|middle|output)_blocks?_(\d+)_(?:([0-2])_)?(.+)", name)
@@ -495,32 +476,27 @@ def diffusers_name(name, layers_per_block):
 def layout(names, family=None):
     """What a UNet, or a LoRA of all its attention, was made for, by the names of its layers.
 
-    In Stable Diffusion 1.x and 2.x transformers are one block deep, in SDXL deeper; SSD-1B has none
-    in the middle.
+    In SD 1.x and 2.x transformers are one block deep, in SDXL deeper; SSD-1B's middle has none.
     """
     names = [re.sub("^(unet|model_diffusion_model)_", "", name.replace(".", "_")) for name in names]
     # down_blocks, mid_block, up_blocks; in the original code input_, middle_, output_blocks.
     places = {name[0] for name in names if "_transformer_blocks_" in name}
     if not (places & set("di") and places & set("uo")):
         return None
-    added = any(name.startswith(("add_embedding", "label_emb")) for name in names)
-    deep = any("_transformer_blocks_1_" in name for name in names)
-    if not (added or deep or family == "sdxl"):
+    xl = re.compile("(add_embedding|label_emb|.*_transformer_blocks_1_)")
+    if family != "sdxl" and not any(map(xl.match, names)):
         return "Stable Diffusion 1.x / 2.x"
     return "SDXL" if "m" in places else "SSD-1B"
 
 
 def match_layout(loras, base, names):
     """Each LoRA was trained for the layout of the base UNet, whose layers have these `names`."""
-    names = list(names)
     theirs = layout(names)
-    # Without a family in the header only the transformers count; in a small SDXL they may be as
-    # shallow as in SD 1.x.
+    # A header without a family leaves it to the transformers, which a small SDXL may have shallow.
     shallow = layout([name for name in names if "transformer_blocks" in name])
     for path, layers, metadata in loras.values():
         ours = layout(layers, metadata.get("family"))
-        fitting = (theirs,) if "family" in metadata else (theirs, shallow)
-        if ours and theirs and ours not in fitting:
+        if ours and theirs and ours not in (theirs, theirs if "family" in metadata else shallow):
             origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
             says = f"was trained for the {ours} layout{origin}"
             fail(f"LoRA {path} {says}; --base_model {base} has the {theirs} layout")
@@ -574,6 +550,13 @@ def peft_settings(layers):
 
 def attach_lora(pipe, adapter, path, layers, metadata, base):
     """Put the layers into the pipeline, then prove that all of them arrived."""
+
+    def arrived(module, layer):
+        live = {"A": module.lora_A[adapter].weight.cpu(), "B": module.lora_B[adapter].weight.cpu()}
+        same = all(torch.equal(live[part], layer[part].to(live[part].dtype)) for part in live)
+        scaling = layer["alpha"] / layer["rank"]
+        return same and math.isclose(module.scaling[adapter], scaling, rel_tol=1e-6)
+
     matched, wrong = match_base(pipe, path, layers, metadata, base), []
     for component, layers in matched.items():
         model = getattr(pipe, component)
@@ -583,8 +566,7 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
             set_peft_model_state_dict(model, state, adapter_name=adapter)
         modules = dict(model.named_modules())
         live = {name for name in modules if adapter in getattr(modules[name], "lora_A", ())}
-        both = live & layers.keys()
-        good = {name for name in both if arrived(modules[name], adapter, layers[name])}
+        good = {name for name in live & layers.keys() if arrived(modules[name], layers[name])}
         wrong += [f"{component}.{name}" for name in sorted((live | layers.keys()) - good)]
     flat = [layer for layers in matched.values() for layer in layers.values()]
     if wrong:
@@ -596,21 +578,12 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
     for key in "rank", "alpha":
         low, high = (pick(layer[key] for layer in flat) for pick in (min, max))
         facts.append(f"{key} {low:g}" if low == high else f"{key} {low:g} to {high:g}")
-    others = matched.keys() - {"unet"}
-    facts += [f"{len(matched[component])} in {component}" for component in sorted(others)]
+    facts += [f"{len(matched[part])} in {part}" for part in sorted(matched.keys() - {"unet"})]
     facts += [f"trained from {metadata['base_model']}"] if "base_model" in metadata else []
     facts += [f"{metadata['step']} steps"] if "step" in metadata else []
     facts += [naming] if (naming := irregular(flat)) else []
     title = "LoRA" if adapter == ADAPTER else f"Style LoRA {lora_name(path)}"
     print(f"{title}: {len(flat)} of {len(flat)} layers loaded ({', '.join(facts)})")
-
-
-def arrived(module, adapter, layer):
-    """Whether a module has this layer of the file: A, B and the scaling."""
-    pairs = ((layer["A"], module.lora_A[adapter]), (layer["B"], module.lora_B[adapter]))
-    same = (bool((live.weight.cpu() == ours.to(live.weight.dtype)).all()) for ours, live in pairs)
-    scaling = layer["alpha"] / layer["rank"]
-    return all(same) and math.isclose(module.scaling[adapter], scaling, rel_tol=1e-6)
 
 
 def set_loras(pipe, args, lcm=True):
@@ -644,12 +617,10 @@ def pick_device(args):
     if args.compile:
         # SD has three widths, each called for one image or more, with or without guidance and LoRA.
         torch._dynamo.config.recompile_limit = 64
-        needed = "torch.compile needs a C++ compiler on a CPU and Triton on CUDA"
-        with or_fail("--compile does not work here", needed):
+        with or_fail("--compile does not work here", "it needs a C++ compiler, on CUDA Triton"):
             torch.compile(torch.nn.functional.gelu)(one)
-    if dtype == "auto":
-        dtype = "fp16" if device.startswith("cuda") else "fp32"
-    return device, getattr(torch, DTYPES[dtype])
+    usual = "fp16" if device.startswith("cuda") else "fp32"
+    return device, getattr(torch, DTYPES[usual if dtype == "auto" else dtype])
 
 
 def local(name):
@@ -657,15 +628,13 @@ def local(name):
     return next((path for path in (Path(name).expanduser(), HERE / name) if path.exists()), None)
 
 
-def open_file(file, config, match, **more):
+def open_file(file, config, loras, **more):
     """The pipeline of a checkpoint in one .safetensors file, with the original code's names."""
     with or_fail(f"base model {file}: not a whole safetensors file"), safe_open(file, "pt") as data:
         keys = set(data.keys())
-    match(keys)
-    # Where diffusers looks to tell the layouts of Stable Diffusion 1.x, 2.x and SDXL.
+    match_layout(loras, file, keys)
+    # By this key diffusers knows SDXL's text encoders.
     xl = "conditioner.embedders.1.model.positional_embedding" in keys
-    if not xl and not any(key.startswith("cond_stage_model.") for key in keys):
-        fail(f"base model {file}: it has no text encoder of Stable Diffusion 1.x, 2.x or SDXL")
     advice = f"its configs are those of {config or 'the Hub'}; --base_config names others"
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
@@ -680,8 +649,8 @@ def open_file(file, config, match, **more):
     return pipe
 
 
-def load_pipeline(base, config, variant, tiny_vae, device, dtype, match):
-    """The base model as a text-to-image pipeline; `match` judges its layers' names."""
+def load_pipeline(base, config, variant, tiny_vae, device, dtype, loras):
+    """The base model as a text-to-image pipeline of the layout that the LoRAs were trained for."""
     place, one_file = local(base), base.endswith(".safetensors")
     if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
         valid = "a folder in diffusers' layout, a .safetensors file or a Hub id"
@@ -692,20 +661,19 @@ def load_pipeline(base, config, variant, tiny_vae, device, dtype, match):
         print(f"{base} is not a folder here or next to infer.py: looking on the Hub")
     kinds = {"dtype": dtype}
     if tiny_vae:  # the VAE is then not even read
-        kinds["vae"] = load_part(AutoencoderTiny, "tiny_vae", tiny_vae, dtype)
+        kinds["vae"] = load_part(diffusers.AutoencoderTiny, "tiny_vae", tiny_vae, dtype)
     if one_file:
-        pipe = open_file(place, config, match, **kinds)
+        pipe = open_file(place, config, loras, **kinds)
     else:
         kinds |= {"variant": variant, "use_safetensors": True}
         missing = "was not found locally, next to infer.py, or on the Hub"
         what = f"base model {base} {'cannot be opened' if place else missing}"
         with or_fail(what, "--base_model names another"):
-            pipe = AutoPipelineForText2Image.from_pretrained(str(place or base), **kinds)
+            pipe = diffusers.AutoPipelineForText2Image.from_pretrained(str(place or base), **kinds)
     has_unet = isinstance(getattr(pipe, "unet", None), diffusers.UNet2DConditionModel)
     if not has_unet or not hasattr(pipe, "load_lora_weights"):
-        valid = "layouts of Stable Diffusion 1.x, 2.x and SDXL"
-        fail(f"--base_model {base} is a {type(pipe).__name__}; valid are {valid}")
-    match(name for name, _ in pipe.unet.named_modules())
+        fail(f"--base_model {base} is a {type(pipe).__name__}, not of SD 1.x, 2.x or SDXL")
+    match_layout(loras, base, dict(pipe.unet.named_modules()))
     if tiny_vae:
         check_tiny_vae(pipe, tiny_vae, place if not one_file else config and local(config))
     pipe.set_progress_bar_config(disable=True)
@@ -725,18 +693,18 @@ def load_part(kind, flag, name, dtype):
 def check_tiny_vae(pipe, name, folder):
     """The tiny VAE fits the base model, whose VAE's config is in `folder`, unless on the Hub."""
     channels, factor = pipe.unet.config.out_channels, pipe.vae_scale_factor
-    if folder and (file := folder / "vae" / "config.json").is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
+    if folder and (folder / "vae" / "config.json").is_file():
+        config = diffusers.AutoencoderKL.load_config(folder / "vae")
         factor = 2 ** (len(config["block_out_channels"]) - 1)
     if (ours := (pipe.vae.config.latent_channels, pipe.vae_scale_factor)) != (channels, factor):
         has = "latents of {} channels and a side of 1/{}"
-        theirs = f"the base model has {has.format(channels, factor)}"
-        fail(f"--tiny_vae {name} is for {has.format(*ours)}; {theirs}")
+        ours, theirs = has.format(*ours), has.format(channels, factor)
+        fail(f"--tiny_vae {name} is for {ours}; the base model has {theirs}")
 
 
 def load_controlnet(name, pipe):
     """A ControlNet that fits the base model, of its device and type."""
-    net = load_part(ControlNetModel, "controlnet", name, pipe.dtype)
+    net = load_part(diffusers.ControlNetModel, "controlnet", name, pipe.dtype)
     sizes = ("cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block")
     for key in sizes:
         if net.config[key] != pipe.unet.config[key]:
@@ -762,29 +730,26 @@ def with_sizes(jobs, args, images, pipe):
     if args.image:
         width, height = (max(round(side / multiple), 1) * multiple for side in images["image"].size)
     sized = [job._replace(height=job.height or height, width=job.width or width) for job in jobs]
-    for job in sized:
-        for name in "height", "width":
-            if (value := getattr(job, name)) % multiple:
-                by_flag = value == getattr(args, name) or not args.prompts_file
-                flag = f"--{name}" if by_flag else f"--prompts_file: {name}"
-                example = -(-value // multiple) * multiple
-                fail(f"{flag} {value}: must be a multiple of {multiple}, e.g. {example}")
+    for job, name in itertools.product(sized, ("height", "width")):
+        if (value := getattr(job, name)) % multiple:
+            by_flag = value == getattr(args, name) or not args.prompts_file
+            flag = f"--{name}" if by_flag else f"--prompts_file: {name}"
+            example = -(-value // multiple) * multiple
+            fail(f"{flag} {value}: must be a multiple of {multiple}, e.g. {example}")
     return sized
 
 
 def check_plan(args, plan, jobs, original_steps):
     """Judge the [(scheduler, steps)] of a run, once the LoRA's header and the prompts are read."""
     if args.guidance_scale > 2 and args.lcm_weight:
-        says = "guidance is distilled in already; above 2 images burn out"
-        warn(f"--guidance_scale {args.guidance_scale:g}: {says}")
+        warn(f"--guidance_scale {args.guidance_scale:g}: above 2, images of an LCM-LoRA burn out")
     for name, steps in plan if jobs else ():
         if name in DISTILLED and steps > original_steps:
-            valid = f"from 1 to {original_steps}, the DDIM steps this LoRA was distilled over"
-            fail(f"--steps {steps}: must be {valid}")
+            fail(f"--steps {steps}: must be from 1 to {original_steps}, the LoRA's own DDIM steps")
     for steps in sorted({steps for _, steps in plan}) if args.image else ():
         if (raised := enough(args.strength, steps)) != args.strength:
-            says = f"--strength {args.strength:g} x {plural(steps, 'step')} is less than one step"
-            warn(f"{says}: raised to {raised:.3g}, so that one is taken")
+            taken = f"{args.strength:g} x {steps} step{'s' * (steps > 1)}"
+            warn(f"--strength {taken} is less than one step: raised to {raised:.3g} to take one")
     affected = not args.compare or any(name in DISTILLED for name, _ in plan)
     if affected and args.guidance_scale <= 1 and any(job.negative_prompt for job in jobs):
         where = "in the LCM-LoRA columns" if args.compare else "here"
@@ -800,27 +765,22 @@ def enough(strength, steps):
 # -------------------------------------------------------------------------------------- 4. Generate
 
 
-def batches(jobs, size):
-    """Places in `jobs`, at most `size` at a time, of one image size and kind of negative."""
-    kinds = {}
-    for place, job in enumerate(jobs):
-        kinds.setdefault((job.height, job.width, job.negative_prompt is None), []).append(place)
-    return [places[i : i + size] for places in kinds.values() for i in range(0, len(places), size)]
-
-
 def generate(pipe, args, images, jobs, steps, guidance, seen):
     """Images, seconds an image with text encoding and VAE, and how many of them are timed.
 
     The first call of a process pays for allocations, kernel choice and compilation: batches of a
     kind that is not in `seen` are left out, unless there are no others (0 are timed).
     """
-    made, times = {}, []
-    for places in batches(jobs, args.batch_size):
+    kinds, made, times = {}, {}, []
+    for place, job in enumerate(jobs):
+        kinds.setdefault((job.height, job.width, job.negative_prompt is None), []).append(place)
+    size = args.batch_size
+    batches = [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
+    for places in batches:
         start, batch = time.perf_counter(), [jobs[place] for place in places]
         # The images of Pillow are in main memory: the device has done its work.
         made |= zip(places, generate_batch(pipe, args, images, batch, steps, guidance))
-        size = batch[0].height, batch[0].width
-        kind = (len(batch) == 1, *size) if args.compile else "any"
+        kind = (len(batch) == 1, batch[0].height, batch[0].width) if args.compile else "any"
         times.append((time.perf_counter() - start, len(batch), kind in seen))
         seen.add(kind)
     timed = [row for row in times if row[-1]]
@@ -866,10 +826,9 @@ def generate_all(pipe, args, images, jobs, plan, schedulers, settings):
         pipe.scheduler = schedulers[name]
         made, seconds, count = generate(pipe, args, images, jobs, steps, args.guidance_scale, seen)
         timed = f"{count} of {len(jobs)} timed, after a" if count else "no batch came after the"
-        report.append(f"{plural(steps, 'step')}: {seconds:.3g} s/image ({timed} warm-up)")
+        report.append(f"{steps} step{'s' * (steps > 1)}: {seconds:.3g} s/image ({timed} warm-up)")
         for index, (image, job) in enumerate(zip(made, jobs)):
-            ending = f"-{index}" if len(jobs) > 1 else ""
-            ending += f"-steps{steps}" if len(plan) > 1 else ""
+            ending = f"-{index}" * (len(jobs) > 1) + f"-steps{steps}" * (len(plan) > 1)
             output = args.output.with_stem(args.output.stem + ending)
             one = settings | job._asdict() | {"scheduler": name, "steps": steps}
             one |= {"strength": enough(args.strength, steps)} if args.image else {}
@@ -897,33 +856,17 @@ def parameters(settings):
     for key, value in facts.items():  # a text with a comma or colon would end early: it is quoted
         facts[key] = json.dumps(value) if re.search("[,:]", str(value)) else value
     negative = settings["negative_prompt"]
-    lines = [settings["prompt"], *([f"Negative prompt: {negative}"] if negative else [])]
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in facts.items())])
+    prompts = settings["prompt"] + (f"\nNegative prompt: {negative}" if negative else "")
+    return prompts + "\n" + ", ".join(f"{key}: {value}" for key, value in facts.items())
 
 
 def save(image, path, settings, chunks):
     """Write a PNG with its settings: `infer_args` as JSON, and further text chunks."""
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     for key, text in {**chunks, "infer_args": json.dumps(settings)}.items():
         info.add_text(key, text)
     with or_fail(f"--output {path}: cannot be written"):
         image.save(path, pnginfo=info)
-
-
-def save_fused(pipe, scheduler, folder):
-    """The pipeline as a diffusers folder, which appears when it is complete."""
-    folder, pipe.scheduler = folder.resolve(), scheduler
-    with or_fail(f"--fused_output {folder}: cannot be written"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch, folder.name)
-            pipe.save_pretrained(made)
-            for file in made.rglob("*.safetensors"):  # which safetensors makes private
-                file.chmod((made / "model_index.json").stat().st_mode)
-            if folder.exists():
-                folder.rmdir()  # it is empty; not every system renames over it
-            made.rename(folder)
-    print(f"{folder}: the base model with the LoRA merged in")
 
 
 # ------------------------------------------------------------------------------------------ 6. Main
@@ -949,9 +892,8 @@ def read_inputs(args):
 
     left_out = ("prompt", "prompts_file", "output", "num_images", "compare", "fused_output")
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
-    weights = [weight for _, weight in args.style_lora]
-    settings["style_lora"] = list(zip(map(str, [*files.values()][1:]), weights))
-    settings |= {"lora": str(path), "base_model": base, "base_config": config}
+    styles = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
+    settings |= {"lora": str(path), "style_lora": styles, "base_model": base, "base_config": config}
     settings["original_inference_steps"] = int(header(path, metadata, "num_ddim_timesteps", 50))
     return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
 
@@ -962,8 +904,7 @@ def load(args, jobs, images, loras, settings):
     device, dtype = pick_device(args)
     settings |= {"device": device, "dtype": str(dtype).removeprefix("torch.")}
     base, config = settings["base_model"], settings["base_config"]
-    match = functools.partial(match_layout, loras, base)
-    pipe = load_pipeline(base, config, args.variant, args.tiny_vae, device, dtype, match)
+    pipe = load_pipeline(base, config, args.variant, args.tiny_vae, device, dtype, loras)
     jobs = with_sizes(jobs, args, images, pipe)
     for adapter in [*loras]:
         attach_lora(pipe, adapter, *loras.pop(adapter), base)  # no second copy is kept
@@ -992,14 +933,15 @@ def main(argv=None):
     if args.compare:
         return runpy.run_path(str(COMPARE))["compare"](args)
     jobs, images, loras, settings = read_inputs(args)
-    (name,) = args.scheduler or ["lcm"]
-    plan = [(name, steps) for steps in dict.fromkeys(args.steps or [4])]
+    steps = dict.fromkeys(args.steps or [4])
+    plan = [(name, count) for name in args.scheduler or ["lcm"] for count in steps]
     check_plan(args, plan, jobs, settings["original_inference_steps"])
     pipe, task, jobs, schedulers = load(args, jobs, images, loras, settings)
     if jobs:
         generate_all(task, args, images, jobs, plan, schedulers, settings)
     if args.fused_output:
-        save_fused(pipe, schedulers["lcm"], args.fused_output)
+        pipe.scheduler = schedulers["lcm"]
+        runpy.run_path(str(FUSE))["save"](pipe, args.fused_output)
 
 
 if __name__ == "__main__":

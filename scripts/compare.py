@@ -70,7 +70,8 @@ def compare(args):
     print(f"{args.output} ({sum(column['seconds'] for column in columns):.3g} s a row)")
     if args.fused_output:
         infer.fuse(pipe)
-        infer.save_fused(pipe, schedulers["lcm"], args.fused_output)
+        pipe.scheduler = schedulers["lcm"]
+        runpy.run_path(str(infer.FUSE))["save"](pipe, args.fused_output)
 
 
 def make_plan(args):
@@ -106,10 +107,15 @@ def make_columns(pipe, args, images, jobs, plan, schedulers):
         column = {"group": group, "scheduler": name, "steps": steps, "guidance": guidance}
         column |= {"passes": passes * (2 if guidance > 1 else 1), "seconds": seconds}
         columns.append(column | {"images": made})
-        steps, passes = infer.plural(steps, "step"), infer.plural(column["passes"], "UNet pass")
+        steps, passes = plural(steps, "step"), plural(column["passes"], "UNet pass")
         print(f"{group}, {steps}: {passes}, {seconds:.3g} s/image")
     infer.set_loras(pipe, args)
     return columns
+
+
+def plural(count, noun):
+    """1 step, 2 steps, 2 passes."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
 def wrap(text, font, width, limit):
@@ -156,7 +162,7 @@ def grid(columns, prompts, title):
         pen.rectangle((first, top_of_bar, right, top_of_bar + max(2, gap // 3)), colour)
     for x, column in zip(lefts, columns):
         counts = [("steps", "step"), ("passes", "UNet pass")]
-        texts = [infer.plural(column[key], word) for key, word in counts if key in column]
+        texts = [plural(column[key], word) for key, word in counts if key in column]
         texts += [column["label"]] if "label" in column else [f"{column['seconds']:.3g} s/image"]
         for row, text in enumerate(texts):
             place = (x + width / 2, band + round((2.6 + row) * line))

@@ -2,10 +2,12 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from conftest import run as run_program
 from PIL import Image, ImageChops, ImageDraw
 from test_infer import compare, difference, infer, make_lora, make_tiny_vae, start
 
@@ -441,7 +443,7 @@ def test_tiny_vae_that_does_not_fit(kit, tmp_path):
         ),
         (DEMO["sd15"] / "vae", "its weights are not those of AutoencoderTiny"),
         (DEMO["sd15"], "cannot be opened"),
-        (tmp_path / "nowhere", "cannot be opened .*; valid are a diffusers folder or a hub id"),
+        (tmp_path / "nowhere", "cannot be opened .*; valid are a diffusers folder or a Hub id"),
     ):
         with pytest.raises(SystemExit, match=f"^error: --tiny_vae {folder}:? {message}") as caught:
             run(kit, tmp_path / "x.png", "--tiny_vae", folder)
@@ -464,7 +466,7 @@ def test_strength_is_raised_to_one_step(kit, tmp_path, capsys):
     flags = ("--image", kit / "apple.png", "--strength")
     low = run(kit, tmp_path / "low.png", *flags, 0.1)
     assert (
-        "warning: --strength 0.1 x 4 steps is less than one step: raised to 0.25,"
+        "warning: --strength 0.1 x 4 steps is less than one step: raised to 0.25 to take one"
         in capsys.readouterr().err
     )
     assert settings(low)["strength"] == pytest.approx(0.25)
@@ -711,6 +713,22 @@ def test_fused_output(kit, tmp_path, family, capsys):
         SystemExit, match=f"^error: --fused_output {folder}: must be a new or an empty folder"
     ):
         run(kit, None, *flags, family=family, prompt=())
+
+
+def test_the_program_that_merges(kit, tmp_path):
+    """scripts/fuse_lora.py, started by a user, writes the weights that infer.py --fused_output does."""
+    from safetensors.torch import load_file
+
+    lora = ("--lora", kit / "sd15.safetensors")
+    infer.main([*map(str, lora), "--fused_output", str(tmp_path / "here")])
+    program = ROOT / "scripts" / "fuse_lora.py"
+    done = run_program(sys.executable, program, *lora, "--fused_output", tmp_path / "there")
+    assert (
+        done.returncode == 0 and "there: the base model with the LoRA merged in" in done.stdout
+    ), done.stderr
+    name = "unet/diffusion_pytorch_model.safetensors"
+    here, there = (load_file(tmp_path / folder / name) for folder in ("here", "there"))
+    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
 
 
 def test_fused_after_a_grid(kit, tmp_path):

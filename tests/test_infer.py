@@ -518,14 +518,19 @@ def test_the_programs_that_make_grids(tiny, tmp_path, program):
     assert here.crop(cells).tobytes() == there.crop(cells).tobytes()
 
 
-def test_compare_without_its_program(tmp_path):
-    """infer.py copied alone says what is missing, at once and in one line."""
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [("compare.py", ["--compare", "--prompt", "a"]), ("fuse_lora.py", ["--fused_output", "new"])],
+)
+def test_a_program_is_missing(tmp_path, program, words):
+    """infer.py copied alone says what it needs, at once and in one line, and does the rest alone."""
     shutil.copy(ROOT / "infer.py", tmp_path)
-    done = run_program(
-        sys.executable, "infer.py", "--lora", "x", "--prompt", "a", "--compare", cwd=tmp_path
-    )
-    message = "error: --compare needs scripts/compare.py beside infer.py: copy it there too\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+    lora = ("--lora", tmp_path / "none.safetensors")
+    done = run_program(sys.executable, "infer.py", *lora, *words, cwd=tmp_path)
+    says = f"{words[0]} needs scripts/{program} beside infer.py: copy it there too"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {says}\n")
+    done = run_program(sys.executable, "infer.py", *lora, "--prompt", "a", cwd=tmp_path)
+    assert done.stderr.endswith("none.safetensors: no such file or folder\n")
 
 
 def test_help():
@@ -752,7 +757,7 @@ def test_lora_of_another_layout(layouts, tmp_path, lora, base, one_file):
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ("cond_stage_model", "it has no text encoder"),
+        ("cond_stage_model", "cannot be opened .*CLIPTextModel.*; its configs are those of"),
         ("first_stage_model", "cannot be opened .*AutoencoderKL.*; its configs are those of"),
         ("model.diffusion_model.out.", "cannot be opened .*; its configs are those of"),
         (
