@@ -43,9 +43,8 @@ def compare(args):
     jobs, images, loras, settings = infer.read_inputs(args)
     path, _, metadata = loras[infer.ADAPTER]
     original_steps = settings["original_inference_steps"]
-    if not (
-        args.scheduler or args.steps
-    ):  # columns that nobody asked for are left out, not refused
+    # Columns that nobody asked for are left out where the LoRA has too few steps, not refused.
+    if not (args.scheduler or args.steps):
         fits = [name not in infer.DISTILLED or steps <= original_steps for name, steps in plan]
         plan = list(itertools.compress(plan, fits))
     infer.check_plan(args, plan, jobs, original_steps)

@@ -1,4 +1,4 @@
-"""What infer.py generates from images, prompt files and schedulers, in grids and fused, mostly on the demo's teachers."""
+"""What infer.py generates from images, prompt files, by schedulers, in grids and fused."""
 
 import json
 import re
@@ -17,7 +17,7 @@ NAMES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
-    """A folder: a random LoRA and ControlNet of each demo teacher; apple.png of 90 x 64, mask.png with a white half."""
+    """A random LoRA and ControlNet per demo teacher; apple.png (90 x 64), half-white mask.png."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("kit")
@@ -63,7 +63,7 @@ def settings(path):
 
 
 def is_image(path, size=(64, 64)):
-    """Whether a file holds an RGB image of this size that is neither flat nor black, white or clipped all over."""
+    """Whether a file is an RGB image of this size, neither flat nor black, white or clipped."""
     image = Image.open(path)
     low, high = image.convert("L").getextrema()
     edges = image.convert("L").histogram()
@@ -120,7 +120,7 @@ TRAILING = {"timestep_spacing": "trailing"}
 )
 @pytest.mark.parametrize("family", DEMO)
 def test_scheduler(kit, tmp_path, family, name, theirs, eta):
-    """Each generates what diffusers generates with it and the LoRA, another image than the base, and says its name."""
+    """Each generates what diffusers does with it and the LoRA, not the base, and is named."""
     path = run(kit, tmp_path / "x.png", "--scheduler", name, family=family)
     assert is_image(path)
     pipe = pipeline(kit, "Pipeline", family, scheduler=theirs)
@@ -132,7 +132,7 @@ def test_scheduler(kit, tmp_path, family, name, theirs, eta):
 
 
 def test_original_steps_of_the_header(kit, tmp_path, cells):
-    """With 20 DDIM steps, 3 steps of lcm and tcd stand elsewhere than with 50; 21 steps are refused."""
+    """With 20 DDIM steps, 3 steps of lcm and tcd differ from those of 50; 21 steps are refused."""
     from safetensors.torch import load_file, save_file
 
     header = {"base_model": str(DEMO["sd15"]), "num_ddim_timesteps": "20"}
@@ -150,14 +150,14 @@ def test_original_steps_of_the_header(kit, tmp_path, cells):
 
 @pytest.mark.parametrize("family", DEMO)
 def test_img2img(kit, tmp_path, family, capsys):
-    """As diffusers generates it; of the image's size; half the steps for half the strength; nearer to it when weak."""
+    """As diffusers does it, of the image's size; half the strength: half the steps, and nearer."""
     flags = ("--image", kit / "apple.png", "--strength")
     half = run(kit, tmp_path / "half.png", *flags, 0.5, family=family)
     assert capsys.readouterr().err == ""
     assert is_image(half, (88, 64))
     source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
     pipe = pipeline(kit, "Img2ImgPipeline", family)
-    # A pipeline of img2img asks for an image a prompt: with one and a list of generators all would share its noise.
+    # img2img wants an image per prompt: with one image, a list of generators would share its noise.
     theirs = call(pipe, tmp_path / "theirs.png", "a cat", image=source, strength=0.5)
     assert difference(half, theirs) <= 1
     full = run(kit, tmp_path / "full.png", *flags, 1, family=family)
@@ -181,7 +181,7 @@ def test_img2img(kit, tmp_path, family, capsys):
 
 @pytest.mark.parametrize("name", infer.SCHEDULERS)
 def test_each_scheduler_starts_from_images(kit, tmp_path, name):
-    """img2img, inpainting and ControlNet with each of them: an image of its size, another than without the LoRA."""
+    """img2img, inpainting, ControlNet with each: of the image's size, not as without the LoRA."""
     control = ("--controlnet", kit / "control-sd15", "--control_image", kit / "apple.png")
     for kind, flags, size in (
         ("img2img", ("--image", kit / "apple.png"), (88, 64)),
@@ -336,7 +336,7 @@ def test_one_copy_of_the_weights(kit):
 
 
 def test_merged_loras_leave_the_weights_of_the_base_alone(kit, tmp_path, monkeypatch):
-    """While it generates, all tensors of the process are those of the base's own parts, in their places, and small ones."""
+    """While it generates, all tensors are the base's own, in their places, and small ones."""
     import gc
 
     def memory():
@@ -462,7 +462,7 @@ def test_tiny_vae_is_not_read_from_pickle(kit, tmp_path):
 
 
 def test_strength_is_raised_to_one_step(kit, tmp_path, capsys):
-    """0.1 x 4 steps would generate nothing: it becomes 0.25, with a word; at every number of steps one step is taken."""
+    """0.1 x 4 steps is no step: it becomes 0.25, with a warning; one step is always taken."""
     flags = ("--image", kit / "apple.png", "--strength")
     low = run(kit, tmp_path / "low.png", *flags, 0.1)
     assert (
@@ -496,7 +496,7 @@ def test_prompts_in_a_text_file(kit, tmp_path):
 
 
 def test_prompts_in_json_lines(kit, tmp_path):
-    """Own seeds, sizes and negative prompts, batched by size, in the order of the lines, each as if generated alone."""
+    """Own seeds, sizes, negative prompts, in the order of the lines, each as if generated alone."""
     rows = [
         {"prompt": "a cat", "seed": 7},
         {"prompt": "a dog", "width": 96, "height": 72, "negative_prompt": "red"},
@@ -540,7 +540,7 @@ def test_prompts_in_json_lines(kit, tmp_path):
 
 
 def test_steps_list(kit, tmp_path, capsys):
-    """An image for each number of steps, each as generated alone, with the steps in its name and header."""
+    """An image per number of steps, each as generated alone, the steps in its name and header."""
     run(kit, tmp_path / "x.png", "--steps", 1, 3, 1, prompt=("a cat", "a dog"))
     names = {f"x-{index}-steps{steps}.png" for index in range(2) for steps in (1, 3)}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -555,7 +555,7 @@ def test_steps_list(kit, tmp_path, capsys):
 
 
 def test_first_call_is_not_timed(monkeypatch, tmp_path, capsys):
-    """Of several batches the first is left out; a warm pipeline's are all counted; one alone counts, and it is said."""
+    """Of several batches the first is left out, unless the pipeline is warm; one alone counts."""
 
     def seconds(times, compiled=(), seen=(), sizes=(64, 64, 64)):
         clock = iter(
@@ -583,7 +583,7 @@ def test_first_call_is_not_timed(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("family", DEMO)
 def test_grid_of_schedulers(kit, tmp_path, cells, family):
-    """A column for each scheduler and step count: lcm and tcd with the LoRA and no guidance, the others the teacher."""
+    """A column per scheduler and step count: lcm and tcd are the LoRA, the others the teacher."""
     flags = (
         "--compare",
         "--scheduler",
@@ -649,7 +649,7 @@ def test_grid_plans():
 
 @pytest.mark.parametrize("given", ["img2img", "inpainting", "controlnet"])
 def test_grid_from_images(kit, tmp_path, cells, given):
-    """The images given come first; every cell is generated from them; passes are those that were taken."""
+    """The images given come first; every cell is generated from them; passes are those taken."""
     files = {"image": kit / "apple.png"} if given != "controlnet" else {}
     files |= {"mask": kit / "mask.png"} if given == "inpainting" else {}
     files |= (
@@ -684,7 +684,7 @@ def test_grid_of_several_sizes(kit, tmp_path):
 
 @pytest.mark.parametrize("family", DEMO)
 def test_fused_output(kit, tmp_path, family, capsys):
-    """A folder that any diffusers user opens: the base with the LoRA inside, generating what infer.py generates."""
+    """A diffusers folder: the base with the LoRA inside, generating what infer.py generates."""
     import diffusers
 
     folder = tmp_path / "new" / "fused"
@@ -716,7 +716,7 @@ def test_fused_output(kit, tmp_path, family, capsys):
 
 
 def test_the_program_that_merges(kit, tmp_path):
-    """scripts/fuse_lora.py, started by a user, writes the weights that infer.py --fused_output does."""
+    """scripts/fuse_lora.py writes the weights that infer.py --fused_output does."""
     from safetensors.torch import load_file
 
     lora = ("--lora", kit / "sd15.safetensors")
@@ -732,7 +732,7 @@ def test_the_program_that_merges(kit, tmp_path):
 
 
 def test_fused_after_a_grid(kit, tmp_path):
-    """The grid switches the LoRA off and on; what is saved has it, in an empty folder that was there."""
+    """The grid switches the LoRA off and on; what is saved has it; the folder may exist, empty."""
     from safetensors.torch import load_file
 
     weights = []
@@ -751,7 +751,7 @@ def test_fused_after_a_grid(kit, tmp_path):
 
 
 def test_style_lora_in_a_grid_and_fused_after_it(kit, tmp_path, cells):
-    """The style stays on in the teacher's columns; what is saved is what is saved without a grid, and holds both LoRAs."""
+    """The style stays on in the teacher's columns; what is saved holds both LoRAs, grid or not."""
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
 
@@ -776,7 +776,7 @@ def test_style_lora_in_a_grid_and_fused_after_it(kit, tmp_path, cells):
 
 
 def test_fused_without_generating_asks_for_no_steps(kit, tmp_path):
-    """A LoRA distilled over 2 steps can be merged, though 4 steps, the default, cannot be generated with it."""
+    """A LoRA distilled over 2 steps can be merged, though it cannot do the default 4 steps."""
     from safetensors.torch import load_file, save_file
 
     header = {"base_model": str(DEMO["sd15"]), "num_ddim_timesteps": "2"}
@@ -912,7 +912,7 @@ def test_bad_flag(kit, tmp_path, monkeypatch, flags, message):
     ],
 )
 def test_warnings(capsys, flags, message):
-    """A negative prompt has an effect where guidance is above 1: in the teacher's columns of a grid."""
+    """A negative prompt has an effect where guidance is above 1: in the teacher's columns."""
     words = ["--lora", "x", "--prompt", "a", "--negative_prompt", "b", *flags.split()]
     args = infer.parse_args(words)
     plan = compare.make_plan(args) if args.compare else [("lcm", 4)]

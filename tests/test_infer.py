@@ -1,4 +1,4 @@
-"""infer.py on a tiny Stable Diffusion 1.5 layout made on the spot: what it generates, what it says, what it refuses."""
+"""infer.py on a tiny Stable Diffusion 1.5: what it generates, what it says, what it refuses."""
 
 import json
 import pickle
@@ -180,11 +180,12 @@ def difference(a, b):
 
 
 def test_generates_and_reports(tiny, tmp_path, capsys):
-    """One image with its settings inside; the LoRA line counts every layer; the LoRA changes the image."""
+    """One image with its settings inside; every layer is counted; the LoRA changes the image."""
     folder, count = tiny
     run(folder, "--prompt", "a cat, big", "--output", tmp_path / "new" / "x.png", "--seed", 3)
     out = capsys.readouterr().out
-    line = f"LoRA: {count} of {count} layers loaded (rank 8, alpha 4, trained from {folder / 'base'}, 600 steps)"
+    line = f"LoRA: {count} of {count} layers loaded (rank 8, alpha 4, "
+    line += f"trained from {folder / 'base'}, 600 steps)"
     assert line in out
     assert re.search(r"x.png\n4 steps: \S+ s/image \(no batch came after the warm-up\)\n$", out)
     image = Image.open(tmp_path / "new" / "x.png")
@@ -233,7 +234,7 @@ def test_same_as_diffusers(tiny, tmp_path):
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny, tmp_path):
-    """Two prompts, two images each: four files, the same at every batch size, each from its own seed."""
+    """Two prompts, two images each: four files, alike at every batch size, from a seed each."""
     folder, _ = tiny
     for size in (1, 3):
         flags = ("--prompt", "a", "b", "--num_images", 2, "--batch_size", size)
@@ -265,7 +266,7 @@ def test_prompts_are_generated_together(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fresh_compiler():
-    """Nothing is compiled yet in this process, and what the test compiles is forgotten; counts the graphs."""
+    """Nothing is compiled yet, and what the test compiles is forgotten; counts the graphs."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -293,7 +294,7 @@ def test_compile(tmp_path, capsys, fresh_compiler):
 
 
 def test_compile_in_a_grid(tiny, tmp_path, monkeypatch, fresh_compiler):
-    """Compiled code follows the LoRA that goes on and off, and each column is timed after it was compiled.
+    """Compiled code follows the LoRA going on and off; columns are timed after compilation.
 
     Here it is not lowered to C++, which takes most of the time.
     """
@@ -337,7 +338,7 @@ def test_compile_without_a_compiler(tiny, tmp_path, monkeypatch, fresh_compiler)
 
 
 def test_file_may_have_moved(tiny, tmp_path, monkeypatch):
-    """A relative base model in the header is found from the current directory and from beside infer.py."""
+    """A relative base model in the header is found here and next to infer.py."""
     folder, _ = tiny
     tensors = load_file(folder / "run" / WEIGHTS_NAME)
     save_file(tensors, tmp_path / "style.safetensors", {"base_model": "base"})
@@ -361,7 +362,7 @@ def test_file_may_have_moved(tiny, tmp_path, monkeypatch):
 
 
 def rename(folder, target, style):
-    """Write the LoRA without alphas under `unet.` keys; `style(layer)` picks PEFT's or the older words for a layer."""
+    """Write the LoRA without alphas under `unet.` keys; `style(layer)` is peft or old."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")
@@ -395,7 +396,7 @@ def test_other_layouts_load_completely(tiny, tmp_path, capsys, style, dtype):
 
 
 def test_defect_2_mixed_naming_loads_completely(tiny, tmp_path, capsys):
-    """Attention as lora.down/up, the rest as lora_A/B: the image is that of the same layers in one naming."""
+    """Attention as lora.down/up, the rest as lora_A/B: the same image as in one naming."""
     folder, count = tiny
     rename(
         folder, tmp_path / "mixed.safetensors", lambda layer: "old" if "attn" in layer else "peft"
@@ -415,7 +416,8 @@ def test_defect_2_mixed_naming_loads_completely(tiny, tmp_path, capsys):
         run(tmp_path, *flags, lora=f"{name}.safetensors")
     mixed, one = (line for line in capsys.readouterr().out.splitlines() if line.startswith("LoRA"))
     with safe_open(tmp_path / "mixed.safetensors", "pt") as file:
-        old, peft = (sum(word in key for key in file.keys()) for word in ("lora.down", "lora_A"))  # noqa: SIM118
+        keys = list(file.keys())
+    old, peft = (sum(word in key for key in keys) for word in ("lora.down", "lora_A"))
     assert old and peft and old + peft == count
     assert mixed.startswith(f"LoRA: {count} of {count} layers loaded")
     assert (
@@ -448,7 +450,7 @@ def test_defect_4_wrong_scaling_stops(tiny, tmp_path, monkeypatch):
 
 
 def test_compare(tiny, tmp_path, capsys, monkeypatch):
-    """The grid has 8 columns, headers, prompts; teacher cells are the base to the bit, LCM cells as generated alone."""
+    """8 columns, headers, prompts; the teacher is the base to the bit, LCM cells are as alone."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     folder, _ = tiny
@@ -523,7 +525,7 @@ def test_the_programs_that_make_grids(tiny, tmp_path, program):
     [("compare.py", ["--compare", "--prompt", "a"]), ("fuse_lora.py", ["--fused_output", "new"])],
 )
 def test_a_program_is_missing(tmp_path, program, words):
-    """infer.py copied alone says what it needs, at once and in one line, and does the rest alone."""
+    """infer.py copied alone says what it needs, in one line, and does the rest alone."""
     shutil.copy(ROOT / "infer.py", tmp_path)
     lora = ("--lora", tmp_path / "none.safetensors")
     done = run_program(sys.executable, "infer.py", *lora, *words, cwd=tmp_path)
@@ -534,8 +536,9 @@ def test_a_program_is_missing(tmp_path, program, words):
 
 
 def test_help():
-    """Three lines of usage, every flag on the page with its default and unit, and no library loaded."""
-    code = "import runpy, sys; sys.argv = ['infer.py', '--help']\ntry: runpy.run_path('infer.py', run_name='__main__')\n"
+    """Three lines of usage, every flag with its default and unit, and no library loaded."""
+    code = "import runpy, sys; sys.argv = ['infer.py', '--help']\n"
+    code += "try: runpy.run_path('infer.py', run_name='__main__')\n"
     done = run_program(
         sys.executable,
         "-c",
@@ -631,7 +634,7 @@ def test_bad_flag(tiny, tmp_path, monkeypatch, flags, message):
 
 
 def test_lora_of_another_base(tiny, tmp_path):
-    """Other channel widths: the message names family, base and the first layer that does not fit."""
+    """Other channel widths: the message names family, base and the first layer in question."""
     folder, _ = tiny
     with pytest.raises(
         SystemExit,
@@ -648,7 +651,7 @@ LAYOUTS = {"sd15": "Stable Diffusion 1.x / 2.x", "sdxl": "SDXL", "ssd1b": "SSD-1
 
 @pytest.fixture(scope="session")
 def layouts(make_teacher):
-    """{layout: (folder, the same base in one file beside it, a LoRA of it whose header names both without their folder)}."""
+    """{layout: (folder, the same base in one file, a LoRA whose header has their names)}."""
     from diffusers import UNet2DConditionModel
 
     made = {}
@@ -667,7 +670,7 @@ def layouts(make_teacher):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_base_in_one_file(layouts, tmp_path, monkeypatch, layout):
-    """The file generates what the folder generates, named by flags, or by the header and found beside infer.py."""
+    """The file generates what the folder does, named by flags or by the header."""
     folder, file, lora = layouts[layout]
     flags = ("--prompt", "a cat", "--steps", 2, "--output")
     run(folder, *flags, tmp_path / "folder.png", "--base_model", folder, lora=lora.name)
@@ -683,7 +686,7 @@ def test_base_in_one_file(layouts, tmp_path, monkeypatch, layout):
     )
     monkeypatch.setattr(infer, "HERE", file.parent)
     run(folder, *flags, tmp_path / "file.png", lora=lora.name)
-    # Weights that lie elsewhere in memory may be multiplied in another order: one level in 255 is rounding.
+    # Weights elsewhere in memory may be multiplied in another order: one level is rounding.
     assert difference(tmp_path / "folder.png", tmp_path / "flags.png") <= 1
     assert difference(tmp_path / "folder.png", tmp_path / "file.png") <= 1
     settings = json.loads(Image.open(tmp_path / "file.png").text["infer_args"])
@@ -722,7 +725,7 @@ def test_tiny_vae_with_a_base_in_one_file(layouts, tmp_path, monkeypatch):
 
 
 def test_layout_by_names(layouts):
-    """A LoRA without a header and a UNet in either naming tell their layout; a LoRA of a part of the layers does not."""
+    """The layout of a LoRA without a header and of a UNet; LoRAs of a part of it have none."""
     from diffusers import UNet2DConditionModel
 
     for layout, (folder, file, lora) in layouts.items():
@@ -746,9 +749,10 @@ def refused(lora, message, out, *flags):
     ("lora", "base"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("sdxl", "ssd1b"), ("ssd1b", "sdxl")]
 )
 def test_lora_of_another_layout(layouts, tmp_path, lora, base, one_file):
-    """Both layouts are named; an SSD-1B LoRA has all of its layers in SDXL too, and would be loaded without a word."""
+    """Both layouts are named; an SSD-1B LoRA, all of whose layers SDXL has, would load silently."""
     ours, theirs = layouts[lora], layouts[base]
-    says = rf"was trained for the {LAYOUTS[lora]} layout \(base {ours[1].name}\); --base_model .* has the {LAYOUTS[base]} layout"
+    says = rf"was trained for the {LAYOUTS[lora]} layout \(base {ours[1].name}\); "
+    says += f"--base_model .* has the {LAYOUTS[base]} layout"
     refused(
         ours[2], f"lora.safetensors {says}$", tmp_path / "x.png", "--base_model", theirs[one_file]
     )
@@ -826,7 +830,7 @@ def test_bad_base_in_one_file(layouts, tmp_path):
 
 
 def test_warnings(tiny, tmp_path, capsys):
-    """High guidance, and a negative prompt without guidance, are spoken of; otherwise stderr is empty."""
+    """High guidance, and a negative prompt without it, are warned of; else stderr is empty."""
     folder, _ = tiny
     flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png")
     run(folder, *flags)
