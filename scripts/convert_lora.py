@@ -17,13 +17,11 @@ import importlib.util
 import json
 import math
 import re
+import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
-infer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(infer)
 
 # All words in the module names of a UNet2DConditionModel and of CLIP's text encoders: with them a name whose dots have
 # become _ can be read without the model.
@@ -45,7 +43,7 @@ def parse_args(argv=None):
     parser.add_argument("output", type=Path, help="a new .safetensors file, for peft a new folder")
     parser.add_argument("--to", choices=["kohya", "diffusers", "peft"], default="kohya", help="default: kohya")
     parser.add_argument("--alpha", type=float, help="what the LoRA was trained with; for a file that does not tell")
-    parser.add_argument("--save_precision", choices=infer.DTYPES, help="default: as in the input")
+    parser.add_argument("--save_precision", choices=["fp32", "fp16", "bf16"], help="default: as in the input")
     args = parser.parse_args(argv)
     if args.output.exists():
         infer.fail(f"{args.output} exists already, and nothing is overwritten: name a new output")
@@ -54,6 +52,14 @@ def parse_args(argv=None):
     if args.alpha is not None and not math.isfinite(args.alpha):
         infer.fail(f"--alpha {args.alpha}: must be a number")
     return args
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse_args()  # at once: the libraries that infer.py imports take seconds to load
+
+spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
+infer = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(infer)
 
 
 def dotted(path, name):
@@ -144,7 +150,6 @@ def main(argv=None):
     """Read, convert, write beside the output, read back, and only then give it its name."""
     args = parse_args(argv)
     source = infer.find_lora(args.input, "input")
-    infer.import_quietly()
     import torch
 
     tensors, metadata = infer.read_lora(source)
