@@ -1,8 +1,7 @@
 """Small random models and pictures made on the spot, and helpers that run the programs on them. Nothing is downloaded."""
 
 import atexit
-import functools
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -42,21 +41,12 @@ CAPTIONS = (
 )
 
 
-@functools.cache
 def load_script(name):
-    """A script (train_lcm_lora_sd15.py, scripts/evaluate.py ...) as a module, script_<name>: no package is shadowed.
+    """A program (train_lcm_lora_sd15.py, scripts/evaluate.py ...) as a module.
 
-    As where it runs as a program, it can import what stands beside it.
+    pyproject.toml has the folders of all programs on the path, and no two of them share a name.
     """
-    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(Path(spec.origin).parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
+    return importlib.import_module(Path(name).stem)
 
 
 def command_line(flags):
@@ -298,6 +288,14 @@ def make_images(tmp_path_factory):
 def pictures(make_images):
     """A folder of twelve captioned pictures of mixed sizes."""
     return make_images()
+
+
+@pytest.fixture
+def umask():
+    """An unusual umask, for the test: written files have to have the permissions that it gives."""
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,9 @@ def memory():
 
 def readme_table():
     """README's rows of what fits, {model: cells}, and the lines themselves."""
-    section = (ROOT / "README.md").read_text().split("## What fits on which card\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "README.md").read_text().split("## What fits on which card\n")[1].split("\n## ")[0]
+    )
     lines = [line for line in section.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows[2:]}, lines
@@ -38,7 +40,11 @@ def test_the_report_has_a_row_for_each_cell(benchmark, xl_teacher, tmp_path, cap
     flags += ["--rounds", 2, "--steps", 1, "--output_dir", tmp_path]
     assert benchmark.main([str(flag) for flag in flags]) == 0
     head, *lines = (tmp_path / "benchmark.csv").read_text().splitlines()
-    assert f"--model {xl_teacher}" in head and f"torch {torch.__version__}" in head and "TFLOP/s in no" in head
+    assert (
+        f"--model {xl_teacher}" in head
+        and f"torch {torch.__version__}" in head
+        and "TFLOP/s in no" in head
+    )
     rows = list(csv.DictReader(lines))
     assert [(row["batch"], row["precision"], row["options"]) for row in rows] == [
         ("2", "no", "plain"),
@@ -47,18 +53,33 @@ def test_the_report_has_a_row_for_each_cell(benchmark, xl_teacher, tmp_path, cap
     for row, cached in zip(rows, (False, True)):
         seconds, work = float(row["seconds"]), float(row["tflop"])
         assert float(row["images_per_s"]) == pytest.approx(2 / seconds, rel=1e-2)
-        assert work == pytest.approx(2 * benchmark.count_flops(str(xl_teacher), 32, cached) / 1e12, rel=1e-3)
+        assert work == pytest.approx(
+            2 * benchmark.count_flops(str(xl_teacher), 32, cached) / 1e12, rel=1e-3
+        )
         assert float(row["tflops"]) == pytest.approx(work / seconds, rel=1e-2)
         assert float(row["share"]) > 0 and 0.1 < float(row["memory_gib"]) < 8
-    table = [line for line in (tmp_path / "benchmark.md").read_text().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(rows) and table[3].strip("| ").split(" | ")[:3] == ["2", "no", "caches"]
+    table = [
+        line
+        for line in (tmp_path / "benchmark.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    assert len(table) == 2 + len(rows) and table[3].strip("| ").split(" | ")[:3] == [
+        "2",
+        "no",
+        "caches",
+    ]
     assert Image.open(tmp_path / "benchmark.png").width > 500
     assert "| 2 | no | caches |" in capsys.readouterr().out
 
 
 def test_ratios_and_cells_without_memory(benchmark, monkeypatch, tmp_path):
     """What an option buys is the median over rounds in turn; a cell for which memory is short is a row, and so is one that fails."""
-    times = {(): [4.0, 6.0, 5.0], ("caches",): [2.0, 2.0, 5.0], ("nf4",): "out of memory", ("int8",): "no such library"}
+    times = {
+        (): [4.0, 6.0, 5.0],
+        ("caches",): [2.0, 2.0, 5.0],
+        ("nf4",): "out of memory",
+        ("int8",): "no such library",
+    }
     monkeypatch.setattr(benchmark, "count_flops", lambda *_: 10**12)
     monkeypatch.setattr(benchmark, "matrix_rate", lambda _: 10**12)
 
@@ -75,7 +96,17 @@ def test_ratios_and_cells_without_memory(benchmark, monkeypatch, tmp_path):
             pass
 
     monkeypatch.setattr(benchmark, "Cell", Cell)
-    flags = ["--output_dir", str(tmp_path), "--rounds", "3", "--batch", "1", "--options", "caches", "nf4"]
+    flags = [
+        "--output_dir",
+        str(tmp_path),
+        "--rounds",
+        "3",
+        "--batch",
+        "1",
+        "--options",
+        "caches",
+        "nf4",
+    ]
     assert benchmark.main(flags) == 0 and benchmark.main([*flags, "int8"]) == 1
     rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()[1:]))
     assert [(row["options"], row["seconds"], row["gains"]) for row in rows] == [
@@ -89,7 +120,9 @@ def test_ratios_and_cells_without_memory(benchmark, monkeypatch, tmp_path):
 def test_counted_arithmetic(benchmark, sdxl, xl_teacher):
     """Two passes of the teacher, two of the student and its way back, each counted alone on real tensors."""
     args = sdxl.parse_args(["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x"])
-    teacher = UNet2DConditionModel.from_pretrained(xl_teacher, subfolder="unet").requires_grad_(False)
+    teacher = UNet2DConditionModel.from_pretrained(xl_teacher, subfolder="unet").requires_grad_(
+        False
+    )
     student = sdxl.attach_lora(sdxl.share_weights(teacher), args)
     c = {"text_embeds": torch.randn(1, 32), "time_ids": torch.zeros(1, 6)}
 
@@ -99,7 +132,9 @@ def test_counted_arithmetic(benchmark, sdxl, xl_teacher):
         return counter.get_total_flops(), made
 
     def draw(unet):
-        return lambda: unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 16, 64), added_cond_kwargs=c).sample.sum()
+        return lambda: unet(
+            torch.randn(1, 4, 8, 8), 5, torch.randn(1, 16, 64), added_cond_kwargs=c
+        ).sample.sum()
 
     one, _ = count(draw(teacher))
     lora, loss = count(draw(student))
@@ -138,7 +173,8 @@ def test_choice_for_a_card(memory):
     """The fastest options with room for a batch of 4, else the largest batch; the allowance is kept free."""
     gb, batches = 10**9, memory.COMPUTED_BATCHES
     curves = {
-        options: {b: gb * (4 + slope * b) for b in batches} for options, slope in zip(memory.LADDER, (5, 2, 1.9, 0.5))
+        options: {b: gb * (4 + slope * b) for b in batches}
+        for options, slope in zip(memory.LADDER, (5, 2, 1.9, 0.5))
     }
     assert memory.choose(curves, 80) == (memory.LADDER[0], 12)
     assert memory.choose(curves, 24) == (memory.LADDER[1], 8)
@@ -150,8 +186,12 @@ def test_choice_for_a_card(memory):
 def test_readme_table(memory):
     """A cell for each card; one of the cells computed anew: it fits and leaves little."""
     rows, _ = readme_table()
-    assert {*rows} <= {f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()}  # the slow test wants all
-    ladder = [tuple(memory.SHORT[o] for o in options if o in memory.SHORT) for options in memory.LADDER]
+    assert {*rows} <= {
+        f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()
+    }  # the slow test wants all
+    ladder = [
+        tuple(memory.SHORT[o] for o in options if o in memory.SHORT) for options in memory.LADDER
+    ]
     for cells in rows.values():
         assert len(cells) == len(memory.CARDS)
         for cell in cells:
@@ -172,12 +212,28 @@ def test_readme_table_is_what_memory_prints(memory):
 @pytest.mark.parametrize(
     "program, flags, named",
     [
-        ("benchmark", ["--model", "sd9"], "--model sd9: give sd15, sdxl, ssd1b, sd21 or a teacher folder"),
-        ("benchmark", ["--options", "magic"], "--options magic: give some of caches, gradient_checkpointing"),
-        ("benchmark", ["--options", "nf4+int8"], "--options nf4+int8: the base is in 4 bits or in 8; give one"),
+        (
+            "benchmark",
+            ["--model", "sd9"],
+            "--model sd9: give sd15, sdxl, ssd1b, sd21 or a teacher folder",
+        ),
+        (
+            "benchmark",
+            ["--options", "magic"],
+            "--options magic: give some of caches, gradient_checkpointing",
+        ),
+        (
+            "benchmark",
+            ["--options", "nf4+int8"],
+            "--options nf4+int8: the base is in 4 bits or in 8; give one",
+        ),
         ("benchmark", ["--rounds", "0"], "must be 1 or more"),
         ("memory", ["--model", "nowhere"], "--model nowhere: give sd15"),
-        ("memory", ["--resolution", "98"], "--resolution 98: it must be a multiple of the VAE's factor, 4"),
+        (
+            "memory",
+            ["--resolution", "98"],
+            "--resolution 98: it must be a multiple of the VAE's factor, 4",
+        ),
         ("memory", ["--batch", "0"], "must be 1 or more"),
     ],
 )

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -512,8 +513,7 @@ def test_a_launcher_is_told_from_a_shell(monkeypatch, variable):
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "1")
-    monkeypatch.setitem(sys.modules, "script_train_lcm_lora_sd15", None)
-    launcher = load_script.__wrapped__("train_lcm_lora_sd15.py").LAUNCHER
+    launcher = runpy.run_path(str(ROOT / "train_lcm_lora_sd15.py"))["LAUNCHER"]
     assert launcher == (None if variable == "SHELL" else os.getppid())
 
 

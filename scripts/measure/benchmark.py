@@ -45,7 +45,10 @@ WARM_UP = 3  # steps
 
 def count_flops(model, resolution, cached):
     """Floating-point operations of a step for each picture of its batch, counted without computing anything."""
-    with fake_tensors(), sdpa_kernel(SDPBackend.MATH):  # its matrix products are those of attention, none made twice
+    with (
+        fake_tensors(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # its matrix products are those of attention, none made twice
         training = Training(model, resolution, 1, "no", ["caches"] * cached)
         with FlopCounterMode(display=False) as counter:
             training.step()
@@ -72,7 +75,9 @@ def serve(model, resolution, cell):
             training.step(number := number + 1)
         synchronize()
         seconds = (time.perf_counter() - start) / int(line)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 2**10
+        )
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()  # for the cell that is next
@@ -84,7 +89,14 @@ class Cell:
 
     def __init__(self, args, cell):
         self.errors = tempfile.TemporaryFile("w+")
-        command = [sys.executable, __file__, "--model", args.model, "--serve", json.dumps([args.resolution, cell])]
+        command = [
+            sys.executable,
+            __file__,
+            "--model",
+            args.model,
+            "--serve",
+            json.dumps([args.resolution, cell]),
+        ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, text=True, **pipes)
         self.run(WARM_UP)
@@ -143,8 +155,14 @@ def measure(args, cells):
 
     for cell in cells:
         result = results[cell] = {"seconds": [], "gains": {}}
-        partners = {option: (*cell[:2], tuple(o for o in cell[2] if o != option)) for option in cell[2]}
-        partners = {option: other for option, other in partners.items() if "seconds" in results.get(other, {})}
+        partners = {
+            option: (*cell[:2], tuple(o for o in cell[2] if o != option)) for option in cell[2]
+        }
+        partners = {
+            option: other
+            for option, other in partners.items()
+            if "seconds" in results.get(other, {})
+        }
         for option, other in partners.items() or [(None, None)]:
             try:
                 try:
@@ -182,8 +200,15 @@ def table_rows(results, flops, rates):
             yield dict.fromkeys(COLUMNS, "") | row | {"gains": result["error"]}
             continue
         seconds, work = statistics.median(result["seconds"]), batch * flops["caches" in options]
-        row |= {"seconds": f"{seconds:.4g}", "images_per_s": f"{batch / seconds:.4g}", "tflop": f"{work / 1e12:.4g}"}
-        row |= {"tflops": f"{work / seconds / 1e12:.4g}", "share": f"{100 * work / seconds / rates[precision]:.1f}"}
+        row |= {
+            "seconds": f"{seconds:.4g}",
+            "images_per_s": f"{batch / seconds:.4g}",
+            "tflop": f"{work / 1e12:.4g}",
+        }
+        row |= {
+            "tflops": f"{work / seconds / 1e12:.4g}",
+            "share": f"{100 * work / seconds / rates[precision]:.1f}",
+        }
         gains = (
             f"{option}: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] times as fast, {memory:.2f} of the memory"
             for option, (ratios, memory) in result["gains"].items()
@@ -195,13 +220,20 @@ def write_plot(rows, title, path):
     """images/s of each cell as a bar."""
     font, line, left = ImageFont.load_default(14), 24, 420
     picture = Image.new("RGB", (1000, line * (len(rows) + 2)), "white")
-    draw, longest = ImageDraw.Draw(picture), max([float(row["images_per_s"] or 0) for row in rows] + [1e-9])
+    draw, longest = (
+        ImageDraw.Draw(picture),
+        max([float(row["images_per_s"] or 0) for row in rows] + [1e-9]),
+    )
     draw.text((10, 5), title, "black", font)
     for i, row in enumerate(rows, 1):
         speed, y = float(row["images_per_s"] or 0), line * i + 5
         width = round(480 * speed / longest)
         draw.text(
-            (left - 10, y), f"{row['options']}, {row['precision']}, batch {row['batch']}", "black", font, anchor="ra"
+            (left - 10, y),
+            f"{row['options']}, {row['precision']}, batch {row['batch']}",
+            "black",
+            font,
+            anchor="ra",
         )
         draw.rectangle((left, y, left + width, y + line - 8), "steelblue")
         draw.text((left + width + 8, y), row["images_per_s"] or row["gains"][:60], "black", font)
@@ -210,16 +242,25 @@ def write_plot(rows, title, path):
 
 def write_report(args, argv, rows, rates):
     """benchmark.csv, benchmark.md and benchmark.png in the output folder; the Markdown."""
-    rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s in {precision}" for precision, rate in rates.items())
+    rates = ", ".join(
+        f"{rate / 1e12:.4g} TFLOP/s in {precision}" for precision, rate in rates.items()
+    )
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        model = next((x.split(": ")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), model)
+        model = next(
+            (x.split(": ")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")),
+            model,
+        )
     machine = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     machine += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    what = "CUDA's peak of allocated tensors" if torch.cuda.is_available() else "the whole process's peak"
+    what = (
+        "CUDA's peak of allocated tensors"
+        if torch.cuda.is_available()
+        else "the whole process's peak"
+    )
     head = f"`{shlex.join(['python', 'scripts/measure/benchmark.py', *argv])}`. Commit {commit}. {machine}. {versions}. "
     head += f"Matrix rate: {rates}. Memory: {what}."
     lines = [
@@ -235,21 +276,35 @@ def write_report(args, argv, rows, rates):
         writer.writeheader()
         writer.writerows(rows)
     write_plot(
-        rows, f"images/s, {Path(args.model).name}, {args.resolution or 'its own'} px", args.output_dir / "benchmark.png"
+        rows,
+        f"images/s, {Path(args.model).name}, {args.resolution or 'its own'} px",
+        args.output_dir / "benchmark.png",
     )
     return text
 
 
 def parse_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error, add = fail, parser.add_argument
     add_model_flags(add)
     add("--batch", type=int, nargs="+", default=[4], help="pictures in a batch")
     add("--precision", choices=["no", "bf16", "fp16"], nargs="+", default=["no"])
     default = [name for name in OPTIONS if name != "allow_tf32"]
-    add("--options", nargs="*", default=default, metavar="A+B", help=f"beside the plain cell; of {', '.join(OPTIONS)}")
-    add("--product", action="store_true", help="all combinations of the --options, instead of each of them")
+    add(
+        "--options",
+        nargs="*",
+        default=default,
+        metavar="A+B",
+        help=f"beside the plain cell; of {', '.join(OPTIONS)}",
+    )
+    add(
+        "--product",
+        action="store_true",
+        help="all combinations of the --options, instead of each of them",
+    )
     add("--steps", type=int, default=2, help="optimizer steps in a round")
     add("--rounds", type=int, default=5, help="rounds in which cells side by side take turns")
     add("--output_dir", type=Path, default="outputs/benchmark", help="the tables and the plot")
@@ -263,12 +318,18 @@ def parse_args(argv=None):
             f"--options {' '.join(sorted(unknown))}: give some of {', '.join(OPTIONS)}, with + between those of one cell"
         )
     if args.product:
-        sets = [sum(some, []) for n in range(len(sets) + 1) for some in itertools.combinations(sets, n)]
+        sets = [
+            sum(some, []) for n in range(len(sets) + 1) for some in itertools.combinations(sets, n)
+        ]
         sets = [names for names in sets if not {"nf4", "int8"} <= {*names}]
     if clash := [names for names in sets if {"nf4", "int8"} <= {*names}]:
-        fail(f"--options {'+'.join(clash[0])}: the base is in 4 bits or in 8; give one of nf4 and int8")
+        fail(
+            f"--options {'+'.join(clash[0])}: the base is in 4 bits or in 8; give one of nf4 and int8"
+        )
     # The fewest first, so that what a cell is compared with is there before it
-    args.sets = sorted(dict.fromkeys(tuple(o for o in OPTIONS if o in names) for names in [[], *sets]), key=len)
+    args.sets = sorted(
+        dict.fromkeys(tuple(o for o in OPTIONS if o in names) for names in [[], *sets]), key=len
+    )
     return args
 
 
@@ -279,13 +340,20 @@ def main(argv=None):
         resolution, cell = json.loads(args.serve)
         return serve(args.model, resolution, cell)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    flops = {cached: count_flops(args.model, args.resolution, cached) for cached in {"caches" in s for s in args.sets}}
+    flops = {
+        cached: count_flops(args.model, args.resolution, cached)
+        for cached in {"caches" in s for s in args.sets}
+    }
     results = measure(args, [*itertools.product(args.batch, args.precision, args.sets)])
-    rates = {cell[1]: 0 for cell, result in results.items() if "error" not in result}  # others may be no precision here
+    rates = {
+        cell[1]: 0 for cell, result in results.items() if "error" not in result
+    }  # others may be no precision here
     rates = {precision: matrix_rate(precision) for precision in rates}
     rows = [*table_rows(results, flops, rates)]
     print(write_report(args, sys.argv[1:] if argv is None else argv, rows, rates))
-    return int(any(result.get("error", "out of memory") != "out of memory" for result in results.values()))
+    return int(
+        any(result.get("error", "out of memory") != "out of memory" for result in results.values())
+    )
 
 
 if __name__ == "__main__":

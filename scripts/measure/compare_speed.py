@@ -35,7 +35,9 @@ CACHES = ["--cache_latents", "--cache_text_embeddings"]
 
 def parse_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--reference", type=Path, help="the other trainer")
     add("--family", choices=["sd15", "sdxl"], default="sdxl", help="our trainer")
@@ -49,7 +51,12 @@ def parse_args(argv=None):
     add("--torch_compile", action="store_true", help="of ours")
     add("--rounds", type=int, default=12)
     add("--seconds", type=float, default=5, help="length of a turn, which has three steps at least")
-    add("--least", type=float, nargs="+", help="gains to reach (default: 1.25 1.6 beside a reference, else 1.3)")
+    add(
+        "--least",
+        type=float,
+        nargs="+",
+        help="gains to reach (default: 1.25 1.6 beside a reference, else 1.3)",
+    )
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
     args.least = args.least or ([1.25, 1.6] if args.reference else [1.3])
@@ -65,7 +72,10 @@ def gpu_memory():
     if not shutil.which("nvidia-smi"):
         return 0.0
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
+    return (
+        int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
+        / 1024
+    )
 
 
 class Run:
@@ -96,7 +106,9 @@ class Run:
             self.peak = max(self.peak, gpu_memory())
             if self.process.poll() is not None:
                 self.reader.join()
-                raise SystemExit(f"{self.said}\n{' '.join(self.command)}\nended with {self.process.returncode}")
+                raise SystemExit(
+                    f"{self.said}\n{' '.join(self.command)}\nended with {self.process.returncode}"
+                )
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def step_time(self, seconds):
@@ -115,25 +127,59 @@ class Run:
 
 def compare(batch, args, folder):
     """The rounds of one batch size, printed; the median gains over the first program."""
-    words = ["--pretrained_teacher_model", args.teacher, "--dataset_name", args.dataset_name, "--center_crop"]
-    words += ["--resolution", args.resolution, "--train_batch_size", batch, "--lora_rank", args.lora_rank]
+    words = [
+        "--pretrained_teacher_model",
+        args.teacher,
+        "--dataset_name",
+        args.dataset_name,
+        "--center_crop",
+    ]
+    words += [
+        "--resolution",
+        args.resolution,
+        "--train_batch_size",
+        batch,
+        "--lora_rank",
+        args.lora_rank,
+    ]
     words += ["--mixed_precision", args.mixed_precision, "--seed", 0, "--report_to", "tensorboard"]
-    words += ["--max_train_samples", max(64, 4 * batch), "--max_train_steps", TOTAL, "--validation_steps", TOTAL]
-    words += ["--checkpointing_steps", TOTAL] + ["--gradient_checkpointing"] * args.gradient_checkpointing
-    ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words, *["--torch_compile"] * args.torch_compile]
+    words += [
+        "--max_train_samples",
+        max(64, 4 * batch),
+        "--max_train_steps",
+        TOTAL,
+        "--validation_steps",
+        TOTAL,
+    ]
+    words += ["--checkpointing_steps", TOTAL] + [
+        "--gradient_checkpointing"
+    ] * args.gradient_checkpointing
+    ours = [
+        ROOT / f"train_lcm_lora_{args.family}.py",
+        *words,
+        *["--torch_compile"] * args.torch_compile,
+    ]
     cached = [*ours, *CACHES, "--cache_dir", folder / "cache"]
     fill = [sys.executable, *map(str, [*cached, "--cache_only"])]
     fill = subprocess.run(fill, capture_output=True, text=True)
     if fill.returncode:
         raise SystemExit(fill.stderr[-3000:])
     programs = {"reference": [args.reference, *words]} if args.reference else {}
-    programs |= {"ours": [*ours, "--logging_steps", 1], "ours, cached": [*cached, "--logging_steps", 1]}
+    programs |= {
+        "ours": [*ours, "--logging_steps", 1],
+        "ours, cached": [*cached, "--logging_steps", 1],
+    }
     commands = {
         name: [sys.executable, *map(str, [*program, "--output_dir", folder / f"{batch} {name}"])]
         for name, program in programs.items()
     }
     first, *others = commands
-    heads = ["batch", *(f"{name}, s a step" for name in commands), *(f"gain: {name}" for name in others), "GPU GiB"]
+    heads = [
+        "batch",
+        *(f"{name}, s a step" for name in commands),
+        *(f"gain: {name}" for name in others),
+        "GPU GiB",
+    ]
     print(f"\n| {' | '.join(heads)} |\n" + "|---:" * len(heads) + "|", flush=True)
     one_at_a_time, gains = gpu_memory() > 0, []
     with contextlib.ExitStack() as stack:
@@ -150,10 +196,14 @@ def compare(batch, args, folder):
                 if one_at_a_time:
                     stack.close()
             gains.append([found[first] / found[name] for name in others])
-            cells = [f"{seconds:.3f}" for seconds in found.values()] + [f"{gain:.2f}" for gain in gains[-1]]
+            cells = [f"{seconds:.3f}" for seconds in found.values()] + [
+                f"{gain:.2f}" for gain in gains[-1]
+            ]
             print(f"| {' | '.join([str(batch), *cells, ', '.join(memory)])} |", flush=True)
     medians = [statistics.median(gain) for gain in zip(*gains, strict=True)]
-    said = ", ".join(f"{name} {gain:.2f} times the steps/s" for name, gain in zip(others, medians, strict=True))
+    said = ", ".join(
+        f"{name} {gain:.2f} times the steps/s" for name, gain in zip(others, medians, strict=True)
+    )
     print(f"\nbatch {batch}, median of {args.rounds}, over {first}: {said}")
     return medians
 
@@ -162,7 +212,9 @@ def main(argv=None):
     """Measure and report; the exit code."""
     args = parse_args(argv)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {threads} threads, {args.teacher}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {threads} threads, {args.teacher}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         medians = [compare(batch, args, Path(folder)) for batch in args.batch]
     best = [max(gains) for gains in zip(*medians, strict=True)]

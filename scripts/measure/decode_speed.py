@@ -17,7 +17,9 @@ from random_training import VAE
 
 def main(argv=None):
     """Print seconds a picture of both and the median ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--resolution", type=int, default=512, help="side of the picture in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
@@ -39,8 +41,12 @@ def main(argv=None):
             assert shape == (1, 3, side, side)
         if number:  # the first warms up
             ratios.append(seconds["vae"] / seconds["tiny"])
-            print(f"VAE {seconds['vae']:.2f} s, tiny {seconds['tiny']:.2f} s a picture of {side} px: {ratios[-1]:.1f}")
-    print(f"{torch.get_num_threads()} threads, {device}, {dtype}: {statistics.median(ratios):.1f} times as fast")
+            print(
+                f"VAE {seconds['vae']:.2f} s, tiny {seconds['tiny']:.2f} s a picture of {side} px: {ratios[-1]:.1f}"
+            )
+    print(
+        f"{torch.get_num_threads()} threads, {device}, {dtype}: {statistics.median(ratios):.1f} times as fast"
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,12 @@ def random_module(make, dtype, device):
     module = module.to_empty(device=device)
     random = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
-        for key, p in module.named_parameters():  # about what the layers would be initialised with, but faster
+        for (
+            key,
+            p,
+        ) in (
+            module.named_parameters()
+        ):  # about what the layers would be initialised with, but faster
             p.fill_(1.0 if "norm" in key and key.endswith("weight") else 0.0)
             if p.ndim > 1:
                 p.uniform_(-1, 1, generator=random).mul_(p[0].numel() ** -0.5)
@@ -71,7 +76,9 @@ def write_teacher(name, folder):
     words = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
     unet = random_module(lambda: UNet2DConditionModel(**UNETS[name]), torch.bfloat16, "cpu")
     vae = AutoencoderKL(
         block_out_channels=(16,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -82,15 +89,27 @@ def write_teacher(name, folder):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )
     if name == "sd15":
-        parts |= {"text_encoder": text_encoder(tokenizer, 768), "safety_checker": None, "feature_extractor": None}
+        parts |= {
+            "text_encoder": text_encoder(tokenizer, 768),
+            "safety_checker": None,
+            "feature_extractor": None,
+        }
         pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     else:
         second = text_encoder(tokenizer, 1280, CLIPTextModelWithProjection)
-        parts |= {"text_encoder": text_encoder(tokenizer, 768), "text_encoder_2": second, "tokenizer_2": tokenizer}
+        parts |= {
+            "text_encoder": text_encoder(tokenizer, 768),
+            "text_encoder_2": second,
+            "tokenizer_2": tokenizer,
+        }
         pipe = StableDiffusionXLPipeline(**parts)
     pipe.save_pretrained(folder / "teacher")
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    return {path: tuple(module.weight.shape) for path, module in unet.named_modules() if isinstance(module, kinds)}
+    return {
+        path: tuple(module.weight.shape)
+        for path, module in unet.named_modules()
+        if isinstance(module, kinds)
+    }
 
 
 def expected_layers(layers, targets, rank):
@@ -106,11 +125,17 @@ def expected_layers(layers, targets, rank):
 
 def main(argv=None):
     """Write the teacher, train one step, check the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=UNETS)
-    parser.add_argument("--mixed_precision", choices=["bf16", "no"], default="bf16", help="precision of the base")
     parser.add_argument(
-        "--work_dir", type=Path, help="where the random teacher is written (default: a temporary folder)"
+        "--mixed_precision", choices=["bf16", "no"], default="bf16", help="precision of the base"
+    )
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        help="where the random teacher is written (default: a temporary folder)",
     )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
@@ -120,7 +145,9 @@ def main(argv=None):
         (folder / "pictures").mkdir()
         pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "pictures" / "a.png")
-        (folder / "pictures" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "noise"}\n')
+        (folder / "pictures" / "metadata.jsonl").write_text(
+            '{"file_name": "a.png", "text": "noise"}\n'
+        )
         trainer = ROOT / f"train_lcm_lora_{'sd15' if args.model == 'sd15' else 'sdxl'}.py"
         command = [
             sys.executable, trainer, "--pretrained_teacher_model", folder / "teacher", "--train_data_dir",
@@ -134,11 +161,21 @@ def main(argv=None):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         with safe_open(folder / "out" / module.LORA_FILE, "pt") as file:
-            written = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if "alpha" not in key}  # noqa: SIM118
+            written = {
+                key: tuple(file.get_slice(key).get_shape())
+                for key in file.keys()
+                if "alpha" not in key
+            }  # noqa: SIM118
         expected = expected_layers(layers, module.TARGET_MODULES.split(), 64)
         if written != expected:
-            wrong = [key for key in written.keys() | expected.keys() if written.get(key) != expected.get(key)]
-            sys.exit(f"{len(wrong)} matrices are missing, unexpected or of another shape, the first: {wrong[0]}")
+            wrong = [
+                key
+                for key in written.keys() | expected.keys()
+                if written.get(key) != expected.get(key)
+            ]
+            sys.exit(
+                f"{len(wrong)} matrices are missing, unexpected or of another shape, the first: {wrong[0]}"
+            )
         row = json.loads((folder / "out" / "log.jsonl").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux
     print(

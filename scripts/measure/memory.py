@@ -32,9 +32,18 @@ ALLOWANCE = int(0.8 * 2**30)
 CARDS = 8, 12, 16, 24, 48, 80  # GB
 BATCHES = 1, 2, 4, 8, 12, 16, 24, 32
 ENOUGH = 4  # a batch for which no more memory is worth saving
-COMPUTED_BATCHES = 1, 8, 32  # between them memory is at most on the straight line: it is a maximum of straight lines
+COMPUTED_BATCHES = (
+    1,
+    8,
+    32,
+)  # between them memory is at most on the straight line: it is a maximum of straight lines
 # The table's rows, and its sets of options, the fastest first.
-TABLE = {"SD 1.5": ("sd15", 512), "SD 2.1": ("sd21", 768), "SSD-1B": ("ssd1b", 1024), "SDXL": ("sdxl", 1024)}
+TABLE = {
+    "SD 1.5": ("sd15", 512),
+    "SD 2.1": ("sd21", 768),
+    "SSD-1B": ("ssd1b", 1024),
+    "SDXL": ("sdxl", 1024),
+}
 LADDER = [
     ("caches",),
     ("caches", "gradient_checkpointing"),
@@ -106,19 +115,24 @@ class QuantizedLinear(torch.nn.Linear):
     def forward(self, x):
         inside = x.to(self.compute_dtype or x.dtype)
         kind = "nf4" if self.compute_dtype else "int8"
-        return Quantized.apply(inside, self.bias, (self.out_features, self.in_features), kind).to(x.dtype)
+        return Quantized.apply(inside, self.bias, (self.out_features, self.in_features), kind).to(
+            x.dtype
+        )
 
 
 def nf4_bytes(weight, *_, **__):
     """Stands for Params4bit: NF4 with its scales quantized again."""
     return torch.nn.Parameter(
-        torch.empty(weight.numel() * 33 // 64 + 4 * -(-weight.numel() // 16384), dtype=torch.uint8), False
+        torch.empty(weight.numel() * 33 // 64 + 4 * -(-weight.numel() // 16384), dtype=torch.uint8),
+        False,
     )
 
 
 def int8_bytes(weight, *_, **__):
     """Stands for Int8Params with its scales."""
-    return torch.nn.Parameter(torch.empty(weight.numel() + 4 * weight.shape[0], dtype=torch.uint8), False)
+    return torch.nn.Parameter(
+        torch.empty(weight.numel() + 4 * weight.shape[0], dtype=torch.uint8), False
+    )
 
 
 class Adam8bit(torch.optim.Optimizer):
@@ -130,7 +144,11 @@ class Adam8bit(torch.optim.Optimizer):
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
             if not self.state[p]:
-                size = 8 * p.numel() if p.numel() < 4096 else 2 * p.numel() + 8 * math.ceil(p.numel() / 256)
+                size = (
+                    8 * p.numel()
+                    if p.numel() < 4096
+                    else 2 * p.numel() + 8 * math.ceil(p.numel() / 256)
+                )
                 self.state[p]["both"] = torch.empty(size, dtype=torch.uint8)
 
 
@@ -150,7 +168,11 @@ def stand_ins(cuda_rules):
     """No memory, no bitsandbytes, and perhaps CUDA's rules."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_tensors())
-        fakes = {"nn.Linear4bit": QuantizedLinear, "nn.Params4bit": nf4_bytes, "nn.Linear8bitLt": QuantizedLinear}
+        fakes = {
+            "nn.Linear4bit": QuantizedLinear,
+            "nn.Params4bit": nf4_bytes,
+            "nn.Linear8bitLt": QuantizedLinear,
+        }
         fakes |= {"nn.Int8Params": int8_bytes, "optim.AdamW8bit": Adam8bit}
         fakes = {f"bitsandbytes.{name}": fake for name, fake in fakes.items()}
         functional = torch.nn.functional
@@ -166,7 +188,13 @@ def stand_ins(cuda_rules):
 
 def size_of(tensors):
     """Bytes of tensors, those that share memory once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values())
+    return sum(
+        {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+            for t in tensors
+            if not t.is_meta
+        }.values()
+    )
 
 
 def step_memory(model, resolution, batch, precision, options, more=(), real=False, cuda_rules=True):
@@ -182,12 +210,16 @@ def step_memory(model, resolution, batch, precision, options, more=(), real=Fals
         pipe = training.pipe
         parts = {"base": size_of([*pipe.unet.parameters(), *pipe.unet.buffers()])}
         others = [
-            part for part in pipe.components.values() if isinstance(part, torch.nn.Module) and part is not pipe.unet
+            part
+            for part in pipe.components.values()
+            if isinstance(part, torch.nn.Module) and part is not pipe.unet
         ]
         parts["VAE and text encoders"] = size_of(t for part in others for t in part.parameters())
         parts["LoRA"] = size_of(training.trained)
         states = training.optimizer.optimizer.state.values()
-        parts["optimizer state"] = size_of(t for state in states for t in state.values() if torch.is_tensor(t))
+        parts["optimizer state"] = size_of(
+            t for state in states for t in state.values() if torch.is_tensor(t)
+        )
         parts["gradients at the peak"] = counter.gradients_at_peak
         parts["activations at the peak"] = counter.peak - sum(parts.values())
         return parts | {"total": counter.peak}
@@ -202,7 +234,9 @@ def fits(size):
 def report(parts):
     """The parts as lines."""
     parts = parts | {"allowance": ALLOWANCE, "total with the allowance": parts["total"] + ALLOWANCE}
-    return "\n".join(f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB" for name, size in parts.items())
+    return "\n".join(
+        f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB" for name, size in parts.items()
+    )
 
 
 def choose(curves, card):
@@ -212,9 +246,12 @@ def choose(curves, card):
     """
     room = card * 1e9 - ALLOWANCE
     best = [
-        (options, max([0, *(b for b in BATCHES if interpolate(sizes, b) <= room)])) for options, sizes in curves.items()
+        (options, max([0, *(b for b in BATCHES if interpolate(sizes, b) <= room)]))
+        for options, sizes in curves.items()
     ]
-    return next((found for found in best if found[1] >= ENOUGH), max(best, key=lambda found: found[1]))
+    return next(
+        (found for found in best if found[1] >= ENOUGH), max(best, key=lambda found: found[1])
+    )
 
 
 def interpolate(sizes, batch):
@@ -226,7 +263,9 @@ def interpolate(sizes, batch):
 
 def cell(options, batch):
     """A cell of the table, such as `4 gc nf4 (c)`."""
-    return " ".join([str(batch), *(SHORT[o] for o in options if o in SHORT), "(c)"]) if batch else "no"
+    return (
+        " ".join([str(batch), *(SHORT[o] for o in options if o in SHORT), "(c)"]) if batch else "no"
+    )
 
 
 def table():
@@ -235,19 +274,32 @@ def table():
     yield "|---" * (1 + len(CARDS)) + "|"
     for name, (model, side) in TABLE.items():
         curves = {
-            options: {b: step_memory(model, side, b, "bf16", options)["total"] for b in COMPUTED_BATCHES}
+            options: {
+                b: step_memory(model, side, b, "bf16", options)["total"] for b in COMPUTED_BATCHES
+            }
             for options in LADDER
         }
-        yield f"| {name}, {side} px | " + " | ".join(cell(*choose(curves, card)) for card in CARDS) + " |"
+        yield (
+            f"| {name}, {side} px | "
+            + " | ".join(cell(*choose(curves, card)) for card in CARDS)
+            + " |"
+        )
 
 
 def main(argv=None):
     """Print what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error, add = fail, parser.add_argument
     add_model_flags(add)
     add("--batch", type=int, default=1, help="pictures in a batch")
-    add("--precision", choices=["no", "bf16"], default="bf16", help="fp16 takes what bf16 takes, but for SDXL's VAE")
+    add(
+        "--precision",
+        choices=["no", "bf16"],
+        default="bf16",
+        help="fp16 takes what bf16 takes, but for SDXL's VAE",
+    )
     add("--quantize_base", choices=["nf4", "int8"])
     for option in ("caches", "gradient_checkpointing", "use_8bit_adam"):
         add(f"--{option}", action="store_true", help=f"the trainer's {' '.join(OPTIONS[option])}")
@@ -263,11 +315,18 @@ def main(argv=None):
             print(line, flush=True)
         return
     options = [name for name in OPTIONS if vars(args).get(name) or name == args.quantize_base]
-    more = ["--lora_rank", str(args.lora_rank), "--vae_encode_batch_size", str(args.vae_encode_batch_size)]
+    more = [
+        "--lora_rank",
+        str(args.lora_rank),
+        "--vae_encode_batch_size",
+        str(args.vae_encode_batch_size),
+    ]
     cell = args.model, args.resolution, args.batch, args.precision, options, more
     if args.real:
         with mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"):
-            computed, real = (step_memory(*cell, real=real, cuda_rules=False)["total"] for real in (False, True))
+            computed, real = (
+                step_memory(*cell, real=real, cuda_rules=False)["total"] for real in (False, True)
+            )
         print(
             f"by a CPU's rules: computed {computed / 2**20:.1f} MiB, counted on real tensors {real / 2**20:.1f} MiB, {computed / real:.3f} of it"
         )

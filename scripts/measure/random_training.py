@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+)  # it warns of torchvision, which nothing here needs
 
 import diffusers
 import torch
@@ -28,7 +30,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 sys.path.insert(0, str(ROOT))  # the trainers
 diffusers.utils.logging.set_verbosity_error()
 
-SD21 = SD15 | {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)}
+SD21 = SD15 | {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+}
 MODELS = UNETS | {"sd21": SD21 | {"use_linear_projection": True}}
 VAE = {
     "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4, "layers_per_block": 2,
@@ -69,7 +75,11 @@ def add_model_flags(add):
     """The flags that say what is trained, and at which size."""
     says = f"{', '.join(MODELS)}, or a teacher folder"
     add("--model", type=check_model, default=str(ROOT / "demo/teacher-sdxl"), help=says)
-    add("--resolution", type=int, help="side of the pictures in pixels (default: what the teacher draws)")
+    add(
+        "--resolution",
+        type=int,
+        help="side of the pictures in pixels (default: what the teacher draws)",
+    )
 
 
 def describe(model):
@@ -89,7 +99,13 @@ def describe(model):
         )
         for width, layers in ENCODERS[model]
     ]  # fmt: skip
-    return family, ROOT / f"demo/teacher-{family}", MODELS[model], VAE | {"force_upcast": family == "sdxl"}, encoders
+    return (
+        family,
+        ROOT / f"demo/teacher-{family}",
+        MODELS[model],
+        VAE | {"force_upcast": family == "sdxl"},
+        encoders,
+    )
 
 
 def random_pipe(model, dtype, device, cached):
@@ -102,18 +118,26 @@ def random_pipe(model, dtype, device, cached):
             parts["vae"] = AutoencoderKL.from_config(vae)
     else:  # as there, SDXL's is float32 where the base is fp16
         exact = dtype == torch.float16 and family == "sdxl" and vae["force_upcast"]
-        parts["vae"] = random_module(lambda: AutoencoderKL.from_config(vae), torch.float32 if exact else dtype, device)
+        parts["vae"] = random_module(
+            lambda: AutoencoderKL.from_config(vae), torch.float32 if exact else dtype, device
+        )
     kinds = CLIPTextModel, CLIPTextModelWithProjection
     for name, config, kind in zip(("text_encoder", "text_encoder_2"), encoders, kinds):
         length = config.max_position_embeddings
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=name.replace("text_encoder", "tokenizer"))
+        tokenizer = CLIPTokenizer.from_pretrained(
+            folder, subfolder=name.replace("text_encoder", "tokenizer")
+        )
         tokenizer.model_max_length = length
         config.eos_token_id = tokenizer.eos_token_id
         parts[name.replace("text_encoder", "tokenizer")] = tokenizer
-        parts[name] = None if cached else random_module(lambda c=config, k=kind: k(c), dtype, device)
+        parts[name] = (
+            None if cached else random_module(lambda c=config, k=kind: k(c), dtype, device)
+        )
     if family == "sdxl":
         return StableDiffusionXLPipeline(**parts)
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 class Training:
@@ -140,20 +164,29 @@ class Training:
             "1000000",
             *more,
         ]
-        self.args = args = trainer.parse_args(flags + [flag for option in options for flag in OPTIONS[option]])
+        self.args = args = trainer.parse_args(
+            flags + [flag for option in options for flag in OPTIONS[option]]
+        )
         AcceleratorState._reset_state(True)
         self.accelerator = trainer.make_accelerator(args)
         device, dtype = self.accelerator.device, trainer.DTYPES[precision]
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
         self.cached = ["vae", *trainer.TEXT_ENCODERS] if "caches" in options else []
         self.pipe = pipe = random_pipe(model, dtype, device, self.cached)
-        self.teacher, args.resolution = pipe.unet, resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.teacher, args.resolution = (
+            pipe.unet,
+            resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor,
+        )
         if args.resolution % pipe.vae_scale_factor:
-            fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {pipe.vae_scale_factor}")
+            fail(
+                f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {pipe.vae_scale_factor}"
+            )
         self.schedule = trainer.NoiseSchedule(pipe.scheduler.config, device)
         self.target = trainer.make_student(pipe, args, device, self.cached)
         self.trained = [p for p in self.target.parameters() if p.requires_grad]
-        self.timesteps = trainer.ddim_timesteps(args.num_ddim_timesteps, len(self.schedule.alpha)).to(device)
+        self.timesteps = trainer.ddim_timesteps(
+            args.num_ddim_timesteps, len(self.schedule.alpha)
+        ).to(device)
         self.batch, self.c_null = self.random_batch(batch, dtype)
         optimizer, _ = trainer.make_optimizer(self.trained, args)
         self.student, self.optimizer = self.accelerator.prepare(self.target, optimizer)
@@ -165,7 +198,10 @@ class Training:
         if config.addition_embed_type == "text_time":
             batch["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]] * size)
         if not self.cached:
-            batch |= {"pixels": torch.rand(size, 3, side, side) * 2 - 1, "caption": ["a red apple"] * size}
+            batch |= {
+                "pixels": torch.rand(size, 3, side, side) * 2 - 1,
+                "caption": ["a red apple"] * size,
+            }
             return batch, self.trainer.encode_captions(self.pipe, [""])
         side //= self.pipe.vae_scale_factor
         shapes = {"prompt": (self.pipe.tokenizer.model_max_length, config.cross_attention_dim)}
@@ -174,15 +210,23 @@ class Training:
             shapes["text_embeds"] = (config.projection_class_embeddings_input_dim - sizes,)
         c = {name: torch.randn(size, *shape).to(dtype) for name, shape in shapes.items()}
         moments = torch.randn(size, 2 * config.in_channels, side, side).to(dtype)
-        return batch | c | {"moments": moments}, {name: value[:1].to(device) for name, value in c.items()}
+        return batch | c | {"moments": moments}, {
+            name: value[:1].to(device) for name, value in c.items()
+        }
 
     def step(self, number=0):
         """One optimizer step: (loss, gradient norm, whether they are finite)."""
         trainer, args = self.trainer, self.args
-        drawn = trainer.sample_batch(self.pipe, self.batch, self.c_null, self.timesteps, number, args)
-        loss = trainer.distillation_loss(self.teacher, self.student, self.target, *drawn, self.schedule, args)
+        drawn = trainer.sample_batch(
+            self.pipe, self.batch, self.c_null, self.timesteps, number, args
+        )
+        loss = trainer.distillation_loss(
+            self.teacher, self.student, self.target, *drawn, self.schedule, args
+        )
         self.accelerator.backward(loss)
-        return trainer.optimizer_step(self.accelerator, self.optimizer, self.trained, [loss.detach()], args)
+        return trainer.optimizer_step(
+            self.accelerator, self.optimizer, self.trained, [loss.detach()], args
+        )
 
 
 class Fetched(TorchDispatchMode):
@@ -204,5 +248,10 @@ def swap(old, new):
 def fake_tensors():
     """Tensors made within are a CPU's in all but memory: they have none, and nothing is computed."""
     cpu = mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true")
-    with cpu, mock.patch("torch.utils.swap_tensors", swap), FakeTensorMode(allow_non_fake_inputs=True), Fetched():
+    with (
+        cpu,
+        mock.patch("torch.utils.swap_tensors", swap),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Fetched(),
+    ):
         yield

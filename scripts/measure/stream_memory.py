@@ -52,7 +52,13 @@ def read(folder, batches):
     sys.path.insert(0, str(ROOT))
     import train_lcm_lora_sd15 as trainer
 
-    flags = ["--pretrained_teacher_model", "none", "--train_shards_path_or_url", folder, "--streaming"]
+    flags = [
+        "--pretrained_teacher_model",
+        "none",
+        "--train_shards_path_or_url",
+        folder,
+        "--streaming",
+    ]
     flags += ["--train_batch_size", BATCH, "--max_train_steps", max(batches), "--resolution", 8]
     args = trainer.parse_args([str(word) for word in flags])
     start, memory = time.perf_counter(), {}
@@ -69,11 +75,19 @@ def read(folder, batches):
 
 def main(argv=None):
     """Write the shards, read them in other processes, report; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, nargs=2, default=[20_000, 200_000], help="in the two sets of shards")
-    parser.add_argument("--batches", type=int, nargs=2, default=[200, 2_000], help="after which memory is read")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--records", type=int, nargs=2, default=[20_000, 200_000], help="in the two sets of shards"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs=2, default=[200, 2_000], help="after which memory is read"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="processes for each time")
-    parser.add_argument("--work_dir", type=Path, help="where the shards are written (default: a temporary folder)")
+    parser.add_argument(
+        "--work_dir", type=Path, help="where the shards are written (default: a temporary folder)"
+    )
     parser.add_argument("--read", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.read:
@@ -85,17 +99,34 @@ def main(argv=None):
         for count in results:
             write_shards(Path(work, str(count)), count)
         for i, count in itertools.product(range(args.repeats), results):
-            batches = args.batches if count == large and i == 0 else [1, 1]  # else the start is enough
-            command = [sys.executable, __file__, "--read", Path(work, str(count)), "--batches", *batches]
+            batches = (
+                args.batches if count == large and i == 0 else [1, 1]
+            )  # else the start is enough
+            command = [
+                sys.executable,
+                __file__,
+                "--read",
+                Path(work, str(count)),
+                "--batches",
+                *batches,
+            ]
             env = os.environ | {"HF_HOME": str(Path(work, "home")), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
-                [str(word) for word in command], env=env, stdout=subprocess.PIPE, text=True, check=True
+                [str(word) for word in command],
+                env=env,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             )
             results[count].append(json.loads(done.stdout))
-    start = {count: statistics.median(row["seconds"] for row in rows) for count, rows in results.items()}
+    start = {
+        count: statistics.median(row["seconds"] for row in rows) for count, rows in results.items()
+    }
     early, late = (results[large][0]["memory"][str(n)] for n in args.batches)
     growth, delay = late / early - 1, start[large] / start[small] - 1
-    print(f"first batch: {start[small]:.3f} s of {small} records, {start[large]:.3f} s of {large} ({delay:+.1%})")
+    print(
+        f"first batch: {start[small]:.3f} s of {small} records, {start[large]:.3f} s of {large} ({delay:+.1%})"
+    )
     print(
         f"memory: {early:.0f} MiB after {args.batches[0]} batches, {late:.0f} MiB after {args.batches[1]} ({growth:+.1%})"
     )

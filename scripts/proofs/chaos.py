@@ -38,13 +38,19 @@ SETTINGS = (
 
 def parse_args(argv=None):
     """The command line; the rest of it is for the trainer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--family", choices=["sd15", "sdxl"], default="sd15", help="trainer and demo teacher")
     add("--runs", type=int, default=20)
     add("--kills", type=int, default=4, help="of each run at most; it may be done before")
     add("--processes", type=int, default=1, help="that one run trains on")
-    add("--jobs", type=int, help="runs at a time (default: 2, one where a run has several processes)")
+    add(
+        "--jobs",
+        type=int,
+        help="runs at a time (default: 2, one where a run has several processes)",
+    )
     add("--seed", type=int, default=0, help="of the random moments")
     args, args.more = parser.parse_known_args(argv)
     args.jobs = args.jobs or (2 if args.processes == 1 else 1)
@@ -53,9 +59,28 @@ def parse_args(argv=None):
 
 def start(out, args):
     """The trainer, resuming what there is in `out`; its text goes to a file beside."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1, "--mixed_precision", "no"]
-    launcher += ["--dynamo_backend", "no", "--num_processes", args.processes, "--main_process_port", 0]
-    command = [sys.executable, *(launcher if args.processes > 1 else []), ROOT / f"train_lcm_lora_{args.family}.py"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+    ]
+    launcher += [
+        "--dynamo_backend",
+        "no",
+        "--num_processes",
+        args.processes,
+        "--main_process_port",
+        0,
+    ]
+    command = [
+        sys.executable,
+        *(launcher if args.processes > 1 else []),
+        ROOT / f"train_lcm_lora_{args.family}.py",
+    ]
     command += [
         "--pretrained_teacher_model",
         ROOT / f"demo/teacher-{args.family}",
@@ -82,7 +107,11 @@ def kill(pid):
 def rows(out):
     """What log.jsonl has, up to a line that a kill cut."""
     file = Path(out, "log.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == "\n"] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == "\n"]
+        if file.exists()
+        else []
+    )
 
 
 def last_step(out):
@@ -101,7 +130,11 @@ def moment(out, began, first):
     if any(written(part) >= began for part in out.glob("*.part")):
         return step, "save"
     saved = step % SAVE or written(out / f"checkpoint-{step}") >= began
-    drawing = step > first and step % DRAW == 0 and written(out / f"validation/step-{step:06}.png") < began
+    drawing = (
+        step > first
+        and step % DRAW == 0
+        and written(out / f"validation/step-{step:06}.png") < began
+    )
     return step, "validation" if drawing and saved else "step" if step < STEPS else "end"
 
 
@@ -145,7 +178,9 @@ def differences(out, other):
     """In what two runs differ."""
     (ours, about), (theirs, of_theirs) = lora(out), lora(other)
     found = ["metadata"] * (about != of_theirs) + ["keys"] * (ours.keys() != theirs.keys())
-    found += [key for key in ours.keys() & theirs.keys() if not torch.equal(ours[key], theirs[key])][:3]
+    found += [
+        key for key in ours.keys() & theirs.keys() if not torch.equal(ours[key], theirs[key])
+    ][:3]
     columns = ("step", "loss", "grad_norm", "lr", "skipped")
     logs = [[[row[name] for name in columns] for row in rows(folder)] for folder in (out, other)]
     return found + ["log.jsonl"] * (logs[0] != logs[1])
@@ -164,7 +199,8 @@ def main(argv=None):
         outs = [Path(folder, f"run-{i}") for i in range(args.runs)]
         seeds = [args.seed + i for i in range(args.runs)]
         for out, moments in zip(
-            outs, pool.map(lambda pair: disturbed(pair[0], args, seconds, pair[1]), zip(outs, seeds))
+            outs,
+            pool.map(lambda pair: disturbed(pair[0], args, seconds, pair[1]), zip(outs, seeds)),
         ):
             found = differences(out, whole)
             falls.update(kind for _, kind in moments)
@@ -173,7 +209,9 @@ def main(argv=None):
             verdict = f"differs in {', '.join(found)}" if found else "equal"
             print(f"{out.name}: {len(moments)} kills ({killed}): {verdict}", flush=True)
     shares = ", ".join(f"{falls[kind]} in {kind}" for kind in ("step", "save", "validation", "end"))
-    print(f"{equal} of {args.runs} runs are equal to the undisturbed one, after {falls.total()} kills: {shares}")
+    print(
+        f"{equal} of {args.runs} runs are equal to the undisturbed one, after {falls.total()} kills: {shares}"
+    )
     return 0 if equal == args.runs else 1
 
 

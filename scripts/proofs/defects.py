@@ -180,14 +180,26 @@ def patched(text, changes):
     """The text of a program with each change made; each has to fit exactly one place."""
     for old, new in changes.items():
         if text.count(old) != 1:
-            raise SystemExit(f"scripts/proofs/defects.py: error: {old!r} occurs {text.count(old)} times, not once")
+            raise SystemExit(
+                f"scripts/proofs/defects.py: error: {old!r} occurs {text.count(old)} times, not once"
+            )
         text = text.replace(old, new)
     return text
 
 
 def run_tests(folder, *tests):
     """pytest on these tests in a copy: (exit code, its lines of failures and errors, or all of its output)."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=no",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
     env = os.environ | {"COLUMNS": "1000", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     text = done.stdout + done.stderr
@@ -196,13 +208,17 @@ def run_tests(folder, *tests):
 
 def main(argv=None):
     """Try each defect; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="just these defects")
     only = parser.parse_args(argv).only
     chosen, missed = [defect for defect in DEFECTS if not only or defect[0] in only], 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        tracked = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
         for name in tracked.strip("\0").split("\0"):
             if not name.startswith("demo/"):  # large, and no test here changes it
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +227,14 @@ def main(argv=None):
 
         code, lines = run_tests(folder, *{test: None for *_, test, _ in chosen})
         if code:
-            raise SystemExit("\n".join([*lines, "scripts/proofs/defects.py: error: these tests fail without any defect"]))
+            raise SystemExit(
+                "\n".join(
+                    [
+                        *lines,
+                        "scripts/proofs/defects.py: error: these tests fail without any defect",
+                    ]
+                )
+            )
         print("without a defect: all of these tests pass", flush=True)
         for number, what, program, test, changes in chosen:
             text = (folder / program).read_text()
@@ -223,7 +246,10 @@ def main(argv=None):
             (folder / program).write_text(text)
             missed += code != 1  # 1: tests failed; others: pytest could not run them
             verdict = f"caught by {test}" if code == 1 else f"NOT CAUGHT by {test}"
-            print(f"D{number:02} {what}: {verdict} ({lines[0].partition(' - ')[2] or lines[0]})", flush=True)
+            print(
+                f"D{number:02} {what}: {verdict} ({lines[0].partition(' - ')[2] or lines[0]})",
+                flush=True,
+            )
     for number, why in NOT_HERE.items():
         if not only or number in only:
             print(f"D{number:02} only in part: {why}")

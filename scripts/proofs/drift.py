@@ -47,9 +47,13 @@ def drifted(one, other):
 
 def main(argv=None):
     """Compare, or copy; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fix", choices=TRAINERS, help="the trainer whose versions are right")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent, help="where the trainers stand")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).parent.parent, help="where the trainers stand"
+    )
     args = parser.parse_args(argv)
     texts = {name: (args.folder / name).read_text() for name in TRAINERS}
     names, needless = drifted(*texts.values())
@@ -62,7 +66,9 @@ def main(argv=None):
         (args.folder / other).write_text(texts[other])
         names, needless = drifted(*texts.values())
     for name in names:
-        print(f"{name} differs in {' and '.join(TRAINERS)}: --fix one of them, or give a reason in DIFFERS")
+        print(
+            f"{name} differs in {' and '.join(TRAINERS)}: --fix one of them, or give a reason in DIFFERS"
+        )
     for name in needless:
         print(f"DIFFERS: {name} is the same in both, or not in both: take it out")
     return 1 if names or needless else 0
