@@ -182,9 +182,10 @@ def frechet(x, y):
 def recognised(generated, gallery, own, k=5):
     """Whether gallery image own[i] is among the k nearest of generated[i]; float64 [n], 0 or 1.
 
-    generated x [n,D], gallery y [m,D], own integers [n]; cosine distance d_ij = 1 - x_i.y_j /
-    (|x_i| |y_j|); found if d_i,own[i] <= the k-th smallest d_i. So ties (identical images with different
-    captions) count as found; 1e-6 is room for the rounding by which their features differ.
+    generated x [n,D], gallery y [m,D], own integers [n]. Cosine distance
+    d_ij = 1 - x_i.y_j / (|x_i| |y_j|); found if d_i,own[i] <= the k-th smallest d_i. So ties
+    (identical images with different captions) count as found; 1e-6 is room for the rounding by
+    which their features differ.
     """
     normalise = torch.nn.functional.normalize
     distance = 1 - normalise(generated) @ normalise(gallery).T

@@ -1,4 +1,4 @@
-"""Table 1 of the LCM-LoRA report: sizes of the three official UNets and of their LoRA, counted on the meta device."""
+"""Table 1 of the LCM-LoRA report: sizes of the three official UNets and of their LoRA."""
 
 import pytest
 import torch
