@@ -387,15 +387,13 @@ def shell_commands(text):
 
 
 def documented_commands():
-    """[(file, words)] of the commands that README.md and scripts/*.sh give and that run a program of this repository."""
+    """[(file, words)] of README.md's and scripts/*.sh's commands that run a program of this one."""
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     texts = [("README.md", re.sub(r"^\$ ", "", block, flags=re.MULTILINE)) for block in blocks]
-    scripts = sorted((ROOT / "scripts").glob("*.sh"))
-    scripts = [(path.name, path.read_text().replace("$family", "sd15")) for path in scripts]
-    texts += [
-        (name, text) for name, text in scripts if "launch.sh" not in text
-    ]  # launchers print theirs: test_launchers
+    scripts = sorted(path for where in ("", "demo/") for path in ROOT.glob(f"scripts/{where}*.sh"))
+    scripts = [path for path in scripts if not path.name.startswith("train_")]  # test_launchers
+    texts += [(path.name, path.read_text().replace("$family", "sd15")) for path in scripts]
     return [
         (name, words)
         for name, text in texts

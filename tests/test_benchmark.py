@@ -139,7 +139,7 @@ def test_memory_of_parts(xl_teacher):
 
 
 def test_choice_for_a_card():
-    """The fastest options with room for a batch of 4, else the largest batch, less the allowance."""
+    """The fastest options with room for a batch of 4, else the largest; the allowance is free."""
     gb, batches = 10**9, memory.COMPUTED_BATCHES
     curves = {
         options: {b: gb * (4 + slope * b) for b in batches}

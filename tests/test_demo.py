@@ -17,7 +17,7 @@ def size(folder):
 
 
 def test_the_demo_is_small():
-    """What is committed stays within its limits: 8 MB of pictures, 20 MB of weights a teacher."""
+    """What is committed stays within its limits: 8 MB of images, 20 MB of weights a teacher."""
     assert 0 < size(DATA) <= 8e6
     for family in FAMILIES:
         assert 0 < size(ROOT / "demo" / f"teacher-{family}") <= 20e6
@@ -26,7 +26,7 @@ def test_the_demo_is_small():
 @pytest.mark.parametrize(
     "config,styles", [(None, {"noto", "fluent flat"}), ("twemoji", {"twemoji"})]
 )
-def test_datasets_opens_the_pictures(config, styles, tmp_path):
+def test_datasets_opens_the_images(config, styles, tmp_path):
     """By default the two styles of the teacher; the held-out style only by name."""
     import datasets
 
@@ -38,15 +38,15 @@ def test_datasets_opens_the_pictures(config, styles, tmp_path):
         assert row["text"].endswith(f", {row['style']} style")
 
 
-def test_licences_stand_beside_the_pictures():
+def test_licences_stand_beside_the_images():
     """Each source's licence or attribution is there."""
     for name in ("noto", "fluent", "twemoji", "emojibase"):
         assert (DATA / f"LICENSE-{name}.txt").stat().st_size > 200
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_teacher_opens_and_draws(family):
-    """diffusers opens the folder; its 50-step picture is no blank and no noise."""
+def test_the_teacher_opens_and_generates(family):
+    """diffusers opens the folder; its 50-step image is no blank and no noise."""
     import numpy as np
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline

@@ -22,12 +22,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import chaos
 import psutil
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from conftest import LORA, QUICK, ROOT, SMOOTH, command_line, difference, load_script, log, near, same, series
+from conftest import LORA, QUICK, ROOT, SMOOTH, command_line, difference, log, near, same, series
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -916,7 +917,6 @@ def test_two_machines(train, teacher, pictures, tmp_path):
 
 def test_chaos_on_a_small_model(start, monkeypatch, capfd):
     """scripts/proofs/chaos.py with trainers that are forked: killed three times, equal to the undisturbed run."""
-    chaos = load_script("scripts/proofs/chaos.py")
 
     def forked(out, args):
         words = [*chaos.SETTINGS, "--validation_prompts", "rain", "--resume_from_checkpoint", "latest"]
@@ -949,7 +949,6 @@ class Forked:
 
 def test_chaos_sees_a_difference(train, whole):
     """In the LoRA and in the log, and none between equal runs."""
-    chaos = load_script("scripts/proofs/chaos.py")
     assert chaos.differences(whole, train(**RUN)) == []
     found = chaos.differences(whole, train(**RUN | {"seed": 1}))
     assert "metadata" in found and "log.jsonl" in found and any(key.startswith("lora_unet_") for key in found)
@@ -961,5 +960,4 @@ def test_chaos_sees_a_difference(train, whole):
 )
 def test_chaos(words, capsys):
     """On the demo teacher, with real processes; all of it is `python scripts/proofs/chaos.py`."""
-    chaos = load_script("scripts/proofs/chaos.py")
     assert chaos.main(["--runs", "2", "--kills", "4", *words]) == 0, capsys.readouterr().out
