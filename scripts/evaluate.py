@@ -143,6 +143,7 @@ def kid(x, y):
     """
 
     def within(f):
+        """The mean kernel of distinct members of a set."""
         kernel = poly_kernel(f, f)
         return (kernel.sum() - kernel.trace()) / (len(f) * (len(f) - 1))
 
@@ -267,6 +268,7 @@ class Studio:
     """A pipeline, the prompts encoded once, and the feature network."""
 
     def __init__(self, args, model, prompts):
+        """Load them, and encode the prompts."""
         self.args, self.device = args, torch.device(args.device)
         if (
             not Path(model).exists() and (ROOT / model).exists()
@@ -490,6 +492,7 @@ def evaluate_teacher(args, argv):
     weights, figures, sheets = resampling(len(own), args.bootstrap, args.seed), {}, {}
 
     def measure(x):
+        """The figures of generated images' features."""
         found = estimate(weights @ recognised(x, gallery, own) / len(own))
         distances = {
             "kid": kid(x, gallery[others]).item(),
@@ -597,6 +600,7 @@ def evaluate_lora(args, argv):
     tables = {name: [] for name in ("trajectories", "kid", "ratios", "recognition")}
 
     def judge(criterion, holds):
+        """Note whether a criterion holds."""
         verdicts.append({"criterion": criterion, "holds": bool(holds)})
 
     for t, pair in errors.items():

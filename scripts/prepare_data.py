@@ -86,6 +86,7 @@ def number(kind, low):
     """An argparse type: an int or a finite float, `low` or more."""
 
     def check(text):
+        """The number that a text is, if it is allowed."""
         value = kind(text)
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not allowed: give {low} or more")

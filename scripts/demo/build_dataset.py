@@ -68,6 +68,7 @@ def fetch(package, sha256, folder):
         sys.exit(f"{package}: sha256 is {found}, not {sha256}: this is not the pinned package")
 
     def read(name):
+        """The content of a JSON file."""
         with tarfile.open(tarball) as tar:
             return json.load(tar.extractfile(f"package/{name}"))
 

@@ -94,6 +94,7 @@ def kid_to(x, y, weights_x, weights_y):
     """
 
     def within(f, w):
+        """The weighted mean kernel of distinct members of a set."""
         kernel = poly_kernel(f, f).fill_diagonal_(0)
         return ((w @ kernel) * w).sum(1) / (w.sum(1).square() - w.square().sum(1))
 
@@ -189,9 +190,11 @@ def main(argv=None):
     rows, verdicts, sheet = [], [], []
 
     def kid(x):
+        """The KID of features to the real images, with its interval."""
         return estimate(kid_to(x, real[others], *weights))
 
     def add_row(name, guidance, passes, x):
+        """A row of the table, for features of generated images."""
         rows.append([name, guidance, passes, show(kid(x), 1000), f"{frechet(x, real[others]):.1f}"])
 
     for name in STYLE, FINE_TUNE:

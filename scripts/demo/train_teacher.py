@@ -112,7 +112,7 @@ def build_tokenizer(captions, folder):
         )
     )
     merges = [m for m in merges if m.replace(" ", "") in text]
-    # GPT-2's table from bytes to printable characters: the printable ones stand for themselves.
+    # GPT-2's table from bytes to printable characters: printable ones are themselves.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
@@ -146,6 +146,7 @@ def build_text_encoders(tokenizer, layout):
     """
 
     def config(width, layers):
+        """The config of an encoder of this size."""
         return CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -223,6 +224,7 @@ class Run:
     """What all training parts share: a cosine schedule, an EMA copy, a state, a status line."""
 
     def __init__(self, name, modules, lr, steps, args):
+        """A new part, or what its saved state says."""
         self.name, self.modules, self.steps, self.args = name, modules, steps, args
         self.path = args.work_dir / f"{name}_state.pt"
         self.ema = copy.deepcopy(modules).requires_grad_(False)

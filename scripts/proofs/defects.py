@@ -23,7 +23,7 @@ from help_formatter import HelpFormatter
 ROOT = Path(__file__).resolve().parents[2]
 SD15, SDXL = "train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"
 
-# (number, what, program, test, {text: what stands in its place})
+# (number, what, program, test, {text: its replacement})
 # fmt: off
 DEFECTS = (
     (1, "keys under unet.base_model.model", SD15,
