@@ -4,8 +4,9 @@ import ast
 import re
 import sys
 
+import drift
 import pytest
-from conftest import ROOT, documented_commands, load_script, run, shell_commands
+from conftest import ROOT, documented_commands, run, shell_commands
 
 TRAINERS = ["train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"]
 PROGRAMS = [*TRAINERS, "infer.py"]
@@ -219,7 +220,6 @@ def test_help_loads_no_library(program):
 
 def test_trainers_have_not_drifted(capsys):
     """What bears one name in both trainers is byte-identical, save six definitions or fewer."""
-    drift = load_script("scripts/proofs/drift.py")
     assert drift.main([]) == 0, capsys.readouterr().out
     assert len(drift.DIFFERS) <= 6
     one, other = (drift.definitions((ROOT / name).read_text()) for name in drift.TRAINERS)
@@ -228,7 +228,6 @@ def test_trainers_have_not_drifted(capsys):
 
 def test_drift_is_found_and_mended(tmp_path, capsys):
     """A changed function, a changed constant and a changed comment are named; --fix makes them the same again."""
-    drift = load_script("scripts/proofs/drift.py")
     right, wrong = (tmp_path / name for name in drift.TRAINERS)
     for path in (right, wrong):
         path.write_text((ROOT / path.name).read_text())
