@@ -136,7 +136,7 @@ def random_pipe(model, dtype, device, encoded):
 
 
 class Training:
-    """All that a step needs, made by the trainer's functions; `step` takes one on random data."""
+    """A trainer's Run, made by its own functions; `step` takes a step on random data."""
 
     def __init__(self, model, resolution, batch, precision, options, more=()):
         """Of a model as --model names it, with some of OPTIONS and `more` flags of the trainer."""
@@ -159,13 +159,14 @@ class Training:
             advice = f"it must be a multiple of the VAE's factor, {pipe.vae_scale_factor}"
             fail(f"--resolution {args.resolution}: {advice}")
         self.schedule = trainer.NoiseSchedule(pipe.scheduler.config, device)
-        self.target = trainer.make_student(pipe, args, device, ["vae"] * self.encoded)
+        self.target = trainer.make_student(pipe, args, device)
         self.trained = [p for p in self.target.parameters() if p.requires_grad]
         steps = trainer.ddim_timesteps(args.num_ddim_timesteps, len(self.schedule.alpha))
         self.timesteps = steps.to(device)
         self.batch, self.c_null = self.random_batch(batch, dtype)
-        optimizer, _ = trainer.make_optimizer(self.trained, args)
+        optimizer, self.lr_scheduler = trainer.make_optimizer(self.trained, args)
         self.student, self.optimizer = self.accelerator.prepare(self.target, optimizer)
+        self.ema = None
 
     def random_batch(self, size, dtype):
         """(A batch as the trainer's loader gives it, the conditions of the empty prompt)."""
@@ -188,14 +189,13 @@ class Training:
         return batch | c, {name: value[:1].to(device) for name, value in c.items()}
 
     def step(self, number=0):
-        """One optimizer step: (loss, gradient norm, whether they are finite)."""
-        trainer, args, data = self.trainer, self.args, (self.pipe, self.batch, self.c_null)
-        sample = trainer.sample_batch(*data, self.timesteps, number, args)
-        nets = self.teacher, self.student, self.target
-        loss = trainer.distillation_loss(*nets, *sample, self.schedule, args)
+        """One optimizer step, as the trainer's loop takes it; what it logs of it."""
+        trainer, args = self.trainer, self.args
+        batch = self.batch | {"step": [number]}
+        loss = trainer.distillation_loss(self, *trainer.sample_batch(self, batch, args), args)
         self.accelerator.backward(loss)
-        losses = [loss.detach()]
-        return trainer.optimizer_step(self.accelerator, self.optimizer, self.trained, losses, args)
+        row, _, _ = trainer.optimizer_step(self, [loss.detach()], args)
+        return row
 
 
 class Fetched(TorchDispatchMode):
