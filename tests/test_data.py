@@ -531,9 +531,9 @@ def test_streams_are_seeded(read, captioned, kind):
 @pytest.mark.parametrize("unusable", [(), (3, 4, 5, 13, 14, 22)], ids=["good", "unusable"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streams_go_on_where_they_stopped(read, tmp_path, workers, accumulation, odd):
+def test_streams_go_on_where_they_stopped(read, tmp_path, workers, accumulation, unusable):
     """From any step, in the middle of an epoch and beside unusable records, the batches are those of the run that did not stop."""
-    source = write_shards(tmp_path / "data", 5, 7, 11, odd=odd)
+    source = write_shards(tmp_path / "data", 5, 7, 11, odd=unusable)
     flags = {"train_shards_path_or_url": source, "streaming": True, "dataloader_num_workers": workers}
     flags |= {"gradient_accumulation_steps": accumulation, "max_train_steps": 16, "shuffle_buffer_size": 6}
     for rank, world in ((0, 1), (1, 2)):
@@ -613,7 +613,7 @@ def test_a_long_run_of_odd_records_is_replaced_one_by_one(sd15, read, tmp_path, 
 def test_stream_memory(tmp_path):
     """The program on small shards; what it measures is for its full size."""
     sizes = ["--records", 60, 600, "--batches", 2, 10, "--repeats", 1, "--work_dir", tmp_path]
-    done = run(sys.executable, ROOT / "scripts" / "stream_memory.py", *sizes)
+    done = run(sys.executable, ROOT / "scripts/measure/stream_memory.py", *sizes)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     assert "s of 60 records" in done.stdout and "MiB after 10" in done.stdout
     assert list(tmp_path.iterdir()) == []

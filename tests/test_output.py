@@ -392,7 +392,7 @@ def test_the_cards_code_draws(carded, teacher, tmp_path, monkeypatch, tool):
     assert len(layers) == len(lora_file(carded)[0]) / 3
 
 
-def test_the_cards_command_of_infer_draws(carded, tmp_path, monkeypatch):
+def test_the_cards_command_of_infer_generates(carded, tmp_path, monkeypatch):
     monkeypatch.chdir(carded.parent)
     (command,) = re.findall(r"`(python infer.py .*)`", (carded / "README.md").read_text())
     words = shlex.split(command)[2:]

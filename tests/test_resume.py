@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -21,12 +22,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import chaos
 import psutil
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from conftest import LORA, QUICK, ROOT, SMOOTH, command_line, difference, load_script, log, near, same, series
+from conftest import LORA, QUICK, ROOT, SMOOTH, command_line, difference, log, near, same, series
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -512,8 +514,7 @@ def test_a_launcher_is_told_from_a_shell(monkeypatch, variable):
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "1")
-    monkeypatch.setitem(sys.modules, "script_train_lcm_lora_sd15", None)
-    launcher = load_script.__wrapped__("train_lcm_lora_sd15.py").LAUNCHER
+    launcher = runpy.run_path(str(ROOT / "train_lcm_lora_sd15.py"))["LAUNCHER"]
     assert launcher == (None if variable == "SHELL" else os.getppid())
 
 
@@ -916,7 +917,6 @@ def test_two_machines(train, teacher, images, tmp_path):
 
 def test_chaos_on_a_small_model(start, monkeypatch, capfd):
     """scripts/proofs/chaos.py with trainers that are forked: killed three times, equal to the undisturbed run."""
-    chaos = load_script("scripts/proofs/chaos.py")
 
     def forked(out, args):
         words = [*chaos.SETTINGS, "--validation_prompts", "rain", "--resume_from_checkpoint", "latest"]
@@ -949,7 +949,6 @@ class Forked:
 
 def test_chaos_sees_a_difference(train, whole):
     """In the LoRA and in the log, and none between equal runs."""
-    chaos = load_script("scripts/proofs/chaos.py")
     assert chaos.differences(whole, train(**RUN)) == []
     found = chaos.differences(whole, train(**RUN | {"seed": 1}))
     assert "metadata" in found and "log.jsonl" in found and any(key.startswith("lora_unet_") for key in found)
@@ -961,5 +960,4 @@ def test_chaos_sees_a_difference(train, whole):
 )
 def test_chaos(words, capsys):
     """On the demo teacher, with real processes; all of it is `python scripts/proofs/chaos.py`."""
-    chaos = load_script("scripts/proofs/chaos.py")
     assert chaos.main(["--runs", "2", "--kills", "4", *words]) == 0, capsys.readouterr().out

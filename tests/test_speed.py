@@ -4,10 +4,11 @@ import copy
 import re
 import sys
 
+import decode_speed
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMOOTH, load_script, run, same, series
+from conftest import ROOT, SMOOTH, run, same, series
 
 STEPS = SMOOTH | {"max_train_steps": 20, "lora_rank": 32, "center_crop": True}
 COMPILED = {"torch_compile": True}
@@ -103,30 +104,36 @@ def test_paged_adam_needs_a_gpu(train):
 
 @pytest.mark.slow
 def test_compare_speed(xl_teacher, images, tmp_path):
-    """Side by side with a reference that sleeps in each step ours is the faster; nothing is left running."""
-    slow = tmp_path / "slow.py"
+    """Side by side with a reference that sleeps in each step ours is faster; nothing stays behind."""
+    slow, ours = tmp_path / "slow.py", str(ROOT / "train_lcm_lora_sdxl.py")
     slow.write_text(
-        f"import runpy, sys, time\nimport accelerate\nbackward = accelerate.Accelerator.backward\n"
-        f"accelerate.Accelerator.backward = lambda *words: (time.sleep(2), backward(*words))\n"
-        f"sys.argv += ['--logging_steps', '1']\nrunpy.run_path({str(ROOT / 'train_lcm_lora_sdxl.py')!r}, run_name='__main__')\n"
+        "import runpy, time\n"
+        "import accelerate\n"
+        "backward = accelerate.Accelerator.backward\n"
+        "accelerate.Accelerator.backward = lambda *words: (time.sleep(2), backward(*words))\n"
+        f"runpy.run_path({ours!r}, run_name='__main__')\n"
     )
-    words = ["--reference", slow, "--teacher", xl_teacher, "--dataset_name", images, "--resolution", 32, "--batch", 2]
-    done = run(sys.executable, "scripts/measure/compare_speed.py", *words, "--rounds", 2, "--seconds", 1, "--lora_rank", 4)
+    program = sys.executable, "scripts/measure/compare_speed.py"
+    data = ["--teacher", xl_teacher, "--dataset_name", images, "--resolution", 32, "--batch", 2]
+    turns = "--rounds 2 --seconds 1 --lora_rank 4".split()
+    done = run(*program, "--reference", slow, *data, *turns)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
-    alone = run(sys.executable, "scripts/measure/compare_speed.py", *words[2:], "--rounds", 1, "--seconds", 1, "--least", 1000)
-    assert alone.returncode == 1 and "gain: ours, cached" in alone.stdout and "reference" not in alone.stdout
-    done = run(sys.executable, "scripts/measure/compare_speed.py", "--family", "sdxl", "--teacher", tmp_path / "nothing")
-    assert done.returncode == 1 and f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
-    done = run(sys.executable, "scripts/measure/compare_speed.py", "--reference", "nothing.py")
+    alone = run(*program, *data, *"--rounds 1 --seconds 1 --least 1000".split())
+    assert alone.returncode == 1, alone.stderr
+    assert "gain: ours, encoded" in alone.stdout and "reference" not in alone.stdout
+    done = run(*program, "--family", "sdxl", "--teacher", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
+    done = run(*program, "--reference", "nothing.py")
     assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
 
 
 def test_decode_speed(capsys):
-    """Both decoders make a picture of the size that was asked for, which it checks."""
-    decode_speed = load_script("scripts/measure/decode_speed.py")
+    """Both decoders make an image of the size that was asked for, which it checks."""
     decode_speed.main(["--resolution", "32", "--rounds", "1"])
-    assert re.fullmatch(r"VAE .* a picture of 32 px: .*\n.* [\d.]+ times as fast\n", capsys.readouterr().out)
+    said = r"VAE .* an image of 32 px: .*\n.* [\d.]+ times as fast\n"
+    assert re.fullmatch(said, capsys.readouterr().out)
     with pytest.raises(SystemExit):
         decode_speed.main(["--resolution", "100"])
     assert "--resolution 100: give a multiple of 8" in capsys.readouterr().err
