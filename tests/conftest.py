@@ -24,10 +24,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HF_HOME = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HOME": HF_HOME}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "HF_HOME": HF_HOME,
+}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact equalities are those of the CPU
 
-# A run of seconds: what `train` gives where a test says nothing else. The learning rate is high so that a few steps show.
+# A run of seconds: what `train` gives where a test says nothing else. The learning rate is high so
+# that a few steps show.
 QUICK = {
     "resolution": 32,
     "lora_rank": 4,
@@ -36,12 +42,13 @@ QUICK = {
     "max_train_steps": 4,
     "report_to": "none",
 }
-# For runs that must agree but for rounding. A large epsilon makes Adam's step proportional to small gradients: else
-# rounding decides the sign of the smallest.
+# For runs that must agree but for rounding. A large epsilon makes Adam's step proportional to small
+# gradients: else rounding decides the sign of the smallest.
 SMOOTH = {"adam_epsilon": 1e-2, "learning_rate": 3e-3, "train_batch_size": 4}
 CAPTIONS = (
-    "red apple,green pear,a house,two cats,blue car,old tree,the moon,fish,a boat,one star,cup of tea,rain".split(",")
-)
+    "red apple,green pear,a house,two cats,blue car,old tree,the moon,fish,a boat,one star,"
+    "cup of tea,rain"
+).split(",")
 
 
 def load_script(name):
@@ -53,7 +60,10 @@ def load_script(name):
 
 
 def command_line(flags):
-    """{"seed": 3, "scale_lr": True, "validation_prompts": ["a", "b"]} as words; None and False leave a flag out."""
+    """{"seed": 3, "scale_lr": True, "validation_prompts": ["a", "b"]} as words.
+
+    None and False leave a flag out.
+    """
     words = []
     for name, value in flags.items():
         if value is None or value is False:
@@ -66,13 +76,17 @@ def command_line(flags):
 def run(*command, cwd=ROOT, **environment):
     """A program to its end, on one thread: the completed process with its text."""
     env = os.environ | {"OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+    )
 
 
 def launch(*command, flags=("--cpu", "--num_processes", "1"), **kwargs):
     """`accelerate launch` of a program."""
     machine = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    return run(sys.executable, "-m", "accelerate.commands.launch", *machine, *flags, *command, **kwargs)
+    return run(
+        sys.executable, "-m", "accelerate.commands.launch", *machine, *flags, *command, **kwargs
+    )
 
 
 def log(folder):
@@ -96,7 +110,11 @@ def same(a, b):
     import torch
 
     (ours, about), (theirs, of_theirs) = lora_file(a), lora_file(b)
-    return about == of_theirs and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    return (
+        about == of_theirs
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    )
 
 
 def difference(a, b):
@@ -117,12 +135,19 @@ def size_of_b(folder):
 
 
 def near(a, b, tolerance=1e-5):
-    """Whether two runs have the same losses to `tolerance`, gradient norms to ten times that, and learning rates."""
+    """Whether two runs have the same losses to `tolerance` and the same learning rates.
+
+    Gradient norms to ten times that.
+    """
     import numpy as np
 
     return all(
         np.allclose(series(a, name), series(b, name), rtol=rtol, atol=atol)
-        for name, rtol, atol in (("loss", 0, tolerance), ("grad_norm", 10 * tolerance, 0), ("lr", 1e-9, 0))
+        for name, rtol, atol in (
+            ("loss", 0, tolerance),
+            ("grad_norm", 10 * tolerance, 0),
+            ("lr", 1e-9, 0),
+        )
     )
 
 
@@ -152,7 +177,9 @@ def make_tokenizer(folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
 
 
 def make_text_encoder(tokenizer, width=32, kind="CLIPTextModel"):
@@ -176,21 +203,27 @@ def make_text_encoder(tokenizer, width=32, kind="CLIPTextModel"):
     )
 
 
-# What makes a small UNet one of SDXL's or of SSD-1B's layout: pooled prompt (32) and six sizes (8 each) beside the time.
+# What makes a small UNet one of SDXL's or of SSD-1B's layout: pooled prompt (32) and six
+# sizes (8 each) beside the time.
 XL = {
-    "cross_attention_dim": 64, "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True,
-    "projection_class_embeddings_input_dim": 32 + 6 * 8, "transformer_layers_per_block": (1, 2),
+    "cross_attention_dim": 64, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+    "use_linear_projection": True, "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    "transformer_layers_per_block": (1, 2),
 }  # fmt: skip
 UNETS = {
     "sd15": {"cross_attention_dim": 32},
     "sdxl": XL,
-    "ssd1b": XL | {"reverse_transformer_layers_per_block": [[2, 1], 1], "mid_block_type": "UNetMidBlock2D"},
+    "ssd1b": XL
+    | {"reverse_transformer_layers_per_block": [[2, 1], 1], "mid_block_type": "UNetMidBlock2D"},
 }
 
 
 @pytest.fixture(scope="session")
 def make_teacher(tmp_path_factory):
-    """A factory of teachers: make_teacher(layout="sd15", seed=0, force_zeros=True, **scheduler settings) -> folder."""
+    """A factory of teachers.
+
+    make_teacher(layout="sd15", seed=0, force_zeros=True, **scheduler settings) -> folder.
+    """
 
     def make(layout="sd15", seed=0, force_zeros=True, **scheduler):
         import torch
@@ -207,11 +240,19 @@ def make_teacher(tmp_path_factory):
         tokenizer = make_tokenizer(folder / "tokenizer")
         if layout == "sd15":
             pipeline_class = StableDiffusionPipeline
-            more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            more = {
+                "safety_checker": None,
+                "feature_extractor": None,
+                "requires_safety_checker": False,
+            }
         else:
             pipeline_class = StableDiffusionXLPipeline
             second = make_text_encoder(tokenizer, kind="CLIPTextModelWithProjection")
-            more = {"text_encoder_2": second, "tokenizer_2": tokenizer, "force_zeros_for_empty_prompt": force_zeros}
+            more = {
+                "text_encoder_2": second,
+                "tokenizer_2": tokenizer,
+                "force_zeros_for_empty_prompt": force_zeros,
+            }
         pipe = pipeline_class(
             unet=UNet2DConditionModel(
                 sample_size=8,
@@ -234,8 +275,8 @@ def make_teacher(tmp_path_factory):
             text_encoder=make_text_encoder(tokenizer),
             tokenizer=tokenizer,
             scheduler=DDIMScheduler(
-                **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
-                   "set_alpha_to_one": False, "steps_offset": 1} | scheduler
+                **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+                   "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} | scheduler
             ),
             **more,
         )  # fmt: skip
@@ -265,7 +306,10 @@ def xl_teacher(make_teacher):
 
 @pytest.fixture(scope="session")
 def make_images(tmp_path_factory):
-    """A factory of image folders with metadata.jsonl: make_images(count, broken=(indices)) -> folder."""
+    """A factory of image folders with metadata.jsonl.
+
+    make_images(count, broken=(indices)) -> folder.
+    """
 
     def make(count=12, broken=()):
         import numpy as np
@@ -303,12 +347,14 @@ def umask():
 
 @pytest.fixture(autouse=True)
 def another_program():
-    """The next test is another program: what one sets in the trainers' modules is undone.
+    """The next test is another program: what one leaves behind in this process is undone.
 
-    Programs in scripts/ put their own name into the trainers' messages.
+    accelerate keeps its precision; programs in scripts/ put their name into a trainer's messages.
     """
 
     def undo():
+        if "accelerate" in sys.modules:
+            sys.modules["accelerate"].state.AcceleratorState._reset_state(True)
         for name in ("train_lcm_lora_sd15", "train_lcm_lora_sdxl"):
             if name in sys.modules:
                 sys.modules[name].__file__ = sys.modules[name].__spec__.origin
@@ -332,13 +378,20 @@ def sdxl():
 
 @pytest.fixture(scope="session")
 def train_by(images, tmp_path_factory):
-    """train_by(trainer, teacher) -> train(flag=value, ...) -> output folder: its main() in this process, QUICK by default."""
+    """train_by(trainer, teacher) -> train(flag=value, ...) -> output folder.
+
+    Its main() in this process, QUICK by default.
+    """
     import torch
     from accelerate.state import AcceleratorState
 
     def train_by(trainer, teacher):
         def train(**flags):
-            data = {} if flags.keys() & {"dataset_name", "train_shards_path_or_url"} else {"train_data_dir": images}
+            data = (
+                {}
+                if flags.keys() & {"dataset_name", "train_shards_path_or_url"}
+                else {"train_data_dir": images}
+            )
             out = tmp_path_factory.mktemp("run") / "out"
             flags = {"pretrained_teacher_model": teacher, "output_dir": out} | data | QUICK | flags
             AcceleratorState._reset_state(True)
@@ -373,9 +426,14 @@ BEFORE_A_COMMAND = {"exec", "time", "if", "then", "do", "else", "while", "until"
 
 
 def shell_commands(text):
-    """The commands of a shell text as lists of words; variables and $(...) become 1, assignments in front are dropped."""
+    """The commands of a shell text as lists of words.
+
+    Variables and $(...) become 1, assignments in front are dropped.
+    """
     text = re.sub(r"\\\n", " ", text)
-    text = re.sub(r'"?\$\{?(@|\w+\[@\])[^"\s]*"?', "", text)  # "$@", "${names[@]}": any number of words
+    text = re.sub(
+        r'"?\$\{?(@|\w+\[@\])[^"\s]*"?', "", text
+    )  # "$@", "${names[@]}": any number of words
     text = re.sub(r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "1", text)
     text = re.sub(r"\$(\{[^}]*\}|\w+)", "1", text)
     commands = []
@@ -418,5 +476,6 @@ def documented_commands():
         (name, words)
         for name, text in texts
         for words in shell_commands(text)
-        if words[0] in ("python", "python3", "accelerate", "bash") and any(w.endswith((".py", ".sh")) for w in words)
+        if words[0] in ("python", "python3", "accelerate", "bash")
+        and any(w.endswith((".py", ".sh")) for w in words)
     ]

@@ -209,7 +209,9 @@ def test_help_is_a_page_to_read(program):
 @pytest.mark.parametrize("program", TRAINERS)
 def test_help_loads_no_library(program):
     """So it comes at once."""
-    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\n"
+    path = str(ROOT / program)
+    code = "import runpy, sys; sys.argv = ['x', '--help']\n"
+    code += f"try: runpy.run_path({path!r}, run_name='__main__')\n"
     done = run(
         sys.executable,
         "-c",
@@ -227,7 +229,10 @@ def test_trainers_have_not_drifted(capsys):
 
 
 def test_drift_is_found_and_mended(tmp_path, capsys):
-    """A changed function, a changed constant and a changed comment are named; --fix makes them the same again."""
+    """A changed function, a changed constant and a changed comment are named.
+
+    --fix makes them the same again.
+    """
     right, wrong = (tmp_path / name for name in drift.TRAINERS)
     for path in (right, wrong):
         path.write_text((ROOT / path.name).read_text())
@@ -248,7 +253,8 @@ def test_drift_is_found_and_mended(tmp_path, capsys):
 
 
 def test_shell_commands_are_found():
-    text = 'set -e\nA=1 accelerate launch --n "$(f "$(g)" x)" \\\n  a.py --out "$out" "two words" "$@" && exec python b.py # c\n'
+    text = 'set -e\nA=1 accelerate launch --n "$(f "$(g)" x)" \\\n  a.py --out "$out" '
+    text += '"two words" "$@" && exec python b.py # c\n'
     assert shell_commands(text) == [
         ["set", "-e"],
         ["accelerate", "launch", "--n", "1", "a.py", "--out", "1", "two words"],

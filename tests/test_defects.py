@@ -25,8 +25,13 @@ BROKEN = {"image": {"bytes": b"no image", "path": "broken.png"}, "text": "a"}
 
 def flags(trainer, *words):
     """Parsed flags of a run at 20 px."""
-    needed = "--pretrained_teacher_model x --resolution 20 --max_train_steps 12 --train_batch_size 2".split()
-    data = [] if {"--train_data_dir", "--train_shards_path_or_url"} & {*words} else ["--train_data_dir", "x"]
+    needed = "--pretrained_teacher_model x --resolution 20 --max_train_steps 12".split()
+    needed += ["--train_batch_size", "2"]
+    data = (
+        []
+        if {"--train_data_dir", "--train_shards_path_or_url"} & {*words}
+        else ["--train_data_dir", "x"]
+    )
     return trainer.parse_args([*needed, *data, *map(str, words)])
 
 
@@ -37,14 +42,18 @@ def rows(count):
     return [{"image": image_bytes(image), "text": str(i)} for i, image in enumerate(images)]
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def test_each_row_has_a_test_named_after_it():
-    assert {number for number, *_ in defects.DEFECTS} == {*range(1, 24)} and defects.NOT_HERE.keys() <= {*range(1, 24)}
+    assert {number for number, *_ in defects.DEFECTS} == {
+        *range(1, 24)
+    } and defects.NOT_HERE.keys() <= {*range(1, 24)}
     for number in range(1, 24):
         names = [test for n, _, _, test, _ in defects.DEFECTS if n == number]
-        assert any(re.search(rf"::test_defects?_[\d_]*{number:02}_", name) for name in names), number
+        assert any(re.search(rf"::test_defects?_[\d_]*{number:02}_", name) for name in names), (
+            number
+        )
 
 
 @pytest.mark.parametrize("defect", defects.DEFECTS, ids=lambda defect: f"{defect[0]}: {defect[1]}")
@@ -63,7 +72,7 @@ def test_a_patch_that_no_longer_fits_is_named():
             defects.patched(text, {"x = 1": "x = 3"})
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +89,9 @@ def shards(tmp_path_factory):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_defect_06_all_shards_are_read_to_their_end(sd15, shards, tmp_path, streaming):
     """Two epochs; the records without an image are replaced and named."""
-    words = ["--train_shards_path_or_url", shards, "--cache_dir", tmp_path] + ["--streaming"] * streaming
+    words = ["--train_shards_path_or_url", shards, "--cache_dir", tmp_path] + [
+        "--streaming"
+    ] * streaming
     args = flags(sd15, *words)
     batches = [*sd15.make_loader(sd15.load_records(args), {}, args, 0, 0, 1)]
     captions = [caption for batch in batches for caption in batch["caption"]]
@@ -92,7 +103,10 @@ def test_defect_06_all_shards_are_read_to_their_end(sd15, shards, tmp_path, stre
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [(20, 44), (44, 20)], ids=["portrait", "landscape"])
 def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flip):
-    """Of an image whose colours are its coordinates: the corner of the crop says where it was cut."""
+    """Of an image whose colours are its coordinates.
+
+    The corner of the crop says where it was cut.
+    """
     width, height = size
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     image = Image.fromarray(np.dstack([x, y, 0 * x]).astype(np.uint8))
@@ -135,7 +149,10 @@ def test_defect_15_flags_are_read(sd15, images, tmp_path):
     assert kinds(samples()) > 5 and {sample["caption"] for sample in samples()} == {"0"}
     assert kinds(samples("--center_crop")) == 1
     assert kinds(samples("--center_crop", "--random_flip")) == 2
-    assert {sample["caption"] for sample in samples("--proportion_empty_prompts", "0.5")} == {"0", ""}
+    assert {sample["caption"] for sample in samples("--proportion_empty_prompts", "0.5")} == {
+        "0",
+        "",
+    }
     sd15.load_records(flags(sd15, "--train_data_dir", images, "--cache_dir", tmp_path))
     assert any(tmp_path.rglob("*.arrow"))
 
@@ -147,7 +164,10 @@ def test_defect_16_the_first_bad_record_is_named(train, make_images):
 
 
 def test_defect_19_streamed_order_is_seeded(sd15):
-    """Shards and records come in one order each time, and a resumed run reads on where the other stopped."""
+    """Shards and records come in one order each time.
+
+    A resumed run reads on where the other stopped.
+    """
     args = flags(sd15, "--streaming")
     records = datasets.Dataset.from_list(rows(24)).to_iterable_dataset(num_shards=6)
 
@@ -159,7 +179,7 @@ def test_defect_19_streamed_order_is_seeded(sd15):
     assert captions(0) == whole and captions(7) == whole[7:]
 
 
-# -------------------------------------------------------------------------------------------------------- ranks and steps
+# ---------------------------------------------------------------------------------- ranks and steps
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
@@ -226,7 +246,9 @@ def test_defect_17_micro_steps_wait_for_nothing(sd15, train, monkeypatch):
     def spy(name):
         real = getattr(torch.Tensor, name)
         caller = lambda: sys._getframe(2).f_code.co_filename  # noqa: E731
-        monkeypatch.setattr(torch.Tensor, name, lambda tensor: calls.append(caller()) or real(tensor))
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda tensor: calls.append(caller()) or real(tensor)
+        )
 
     for name in ("item", "tolist", "__float__"):
         spy(name)
@@ -254,14 +276,21 @@ def test_defect_18_every_tracker_gets_the_images(sd15, teacher, tmp_path, monkey
     assert not np.array_equal(*logged[0])
 
 
-# ------------------------------------------------------------------------------------------------------------------ README
+# ------------------------------------------------------------------------------------------- README
 
 
 def test_defect_21_commands_have_no_undefined_variables():
-    """Each shell block of README.md and docs/ ends well where unset variables are errors and programs do nothing."""
+    """Each shell block of README.md and docs/ ends well where unset variables are errors.
+
+    The programs do nothing there.
+    """
     blocks = shell_blocks()
     assert {"README.md", "docs/data.md", "docs/infer.md"} <= {page for page, _ in blocks}
-    stubs = "".join(f"{program}() {{ :; }}\n" for program in ("python", "accelerate", "pip", "bash"))
+    stubs = "".join(
+        f"{program}() {{ :; }}\n" for program in ("python", "accelerate", "pip", "bash")
+    )
     for page, block in blocks:
-        done = subprocess.run(["/bin/bash", "-euc", stubs + block], env={"PATH": ""}, capture_output=True, text=True)
+        done = subprocess.run(
+            ["/bin/bash", "-euc", stubs + block], env={"PATH": ""}, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{page}: {done.stderr}{block}"

@@ -1,4 +1,7 @@
-"""infer.py reads every LoRA people have, completely or not at all: namings, alphas, text encoders, weights, bad files."""
+"""infer.py reads every LoRA people have, completely or not at all.
+
+Namings, alphas, text encoders, weights, bad files.
+"""
 
 import argparse
 import copy
@@ -22,7 +25,8 @@ from single_file import unet_name
 
 infer = load_script("infer.py")
 PARTS = (
-    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj"
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "time_emb_proj"
 ).split()
 
 
@@ -114,7 +118,10 @@ def in_diffusers_naming(student, folder):
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
 def test_file_to_forward_equals_the_student(layout, make_teacher, tmp_path):
-    """Random ranks, alphas and targets; kohya's, diffusers' and PEFT's naming, PEFT's folder and a whole output folder."""
+    """Random ranks, alphas and targets.
+
+    In kohya's, diffusers' and PEFT's naming, PEFT's folder and a whole output folder.
+    """
     teacher, trainer = make_teacher(layout), load_script(f"train_lcm_lora_{layout}.py")
     for seed in range({"sd15": 4, "sdxl": 2}[layout]):
         rng = random.Random(seed)
@@ -145,7 +152,7 @@ def test_file_to_forward_equals_the_student(layout, make_teacher, tmp_path):
 
 
 def test_peft_folder_with_patterns(teacher, tmp_path):
-    """Ranks and alphas of their own for some layers, and rank-stabilised scaling, from PEFT's own folder."""
+    """From PEFT's own folder: some layers' own ranks and alphas, rank-stabilised scaling."""
     for rslora in (False, True):
         unet = open_pipe(teacher).unet
         settings = {
@@ -167,7 +174,10 @@ def test_peft_folder_with_patterns(teacher, tmp_path):
 
 
 def test_weights_scale_exactly_and_add_linearly(sd15, teacher, tmp_path):
-    """Weights 0.5 and 2 scale each layer's update to the bit; fused, the two LoRAs' updates are added to the base."""
+    """Weights 0.5 and 2 scale each layer's update to the bit.
+
+    Fused, the two LoRAs' updates are added to the base.
+    """
     for index in range(2):
         train(sd15, teacher, tmp_path / str(index), index, 4, 3, PARTS if index else PARTS[:6])
     paths = [tmp_path / "0", tmp_path / "1"]
@@ -228,7 +238,10 @@ def test_lcm_off_leaves_the_styles_on(sd15, teacher, tmp_path):
 
 
 def test_defect_2_mixed_naming(sdxl, xl_teacher, tmp_path, capsys):
-    """A file as Hugging Face's SDXL script writes it: diffusers drops the attention layers, infer.py loads all and says so."""
+    """A file as Hugging Face's SDXL script writes it.
+
+    diffusers drops the attention layers, infer.py loads all and says so.
+    """
     student = train(sdxl, xl_teacher, tmp_path, rank=4, alpha=4)
     huggingface_mixed(student, tmp_path / "hf")
     names = [name for name, module in student.named_modules() if isinstance(module, LoraLayer)]
@@ -248,7 +261,10 @@ def test_defect_2_mixed_naming(sdxl, xl_teacher, tmp_path, capsys):
 
 
 def test_defect_1_prefix(sd15, teacher, tmp_path, capsys):
-    """A file as Hugging Face's tar-shard scripts write it: diffusers refuses it, infer.py loads all and says so."""
+    """A file as Hugging Face's tar-shard scripts write it.
+
+    diffusers refuses it, infer.py loads all and says so.
+    """
     student = train(sd15, teacher, tmp_path, rank=4, alpha=4)
     state = {
         f"base_model.model.{key}": tensor
@@ -301,7 +317,10 @@ def test_older_attention_names(sd15, teacher, tmp_path):
 
 
 def test_original_block_names(sdxl, xl_teacher, tmp_path):
-    """kohya's SDXL files count the blocks as the original code does: lora_unet_input_blocks_3_1_..."""
+    """kohya's SDXL files count the blocks as the original code does.
+
+    Such as lora_unet_input_blocks_3_1_...
+    """
     student = train(sdxl, xl_teacher, tmp_path)
     names = {
         path.replace(".", "_"): unet_name(path, student)
@@ -323,7 +342,10 @@ def test_original_block_names(sdxl, xl_teacher, tmp_path):
 
 
 def test_shallow_sdxl_without_a_header(tmp_path):
-    """The transformers of the SDXL demo teacher are one block deep: a LoRA that tells no family is not taken for SD 1.x's."""
+    """The transformers of the SDXL demo teacher are one block deep.
+
+    A LoRA that tells no family is not taken for SD 1.x's.
+    """
     unet = DiffusionPipeline.from_pretrained(ROOT / "demo" / "teacher-sdxl").unet
     names = [name for name, _ in unet.named_modules()]
     layers = [name for name in names if name.endswith(tuple(PARTS))]
@@ -367,7 +389,10 @@ def text_tensors(naming, alpha=True):
 
 @pytest.mark.parametrize("naming", TEXT_NAMES)
 def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
-    """A style LoRA's text encoder layers load and are counted: alpha / rank x B A is added to the weights."""
+    """A style LoRA's text encoder layers load and are counted.
+
+    alpha / rank x B A is added to the weights.
+    """
     tensors, layers = text_tensors(naming)
     save_file(tensors, tmp_path / "style.safetensors")
     pipe, base = open_pipe(xl_teacher), open_pipe(xl_teacher)
@@ -392,7 +417,10 @@ def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
 
 
 def test_style_loras_are_used(sd15, teacher, tmp_path, capsys):
-    """Several LoRAs from the command line, a line for each; the settings in the image name all of them."""
+    """Several LoRAs from the command line, a line for each.
+
+    The settings in the image name all of them.
+    """
     for index in range(3):
         train(sd15, teacher, tmp_path / f"run{index}", index, targets=PARTS[: 4 + index])
     text, layers = text_tensors("kohya")
@@ -444,7 +472,10 @@ def test_style_loras_are_used(sd15, teacher, tmp_path, capsys):
 
 
 def test_weight_after_the_last_colon(tmp_path, monkeypatch):
-    """A colon may belong to the path: only a number after the last one is a weight, and a path that exists is never torn."""
+    """A colon may belong to the path.
+
+    Only a number after the last one is a weight, and a path that exists is never torn.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:2").mkdir()
     read = infer.weighted(infer.number(float, -10, 10), 0.8)
@@ -485,22 +516,35 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({}, "contains no LoRA layer"),
-        (GOOD | {"lora_unet_conv_in.lora_up.weight": torch.full((32, 2, 1, 1), torch.nan)}, "1 of 2 tensors hold NaN"),
-        ({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 4)}, "layer unet.conv_in has no up matrix"),
-        (GOOD | {"unet.conv_out.bias": torch.ones(2)}, "cannot read unet.conv_out.bias"),
-        (GOOD | {"lora_unet_conv_in.hada_w1_a": torch.ones(2)}, "belongs to a LoHa"),
-        (GOOD | {"lora_unet_conv_in.lokr_w1": torch.ones(2)}, "belongs to a LoKr"),
-        (GOOD | {"lora_unet_conv_in.dora_scale": torch.ones(2)}, "belongs to a DoRA"),
-        (GOOD | {"lora_unet_conv_in.lora_mid.weight": torch.ones(2)}, "belongs to a LoCon with a core tensor"),
-        (GOOD | {"lora_unet_conv_in.alpha": torch.ones(2)}, r"conv_in.alpha is not a number but has the shape \[2\]"),
-        (GOOD | {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, "conv_in.lora_A.* is in the file twice"),
-        (GOOD | {"lora_unet_conv_in.lora_up.weight": torch.ones(32, 3, 1, 1)}, "layer unet.conv_in do not fit together"),
-    ],
-)  # fmt: skip
+LAYER = "lora_unet_conv_in"
+BAD = [
+    ({}, "contains no LoRA layer"),
+    (
+        GOOD | {f"{LAYER}.lora_up.weight": torch.full((32, 2, 1, 1), torch.nan)},
+        "1 of 2 tensors hold NaN",
+    ),
+    ({f"{LAYER}.lora_down.weight": torch.ones(2, 4)}, "layer unet.conv_in has no up matrix"),
+    (GOOD | {"unet.conv_out.bias": torch.ones(2)}, "cannot read unet.conv_out.bias"),
+    (GOOD | {f"{LAYER}.hada_w1_a": torch.ones(2)}, "belongs to a LoHa"),
+    (GOOD | {f"{LAYER}.lokr_w1": torch.ones(2)}, "belongs to a LoKr"),
+    (GOOD | {f"{LAYER}.dora_scale": torch.ones(2)}, "belongs to a DoRA"),
+    (GOOD | {f"{LAYER}.lora_mid.weight": torch.ones(2)}, "belongs to a LoCon with a core tensor"),
+    (
+        GOOD | {f"{LAYER}.alpha": torch.ones(2)},
+        r"conv_in.alpha is not a number but has the shape \[2\]",
+    ),
+    (
+        GOOD | {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)},
+        "conv_in.lora_A.* is in the file twice",
+    ),
+    (
+        GOOD | {f"{LAYER}.lora_up.weight": torch.ones(32, 3, 1, 1)},
+        "layer unet.conv_in do not fit together",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tensors", "message"), BAD)
 @pytest.mark.parametrize("flag", ["lora", "style_lora"])
 def test_bad_tensors(tmp_path, flag, tensors, message):
     """One line that names the file and what is wrong, before any base model is looked for."""
@@ -529,7 +573,10 @@ def refused(files, message, folder):
 
 
 def test_bad_files(tmp_path):
-    """Pickles, texts, torn and empty files, folders without a LoRA, broken PEFT settings: one line each."""
+    """Pickles, texts, torn and empty files, folders without a LoRA, broken PEFT settings.
+
+    One line each.
+    """
     save_file(GOOD, tmp_path / "good.safetensors")
     whole = (tmp_path / "good.safetensors").read_bytes()
     for name, content in {
@@ -577,7 +624,10 @@ def test_bad_files(tmp_path):
 
 
 def test_layers_of_no_module(teacher, tmp_path):
-    """A layer that the base has not, and one that is in the file under two names: nothing is loaded."""
+    """A layer that the base has not, and one that is in the file under two names.
+
+    Nothing is loaded.
+    """
     unknown = {key.replace("conv_in", "foo"): tensor for key, tensor in GOOD.items()}
     names = ("lora_unet_time_embedding_linear_1", "unet.time_embedding.linear_1")
     shapes = {"down": (2, 32), "up": (128, 2)}

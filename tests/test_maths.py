@@ -1,4 +1,7 @@
-"""The mathematics of the trainer against diffusers' schedulers, closed forms, and Algorithm 1 written a second time."""
+"""The mathematics of the trainer against diffusers' schedulers and closed forms.
+
+And against Algorithm 1 written a second time.
+"""
 
 import io
 import json
@@ -7,10 +10,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from PIL import Image
 
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+BETAS = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
 PREDICTIONS = ["epsilon", "v_prediction"]
 GRID = list(range(19, 1000, 20))
 
@@ -29,7 +42,9 @@ def alpha_sigma():
 
 def latents(count=2, seed=0, dtype=torch.float32):
     """Random latents [count,4,6,6]."""
-    return torch.randn(count, 4, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        count, 4, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def close(a, b, tolerance=1e-5):
@@ -37,18 +52,27 @@ def close(a, b, tolerance=1e-5):
     return (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
 
 
-# ------------------------------------------------------------------------------------------------------- the solver
+# --------------------------------------------------------------------------------------- the solver
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_solver_is_ddim(sd15, prediction_type):
-    """Every step of the grid, the last to t = 0 included, is DDIMScheduler's; its clipping is off, as in a teacher's config."""
+    """Every step of the grid, the last to t = 0 included, is DDIMScheduler's.
+
+    Its clipping is off, as in a teacher's config.
+    """
     scheduler = DDIMScheduler(
-        **BETAS, prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
+        **BETAS,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
     )
     scheduler.set_timesteps(50)
     schedule = sd15.NoiseSchedule(scheduler.config, "cpu")
-    assert scheduler.timesteps.tolist() == GRID[::-1] == sd15.ddim_timesteps(50, 1000).tolist()[::-1]
+    assert (
+        scheduler.timesteps.tolist() == GRID[::-1] == sd15.ddim_timesteps(50, 1000).tolist()[::-1]
+    )
     for i, t in enumerate(scheduler.timesteps):
         z, output = latents(seed=i), latents(seed=100 + i)
         ours = schedule.ddim_step(output, z, t.expand(2), (t - 20).clamp(min=0).expand(2))
@@ -83,7 +107,10 @@ def test_outputs_turn_into_x0_and_noise_and_back(sd15, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_units_of_the_output(sd15, prediction_type):
-    """An error of the output, carried to x0 and scaled back, has the size that it had, at every timestep of the grid."""
+    """An error of the output, carried to x0 and scaled back, has the size that it had.
+
+    At every timestep of the grid.
+    """
     schedule = sd15.NoiseSchedule(config(prediction_type), "cpu")
     z, output, error = latents(), latents(seed=1), latents(seed=2)
     for t in GRID:
@@ -141,7 +168,9 @@ def test_other_predictions_are_refused(sd15):
 def test_a_scheduler_without_betas_is_refused(sd15):
     """Such as Playground's: diffusers would make a schedule of its own defaults."""
     for scheduler in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
-        with pytest.raises(SystemExit, match=f"the teacher's scheduler is {type(scheduler).__name__}: .*betas"):
+        with pytest.raises(
+            SystemExit, match=f"the teacher's scheduler is {type(scheduler).__name__}: .*betas"
+        ):
             sd15.NoiseSchedule(json.loads(scheduler.to_json_string()), "cpu")
 
 
@@ -156,7 +185,7 @@ def test_v_with_zero_terminal_snr_is_finite(sd15):
     assert close(schedule.x0_and_eps(latents(seed=1), latents(), t)[0], -latents(seed=1))
 
 
-# -------------------------------------------------------------------------------------- the consistency function
+# ------------------------------------------------------------------------- the consistency function
 
 
 def test_boundary_scalings_are_those_of_lcm_scheduler(sd15):
@@ -165,14 +194,18 @@ def test_boundary_scalings_are_those_of_lcm_scheduler(sd15):
         c_skip, c_out = sd15.boundary_scalings(torch.tensor([t]))
         expected = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(t))
         assert c_skip.shape == c_out.shape == (1, 1, 1, 1)
-        assert torch.allclose(torch.stack([c_skip, c_out]).flatten(), torch.stack(expected), rtol=1e-6)
+        assert torch.allclose(
+            torch.stack([c_skip, c_out]).flatten(), torch.stack(expected), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_consistency_function_is_the_identity_at_0(sd15, prediction_type):
     schedule = sd15.NoiseSchedule(config(prediction_type), "cpu")
     t = torch.tensor([0, 0])
-    assert torch.equal(sd15.consistency_function(latents(seed=1), latents(), t, schedule), latents())
+    assert torch.equal(
+        sd15.consistency_function(latents(seed=1), latents(), t, schedule), latents()
+    )
 
 
 def test_distances_in_closed_form(sd15):
@@ -183,13 +216,16 @@ def test_distances_in_closed_form(sd15):
 
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])
 def test_gradient_of_the_distance(sd15, loss_type):
-    """Zero and finite where a = b; elsewhere e / sqrt(e^2 + c^2) and 2 e, over the number of elements."""
+    """Zero and finite where a = b.
+
+    Elsewhere e / sqrt(e^2 + c^2) and 2 e, over the number of elements.
+    """
     a = torch.tensor([1.0, 5.0], requires_grad=True)
     sd15.distance(a, torch.tensor([1.0, 1.0]), loss_type, 3.0).backward()
     assert a.grad.tolist() == pytest.approx([0, {"huber": 4 / 5 / 2, "l2": 8 / 2}[loss_type]])
 
 
-# --------------------------------------------------------------------------------------------------- Algorithm 1
+# -------------------------------------------------------------------------------------- Algorithm 1
 
 
 class Toy(torch.nn.Module):
@@ -207,15 +243,22 @@ class Toy(torch.nn.Module):
         w, c = self.weight.to(z.dtype), encoder_hidden_states.mean((1, 2))[:, None, None, None]
         time = torch.sin(t.to(z.dtype) / 100)[:, None, None, None]
         return SimpleNamespace(
-            sample=w[0] * z + w[1] * z.roll(1, -1) + w[2] * time * z + w[3] * c * z + w[4] * c + w[5]
+            sample=w[0] * z
+            + w[1] * z.roll(1, -1)
+            + w[2] * time * z
+            + w[3] * c * z
+            + w[4] * c
+            + w[5]
         )
 
 
-def algorithm_1(teacher, student, z, c, null, noise, t_nk, omega, prediction_type, loss_type, huber_c):
-    """The report's Algorithm 1 in float64, sample by sample, every pass apart, Psi as the report writes it.
+def algorithm_1(
+    teacher, student, z, c, null, noise, t_nk, omega, prediction_type, loss_type, huber_c
+):
+    """The report's Algorithm 1 in float64, sample by sample, every pass apart.
 
-    teacher and student: network(z, t, conditions) with a float64 `sample`; c: {name: [B,...]}; null:
-    {name: [1,...]}, what the empty prompt replaces of it.
+    Psi is as the report writes it. teacher and student: network(z, t, conditions) with a float64
+    `sample`; c: {name: [B,...]}; null: {name: [1,...]}, what the empty prompt replaces of it.
     """
     alpha, sigma = alpha_sigma()
 
@@ -262,9 +305,7 @@ def problem(sd15, prediction_type="epsilon", loss_type="huber", omega=(3.0, 7.5,
         "t_nk": torch.tensor([19, 259, 739, 999]),
         "omega": torch.tensor(omega)[:, None, None, None],
     }
-    args = SimpleNamespace(
-        num_ddim_timesteps=50, loss_type=loss_type, huber_c=0.1, loss_units="x0"
-    )
+    args = SimpleNamespace(num_ddim_timesteps=50, loss_type=loss_type, huber_c=0.1, loss_units="x0")
     return SimpleNamespace(**nets, schedule=schedule, c_null={"prompt": null}), inputs, args
 
 
@@ -311,7 +352,10 @@ def test_passes_of_a_step(sd15):
 
 
 def test_defect_09_autocast_names_its_dtype(sd15):
-    """An fp16 base on the CPU, whose default autocast type is bf16, runs under fp16; a float32 base under none."""
+    """An fp16 base on the CPU, whose default autocast type is bf16, runs under fp16.
+
+    A float32 base under none.
+    """
     seen = []
 
     def unet(z, t, prompt, added_cond_kwargs):
@@ -320,19 +364,28 @@ def test_defect_09_autocast_names_its_dtype(sd15):
 
     for dtype in (torch.float16, torch.float32):
         unet.parameters = lambda dtype=dtype: iter([torch.zeros(1, dtype=dtype)])
-        assert sd15.predict(unet, latents(), torch.tensor([1, 2]), {"prompt": latents()}).dtype == torch.float32
+        assert (
+            sd15.predict(unet, latents(), torch.tensor([1, 2]), {"prompt": latents()}).dtype
+            == torch.float32
+        )
     assert seen[0] == (True, torch.float16, torch.float16)
     assert seen[1][0] is False and seen[1][2] == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------- randomness
+# --------------------------------------------------------------------------------------- randomness
 
 
 def test_defect_11_no_two_samples_share_noise(sd15):
     """A stream is a pure function of seed, step, place and purpose, and each of them changes it."""
     base = (0, 3, 1, "noise")
     first = sd15.rng(*base).standard_normal(8).tolist()
-    others = [(1, 3, 1, "noise"), (2**32, 3, 1, "noise"), (0, 4, 1, "noise"), (0, 3, 2, "noise"), (0, 1, 3, "noise")]
+    others = [
+        (1, 3, 1, "noise"),
+        (2**32, 3, 1, "noise"),
+        (0, 4, 1, "noise"),
+        (0, 3, 2, "noise"),
+        (0, 1, 3, "noise"),
+    ]
     others += [(0, 3, 1, purpose) for purpose in sd15.PURPOSES if purpose != "noise"]
     values = [sd15.rng(*other).standard_normal(8).tolist() for other in others]
     assert len({tuple(value) for value in [first, *values]}) == len(others) + 1
@@ -347,7 +400,10 @@ def test_noise_does_not_depend_on_the_batch(sd15):
 
 
 def test_noise_is_standard_normal(sd15):
-    """Mean, variance, skewness and kurtosis of 400,000 numbers, to five of their standard errors; places are uncorrelated."""
+    """Mean, variance, skewness and kurtosis of 400,000 numbers, to five of their standard errors.
+
+    Places are uncorrelated.
+    """
     x = sd15.normal(0, 0, range(400), "noise", [1000]).double()
     assert abs(x.mean()) < 5 / 400_000**0.5
     assert abs(x.var() - 1) < 5 * (2 / 400_000) ** 0.5
@@ -356,18 +412,24 @@ def test_noise_is_standard_normal(sd15):
     assert abs((x[::2] * x[1::2]).mean()) < 5 / 200_000**0.5
 
 
-# --------------------------------------------------------------------------------------------------- order of data
+# ------------------------------------------------------------------------------------ order of data
 
 
 def stream(sd15, count, steps, size, parts=1, world=1, rank=0, first=0):
-    """[(places, captions)] of the batches that one rank's loader reads; the captions are the records' numbers."""
+    """[(places, captions)] of the batches that one rank's loader reads.
+
+    The captions are the records' numbers.
+    """
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
-    records = [{"image": {"bytes": file.getvalue(), "path": None}, "text": str(i)} for i in range(count)]
+    records = [
+        {"image": {"bytes": file.getvalue(), "path": None}, "text": str(i)} for i in range(count)
+    ]
     args = SimpleNamespace(
-        seed=0, image_column="image", caption_column="text", resolution=8, center_crop=True, random_flip=False,
-        proportion_empty_prompts=0.0, train_batch_size=size, gradient_accumulation_steps=parts, max_train_steps=steps,
-        dataloader_num_workers=0, streaming=False,
+        seed=0, image_column="image", caption_column="text", resolution=8, center_crop=True,
+        random_flip=False, proportion_empty_prompts=0.0, train_batch_size=size,
+        gradient_accumulation_steps=parts, max_train_steps=steps, dataloader_num_workers=0,
+        streaming=False,
     )  # fmt: skip
     loader = sd15.make_loader(records, None, args, first, rank, world)
     return [(batch["place"], batch["caption"]) for batch in loader]

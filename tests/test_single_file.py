@@ -1,4 +1,7 @@
-"""A teacher in one .safetensors file of the original key layout: opened and trained from like its folder, offline."""
+"""A teacher in one .safetensors file of the original key layout.
+
+Opened and trained from like its folder, offline.
+"""
 
 import functools
 import json
@@ -29,16 +32,20 @@ def teachers(make_teacher):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_file_opens_as_its_folder(teachers, layout):
-    """diffusers finds every tensor of every part under the names that tests/single_file.py writes."""
+    """diffusers finds every tensor of every part under the names of tests/single_file.py."""
     folder, file = teachers(layout)
     ours = DiffusionPipeline.from_pretrained(folder)
     theirs = type(ours).from_single_file(file, config=str(folder))
     parts = {name for name, part in ours.components.items() if isinstance(part, torch.nn.Module)}
-    assert parts == {"unet", "vae", "text_encoder"} | ({"text_encoder_2"} if layout != "sd15" else set())
+    assert parts == {"unet", "vae", "text_encoder"} | (
+        {"text_encoder_2"} if layout != "sd15" else set()
+    )
     for part in parts:
         a, b = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
         assert a.keys() == b.keys()
-        assert [name for name in a if b[name].is_meta or not torch.equal(a[name], b[name])] == [], part
+        assert [name for name in a if b[name].is_meta or not torch.equal(a[name], b[name])] == [], (
+            part
+        )
     assert dict(ours.scheduler.config) == dict(theirs.scheduler.config)
 
 
@@ -51,7 +58,9 @@ def test_training_from_the_file_is_training_from_the_folder(teachers, train_by, 
     assert series(a) == series(b) and len(series(a)) == 2
     (ours, _), (theirs, about) = lora_file(a), lora_file(b)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert about["base_model"] == str(file) and json.loads(about["training_args"])["teacher_config"] == str(folder)
+    assert about["base_model"] == str(file) and json.loads(about["training_args"])[
+        "teacher_config"
+    ] == str(folder)
 
 
 class Trap:
@@ -87,13 +96,17 @@ def files(teachers, make_teacher, tmp_path_factory):
         "sprung": folder / "sprung",
         "no text": without("no-text.safetensors", "cond_stage_model."),
         "no vae": without("no-vae.safetensors", "first_stage_model."),
-        "torn": without("torn.safetensors", "cond_stage_model.transformer.text_model.encoder.layers.1."),
+        "torn": without(
+            "torn.safetensors", "cond_stage_model.transformer.text_model.encoder.layers.1."
+        ),
         "sd15": sd15,
         "sd15 file": sd15_file,
         "sdxl": sdxl,
         "sdxl file": sdxl_file,
         "ssd1b": ssd1b,
-        "xl of one width": make_teacher("sdxl"),  # its first text encoder is like the small SD 1.5's, as at full size
+        "xl of one width": make_teacher(
+            "sdxl"
+        ),  # its first text encoder is like the small SD 1.5's, as at full size
     }
 
 
@@ -108,13 +121,33 @@ BAD = {  # what is wrong: the trainer, the teacher, --teacher_config, what the m
         "sd15",
         "no-text.safetensors.*it has unet, vae;",
     ),
-    "no VAE": ("sd15", "no vae", "sd15", "no-vae.safetensors.*no VAE; .*--pretrained_vae_model_name_or_path"),
+    "no VAE": (
+        "sd15",
+        "no vae",
+        "sd15",
+        "no-vae.safetensors.*no VAE; .*--pretrained_vae_model_name_or_path",
+    ),
     "half a text encoder": ("sd15", "torn", "sd15", "torn.safetensors.*missing or extra"),
-    "SDXL for SD 1.5": ("sd15", "sdxl file", "sdxl", "it has text_encoder, text_encoder_2, .*train_lcm_lora_sdxl.py"),
-    "SD 1.5 for SDXL": ("sdxl", "sd15 file", "sd15", "it has text_encoder, unet, .*train_lcm_lora_sd15.py"),
+    "SDXL for SD 1.5": (
+        "sd15",
+        "sdxl file",
+        "sdxl",
+        "it has text_encoder, text_encoder_2, .*train_lcm_lora_sdxl.py",
+    ),
+    "SD 1.5 for SDXL": (
+        "sdxl",
+        "sd15 file",
+        "sd15",
+        "it has text_encoder, unet, .*train_lcm_lora_sd15.py",
+    ),
     "no configs": ("sd15", "sd15 file", None, "--teacher_config .*configs and tokenizers"),
     "no configs, SDXL": ("sdxl", "sdxl file", None, "--teacher_config .*configs and tokenizers"),
-    "configs of SDXL": ("sd15", "sd15 file", "xl of one width", "--teacher_config .*KeyError.*label_emb"),
+    "configs of SDXL": (
+        "sd15",
+        "sd15 file",
+        "xl of one width",
+        "--teacher_config .*KeyError.*label_emb",
+    ),
     "configs of SSD-1B": ("sdxl", "sdxl file", "ssd1b", "--teacher_config .*missing or extra"),
     "configs for a folder": ("sd15", "sd15", "sd15", "teacher_config .*leave it out"),
 }
@@ -125,7 +158,9 @@ def test_bad_teacher(files, train_by, request, tmp_path, case):
     """One line, nothing written, nothing unpickled."""
     trainer, teacher, config, message = BAD[case]
     flags = {"output_dir": tmp_path / "new" / "out", "teacher_config": files.get(config)}
-    with pytest.raises(SystemExit, match=f"^train_lcm_lora_{trainer}.py: error: --.*{message}") as end:
+    with pytest.raises(
+        SystemExit, match=f"^train_lcm_lora_{trainer}.py: error: --.*{message}"
+    ) as end:
         train_by(request.getfixturevalue(trainer), files[teacher])(**flags)
     assert "\n" not in str(end.value)
     assert not any(tmp_path.iterdir()) and not files["sprung"].exists()
@@ -133,7 +168,10 @@ def test_bad_teacher(files, train_by, request, tmp_path, case):
 
 def test_a_file_without_vae_takes_another(files, train_by, sd15):
     """Many fine-tunes come without one: with the folder's own VAE they train as the folder does."""
-    flags = {"teacher_config": files["sd15"], "pretrained_vae_model_name_or_path": files["sd15"] / "vae"}
+    flags = {
+        "teacher_config": files["sd15"],
+        "pretrained_vae_model_name_or_path": files["sd15"] / "vae",
+    }
     a = train_by(sd15, files["no vae"])(max_train_steps=1, **flags)
     b = train_by(sd15, files["sd15"])(max_train_steps=1)
     assert series(a) == series(b)

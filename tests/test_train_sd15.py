@@ -1,4 +1,7 @@
-"""train_lcm_lora_sd15.py from end to end on small random models: its files, its invariants, the defects it must not have."""
+"""train_lcm_lora_sd15.py from end to end on small random models.
+
+Its files, its invariants, the defects it must not have.
+"""
 
 import argparse
 import errno
@@ -73,7 +76,7 @@ def plain(train):
 
 @pytest.fixture
 def nets(sd15, monkeypatch):
-    """A list that fills with (teacher, student, target) of each step of the runs made in this test."""
+    """A list that fills with (teacher, student, target) of each step of this test's runs."""
     seen, step = [], sd15.distillation_loss
 
     def spy(run, *rest):
@@ -84,15 +87,19 @@ def nets(sd15, monkeypatch):
     return seen
 
 
-# ------------------------------------------------------------------------------------------------- as a user runs it
+# -------------------------------------------------------------------------------- as a user runs it
 
 
 def test_alone_in_a_folder(teacher, images, tmp_path):
-    """The script copied to an empty folder: `accelerate launch` runs it, and these are the files, all of them."""
+    """The script copied to an empty folder.
+
+    `accelerate launch` runs it, and these are the files, all of them.
+    """
     shutil.copy(ROOT / SCRIPT, tmp_path)
     flags = {
-        "pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": "out", "resolution": 32, "lora_rank": 4,
-        "train_batch_size": 2, "max_train_steps": 4, "checkpointing_steps": 2, "report_to": "tensorboard",
+        "pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": "out",
+        "resolution": 32, "lora_rank": 4, "train_batch_size": 2, "max_train_steps": 4,
+        "checkpointing_steps": 2, "report_to": "tensorboard",
         "validation_prompts": ["red apple", "rain"], "validation_steps": 2,
     }  # fmt: skip
     done = launch(SCRIPT, *command_line(flags), cwd=tmp_path)
@@ -105,14 +112,25 @@ def test_alone_in_a_folder(teacher, images, tmp_path):
         if name.startswith("out/logs/lcm-lora/") and ("/events.out" in name or name.endswith("yml"))
     }
     lora = [LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors"]
-    expected = {SCRIPT, "out/.lock", "out/args.json", "out/log.jsonl", "out/README.md", *(f"out/{name}" for name in lora)}
+    expected = {
+        SCRIPT,
+        "out/.lock",
+        "out/args.json",
+        "out/log.jsonl",
+        "out/README.md",
+        *(f"out/{name}" for name in lora),
+    }
     expected |= {
-        f"out/checkpoint-{step}/{name}" for step in (2, 4) for name in [*lora, "training_state.pt", "manifest.json"]
+        f"out/checkpoint-{step}/{name}"
+        for step in (2, 4)
+        for name in [*lora, "training_state.pt", "manifest.json"]
     }
     expected |= {f"out/validation/step-{step:06}.png" for step in (2, 4)}
     assert files - events == expected and events
     assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
-    assert all(set(row) == ROW and np.isfinite(list(row.values())).all() for row in log(tmp_path / "out"))
+    assert all(
+        set(row) == ROW and np.isfinite(list(row.values())).all() for row in log(tmp_path / "out")
+    )
     about = json.loads((tmp_path / "out" / "args.json").read_text())
     assert about["processes"] == 1 and about["versions"]["diffusers"] == diffusers.__version__
     assert about["arguments"]["max_train_steps"] == 4 and about["arguments"]["lora_alpha"] == 4
@@ -120,9 +138,11 @@ def test_alone_in_a_folder(teacher, images, tmp_path):
 
 
 def test_documented_commands_parse(capsys, monkeypatch):
-    """Each command of README.md, docs/ and scripts/*.sh, by the parsers of the programs it names."""
+    """Each command of README.md, docs/ and scripts/*.sh, by the parsers of its programs."""
 
-    monkeypatch.setitem(sys.modules, "resvg_py", ModuleType("resvg_py"))  # of scripts/demo, perhaps not installed
+    monkeypatch.setitem(
+        sys.modules, "resvg_py", ModuleType("resvg_py")
+    )  # of scripts/demo, perhaps not installed
 
     class Parsed(Exception):
         """The command line was taken."""
@@ -153,7 +173,9 @@ def test_documented_commands_parse(capsys, monkeypatch):
         try:
             if words[0] == "accelerate":
                 parsed = launch_command_parser().parse_args(words[2:])
-                assert (parsed.training_script, parsed.training_script_args) == (program, flags), where
+                assert (parsed.training_script, parsed.training_script_args) == (program, flags), (
+                    where
+                )
             parse(program, flags)
         except SystemExit as end:
             pytest.fail(f"{where}\n{end} {capsys.readouterr().err}")
@@ -165,41 +187,60 @@ def test_log_and_arguments(plain):
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["lr"] == 1e-2 for row in rows)
 
 
-# ------------------------------------------------------------------------------------------------- weights and LoRA
+# --------------------------------------------------------------------------------- weights and LoRA
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_defect_17_one_copy_of_the_base(train, nets, teacher, precision):
-    """Student and teacher hold the same Parameter objects, bit-identical to the file's after training; the LoRA is float32."""
+    """Student and teacher hold the same Parameter objects.
+
+    They are bit-identical to the file's after training; the LoRA is float32.
+    """
     train(mixed_precision=precision)
     base, _, student = nets[-1]
     dtype = DTYPES[precision]
     on_disk = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet", dtype=dtype)
     on_disk = on_disk.state_dict()
     of_teacher, of_student = dict(base.named_parameters()), dict(student.named_parameters())
-    shared = {name.replace(".base_layer", ""): p for name, p in of_student.items() if "lora_" not in name}
+    shared = {
+        name.replace(".base_layer", ""): p for name, p in of_student.items() if "lora_" not in name
+    }
     assert base is not student and shared.keys() == of_teacher.keys() == on_disk.keys()
-    assert all(shared[name] is of_teacher[name] and torch.equal(shared[name], on_disk[name]) for name in shared)
+    assert all(
+        shared[name] is of_teacher[name] and torch.equal(shared[name], on_disk[name])
+        for name in shared
+    )
     assert not any(p.requires_grad for p in shared.values())
     lora = [p for name, p in of_student.items() if "lora_" in name]
     assert len(lora) == 2 * len(target_modules(teacher))
     assert all(p.dtype == torch.float32 and p.requires_grad for p in lora)
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 8, "lora_alpha": 4}], ids=["default", "rank 8 alpha 4"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lora_rank": 8, "lora_alpha": 4}], ids=["default", "rank 8 alpha 4"]
+)
 def test_defect_04_alpha_is_kept(train, nets, teacher, flags):
-    """diffusers and PEFT load every layer that was trained, and both then say what the live student says."""
+    """diffusers and PEFT load every layer that was trained.
+
+    Both then say what the live student says.
+    """
     out = train(**flags)
     live, base = output(nets[-1][2]), output(nets[-1][0])
     rank = flags.get("lora_rank", 4)
     assert (live - base).abs().max() > 1e-2
     with_diffusers = StableDiffusionPipeline.from_pretrained(teacher)
     with_diffusers.load_lora_weights(out)
-    with_peft = peft.PeftModel.from_pretrained(StableDiffusionPipeline.from_pretrained(teacher).unet, out / "unet")
+    with_peft = peft.PeftModel.from_pretrained(
+        StableDiffusionPipeline.from_pretrained(teacher).unet, out / "unet"
+    )
     for unet in (with_diffusers.unet, with_peft.base_model.model):
-        layers = {name: m for name, m in unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        layers = {
+            name: m for name, m in unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+        }
         assert sorted(layers) == sorted(target_modules(teacher))
-        assert all([*m.scaling.values()] == [flags.get("lora_alpha", rank) / rank] for m in layers.values())
+        assert all(
+            [*m.scaling.values()] == [flags.get("lora_alpha", rank) / rank] for m in layers.values()
+        )
         assert (output(unet) - live).abs().max() < 1e-5
 
 
@@ -237,7 +278,8 @@ def test_defect_22_peft_keys_have_their_prefix(plain):
     tensors = load_file(plain / "unet" / "adapter_model.safetensors")
     assert len(tensors) == 2 * len(lora_file(plain)[0]) // 3
     assert all(
-        key.startswith("base_model.model.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors
+        key.startswith("base_model.model.") and key.endswith((".lora_A.weight", ".lora_B.weight"))
+        for key in tensors
     )
     config = json.loads((plain / "unet" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(TARGETS) and config["r"] == config["lora_alpha"] == 4
@@ -251,7 +293,9 @@ def test_defect_23_alpha_tensors_are_alpha(train):
 
 def test_the_header(plain, teacher, images):
     _, about = lora_file(plain)
-    assert about["base_model"] == str(teacher) and about["family"] == "sd15" and about["step"] == "4"
+    assert (
+        about["base_model"] == str(teacher) and about["family"] == "sd15" and about["step"] == "4"
+    )
     assert about["num_ddim_timesteps"] == "50" and "lora_adapter_metadata" not in about
     settings = json.loads(about["training_args"])
     assert settings["learning_rate"] == 1e-2 and settings["train_data_dir"] == images.name
@@ -319,7 +363,7 @@ def test_a_last_save_that_fails_keeps_the_old_files(sd15, train, monkeypatch, ho
 
 
 def test_defect_03_validation_uses_the_student(train, teacher):
-    """Its images are those of a user's pipeline with the finished LoRA, and not those of the base."""
+    """Its images are those of a user's pipeline with the finished LoRA, not those of the base."""
     out = train(validation_prompts=["red apple"], max_train_steps=3, learning_rate=3e-2)
     validation = np.asarray(Image.open(out / "validation" / "step-000003.png"), np.int16)
     pipe = StableDiffusionPipeline.from_pretrained(teacher)
@@ -338,7 +382,10 @@ def test_defect_03_validation_uses_the_student(train, teacher):
 
 
 def test_defect_07_gradients_are_clipped(train, plain):
-    """With a norm far below Adam's epsilon nothing moves; the logged norm is that before clipping."""
+    """With a norm far below Adam's epsilon nothing moves.
+
+    The logged norm is that before clipping.
+    """
     out = train(max_grad_norm=1e-12)
     assert size_of_b(plain) > 1e-2 and size_of_b(out) < 1e-4
     assert series(out, "grad_norm")[0] == series(plain, "grad_norm")[0]
@@ -346,15 +393,22 @@ def test_defect_07_gradients_are_clipped(train, plain):
 
 @pytest.mark.parametrize("launcher", [False, True], ids=["flag", "accelerate config"])
 def test_defect_08_lora_is_float32_under_bf16(train, nets, monkeypatch, capsys, launcher):
-    """Its weights too fine for bf16, Adam's state float32, the base bf16; also where the launcher chose the precision."""
+    """Its weights too fine for bf16, Adam's state float32, the base bf16.
+
+    Also where the launcher chose the precision.
+    """
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     out = train(mixed_precision=None if launcher else "bf16", checkpointing_steps=4)
     tensors, _ = lora_file(out)
     assert next(nets[-1][0].parameters()).dtype == torch.bfloat16
     assert all(t.dtype == torch.float32 for t in tensors.values())
-    assert any(not torch.equal(t.bfloat16().float(), t) for key, t in tensors.items() if "up" in key)
-    state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    assert any(
+        not torch.equal(t.bfloat16().float(), t) for key, t in tensors.items() if "up" in key
+    )
+    state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)["optimizer"][
+        "state"
+    ]
     assert state and all(s["exp_avg"].dtype == torch.float32 for s in state.values())
     assert all(np.isfinite(row).all() for row in series(out, "loss", "grad_norm"))
 
@@ -390,7 +444,7 @@ def test_nf4_under_mixed_precision_saves_and_resumes(request, train, nets, preci
     assert same(whole, half) and series(half) == series(whole)[1:]
 
 
-# ------------------------------------------------------------------------------------------------------- invariants
+# --------------------------------------------------------------------------------------- invariants
 
 
 def test_one_seed_one_lora(train, plain):
@@ -436,7 +490,7 @@ def test_defect_19_resumed_is_uninterrupted(train, flags):
 
 
 def test_resume_latest(train, plain, tmp_path):
-    """In the same folder: nothing there yet, then after an interruption, then when nothing is left to do."""
+    """In the same folder: nothing there yet, then after an interruption, then all is done."""
     out = tmp_path / "out"
     flags = {"output_dir": out, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
     train(**flags)
@@ -467,14 +521,21 @@ def test_gradient_checkpointing_changes_nothing(train, nets):
 
 
 def test_defect_05_two_processes_are_one(train, teacher, images, tmp_path):
-    """Losses and LoRA of one process with the same global batch; so no rank shares noise (11), and the schedule ends (13).
+    """Losses and LoRA of one process with the same global batch.
+
+    So no rank shares noise (11), and the schedule ends (13).
 
     The checkpoint of the two continues in one (12).
     """
-    flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4, "lr_scheduler": "linear",
-                      "checkpointing_steps": 2}  # fmt: skip
+    flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4}
+    flags |= {"lr_scheduler": "linear", "checkpointing_steps": 2}
     one, two = train(**flags), tmp_path / "out"
-    where = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": two, "report_to": "none"}
+    where = {
+        "pretrained_teacher_model": teacher,
+        "train_data_dir": images,
+        "output_dir": two,
+        "report_to": "none",
+    }
     done = launch(
         ROOT / SCRIPT,
         *command_line(flags | where | {"train_batch_size": 2}),
@@ -487,7 +548,7 @@ def test_defect_05_two_processes_are_one(train, teacher, images, tmp_path):
     assert difference(one, train(**flags, resume_from_checkpoint=two / "checkpoint-2")) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------- flags that work
+# ---------------------------------------------------------------------------------- flags that work
 
 
 @pytest.mark.parametrize(
@@ -535,7 +596,10 @@ def test_flag_leaves_the_losses(train, plain, flags):
 
 def test_another_vae(train, plain, make_teacher):
     other = make_teacher(seed=5) / "vae"
-    assert abs(np.array(series(train(pretrained_vae_model_name_or_path=other))) - series(plain)).max() > 1e-4
+    assert (
+        abs(np.array(series(train(pretrained_vae_model_name_or_path=other))) - series(plain)).max()
+        > 1e-4
+    )
 
 
 def test_v_prediction_with_zero_terminal_snr(train, v_teacher):
@@ -546,8 +610,15 @@ def test_v_prediction_with_zero_terminal_snr(train, v_teacher):
 def test_8_bit_adam(train, plain):
     """The state of matrices of 4,096 elements and more is bytes; losses stay near AdamW's."""
     out = train(use_8bit_adam=True, lora_rank=16, checkpointing_steps=4)
-    state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)["optimizer"]["state"]
-    parts = [part for of_weight in state.values() for part in of_weight.values() if isinstance(part, dict)]
+    state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)["optimizer"][
+        "state"
+    ]
+    parts = [
+        part
+        for of_weight in state.values()
+        for part in of_weight.values()
+        if isinstance(part, dict)
+    ]
     assert {part["state1"].dtype for part in parts} == {torch.uint8, torch.float32}
     assert np.allclose(series(out), series(train(lora_rank=16)), rtol=0.1)
 
@@ -573,7 +644,9 @@ def test_defect_13_learning_rate_is_scaled_and_decays(train, accumulation):
 
 def test_warm_up_is_counted_in_steps(train):
     out = train(learning_rate=1e-4, lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=6)
-    assert np.allclose(series(out, "lr"), [[lr * 1e-4] for lr in (0, 0.5, 1, 0.75, 0.5, 0.25)], rtol=1e-12)
+    assert np.allclose(
+        series(out, "lr"), [[lr * 1e-4] for lr in (0, 0.5, 1, 0.75, 0.5, 0.25)], rtol=1e-12
+    )
 
 
 def test_checkpoints_total_limit(train):
@@ -621,7 +694,11 @@ def test_captions_reach_the_text_encoder(sd15, train, monkeypatch, capsys):
 
     monkeypatch.setattr(sd15, "encode_captions", spy)
     train(max_train_samples=3)
-    assert set(seen[1:]) == {"red apple", "green pear", "a house"} and seen[0] == "" and len(seen) == 1 + 4 * 2
+    assert (
+        set(seen[1:]) == {"red apple", "green pear", "a house"}
+        and seen[0] == ""
+        and len(seen) == 1 + 4 * 2
+    )
     seen.clear()
     train(proportion_empty_prompts=1)
     assert set(seen) == {""} and len(seen) == 1 + 4 * 2
@@ -630,7 +707,7 @@ def test_captions_reach_the_text_encoder(sd15, train, monkeypatch, capsys):
     assert 30 < seen[1:].count("") < 70
 
 
-# --------------------------------------------------------------------------------------------------------- trackers
+# ----------------------------------------------------------------------------------------- trackers
 
 
 @pytest.fixture(scope="module")
@@ -640,7 +717,10 @@ def tracked(train, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         out = train(
-            output_dir=work / "out", report_to="all", validation_prompts=["red apple", "rain"], validation_steps=2
+            output_dir=work / "out",
+            report_to="all",
+            validation_prompts=["red apple", "rain"],
+            validation_steps=2,
         )
     return work, out
 
@@ -648,7 +728,9 @@ def tracked(train, tmp_path_factory):
 def test_tensorboard_is_read_back(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tracked[1] / "logs" / "lcm-lora"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    events = EventAccumulator(
+        str(tracked[1] / "logs" / "lcm-lora"), size_guidance={"images": 0, "scalars": 0}
+    ).Reload()
     rows = log(tracked[1])
     for name in ROW - {"step"}:
         scalars = [(event.step, event.value) for event in events.Scalars(name)]
@@ -677,15 +759,28 @@ def wandb_records(path):
 
 
 def test_defect_18_wandb_gets_images_too(tracked):
-    """Read from the offline run's own file: scalars of each step, and the images that validation wrote."""
+    """Read from the offline run's own file.
+
+    Scalars of each step, and the images that validation wrote.
+    """
     (file,) = tracked[0].rglob("run-*.wandb")
-    history = [record.history for record in wandb_records(file) if record.WhichOneof("record_type") == "history"]
-    steps = [{"/".join(item.nested_key): json.loads(item.value_json) for item in one.item} for one in history]
+    history = [
+        record.history
+        for record in wandb_records(file)
+        if record.WhichOneof("record_type") == "history"
+    ]
+    steps = [
+        {"/".join(item.nested_key): json.loads(item.value_json) for item in one.item}
+        for one in history
+    ]
     for row, step in zip(log(tracked[1]), steps, strict=True):
         assert all(step["_step" if name == "step" else name] == row[name] for name in ROW)
     assert [step.get("validation/count") for step in steps] == [None, 2, None, 2]
     (files,) = tracked[0].rglob("offline-run-*/files")
-    of_wandb = [np.asarray(Image.open(files / name).convert("RGB")) for name in steps[3]["validation/filenames"]]
+    of_wandb = [
+        np.asarray(Image.open(files / name).convert("RGB"))
+        for name in steps[3]["validation/filenames"]
+    ]
     strip = Image.open(tracked[1] / "validation" / "step-000004.png")
     assert np.array_equal(np.concatenate(of_wandb, 1), np.asarray(strip))
 
@@ -694,7 +789,7 @@ def test_trackers_write_into_the_output_folder(tracked):
     assert {path.name for path in tracked[0].iterdir()} == {"out"}
 
 
-# --------------------------------------------------------------------------------------------------------- bad inputs
+# --------------------------------------------------------------------------------------- bad inputs
 
 SOURCES = "give one of --train_data_dir.*--dataset_name.*--train_shards_path_or_url"
 BAD = {
@@ -706,7 +801,10 @@ BAD = {
         {"pretrained_teacher_model": "nobody/nothing"},
         "--pretrained_teacher_model nobody/nothing",
     ),
-    "no such VAE": ({"pretrained_vae_model_name_or_path": "/nowhere"}, "--pretrained_vae_model_name_or_path /nowhere"),
+    "no such VAE": (
+        {"pretrained_vae_model_name_or_path": "/nowhere"},
+        "--pretrained_vae_model_name_or_path /nowhere",
+    ),
     "no such variant": ({"variant": "fp99"}, "--pretrained_teacher_model .*fp99"),
     "SDXL teacher": (
         {"pretrained_teacher_model": "xl_teacher"},
@@ -718,15 +816,24 @@ BAD = {
     "no such dataset": ({"dataset_name": "nobody/nothing"}, "--dataset_name nobody/nothing"),
     "no data": ({"train_data_dir": None}, SOURCES),
     "two sets of data": ({"dataset_name": "a/b", "train_data_dir": "/tmp"}, SOURCES),
-    "shards and images": ({"train_shards_path_or_url": "{0..9}.tar", "train_data_dir": "/tmp"}, SOURCES),
+    "shards and images": (
+        {"train_shards_path_or_url": "{0..9}.tar", "train_data_dir": "/tmp"},
+        SOURCES,
+    ),
     "an empty folder": ({"train_data_dir": "empty"}, "--train_data_dir"),
     "wrong caption column": ({"caption_column": "words"}, "--caption_column words: .*image, text"),
     "wrong image column": ({"image_column": "photo"}, "--image_column photo: .*image, text"),
     "image column of text": ({"image_column": "text"}, "--(image|caption)_column text"),
     "caption column of images": ({"caption_column": "image"}, "--caption_column image"),
     "images without captions": ({"train_data_dir": "captionless"}, "--caption_column text"),
-    "captions of numbers": ({"train_data_dir": "numbers"}, "--caption_column text: a column of .*int64"),
-    "no readable image": ({"train_data_dir": "unreadable"}, "not one record .*the first: .*0[012].png"),
+    "captions of numbers": (
+        {"train_data_dir": "numbers"},
+        "--caption_column text: a column of .*int64",
+    ),
+    "no readable image": (
+        {"train_data_dir": "unreadable"},
+        "not one record .*the first: .*0[012].png",
+    ),
     "resolution": ({"resolution": 30}, "--resolution 30.* 4"),
     "rank 0": ({"lora_rank": 0}, "--lora_rank.* 0"),
     "rank -1": ({"lora_rank": -1}, "--lora_rank.* -1"),
@@ -741,7 +848,10 @@ BAD = {
         {"lr_scheduler": "polynomial", "lr_warmup_steps": 4},
         "--lr_warmup_steps 4",
     ),
-    "polynomial, low": ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "--lr_scheduler polynomial .*(rate|lr)"),
+    "polynomial, low": (
+        {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
+        "--lr_scheduler polynomial .*(rate|lr)",
+    ),
     "dropout 1.5": ({"lora_dropout": 1.5}, "--lora_dropout.* 1.5"),
     "share of 2": ({"proportion_empty_prompts": 2}, "--proportion_empty_prompts.* 2"),
     "omega": ({"w_min": 5, "w_max": 4}, "--w_min 5.*--w_max 4"),
@@ -750,8 +860,14 @@ BAD = {
     "learning-rate schedule": ({"lr_scheduler": "upwards"}, "--lr_scheduler.*upwards.*cosine"),
     "tracker": ({"report_to": "paper"}, "--report_to.*paper"),
     "seed": ({"seed": -1}, "--seed.* -1"),
-    "no checkpoint": ({"resume_from_checkpoint": "empty"}, "--resume_from_checkpoint .*no whole checkpoint"),
-    "no such checkpoint": ({"resume_from_checkpoint": "/nowhere"}, "--resume_from_checkpoint /nowhere"),
+    "no checkpoint": (
+        {"resume_from_checkpoint": "empty"},
+        "--resume_from_checkpoint .*no whole checkpoint",
+    ),
+    "no such checkpoint": (
+        {"resume_from_checkpoint": "/nowhere"},
+        "--resume_from_checkpoint /nowhere",
+    ),
     "checkpoint of another rank": (
         {"resume_from_checkpoint": "checkpoint", "lora_rank": 2},
         "--resume_from_checkpoint .*_rank",
@@ -801,8 +917,12 @@ def as_launched(*words):
     return launch(*words, flags=("--quiet", "--cpu", "--num_processes", "1"))
 
 
-@pytest.mark.parametrize("start", [as_python, as_launched], ids=["python", "accelerate launch --quiet"])
-@pytest.mark.parametrize("case", ["wrong caption column", pytest.param("SDXL teacher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "start", [as_python, as_launched], ids=["python", "accelerate launch --quiet"]
+)
+@pytest.mark.parametrize(
+    "case", ["wrong caption column", pytest.param("SDXL teacher", marks=pytest.mark.slow)]
+)
 def test_bad_input_as_a_program(teacher, images, stand_ins, tmp_path, case, start):
     """Exit status not 0, one line, no traceback."""
     flags = {k: stand_ins.get(v, v) for k, v in BAD[case][0].items()}
@@ -823,14 +943,18 @@ def test_one_unreadable_image_is_named(train, make_images, capsys):
 
 def test_defect_15_unreadable_images_are_counted(train, make_images, capsys):
     """Three of five, with two readers; training goes on with the others."""
-    out = train(train_data_dir=make_images(5, broken=[0, 2, 3]), dataloader_num_workers=2, train_batch_size=5)
+    out = train(
+        train_data_dir=make_images(5, broken=[0, 2, 3]),
+        dataloader_num_workers=2,
+        train_batch_size=5,
+    )
     text = capsys.readouterr().err
     assert len(log(out)) == 4
     assert "3 unusable records" in text and "4 unusable records" not in text
     assert all(name in text for name in ("00.png", "02.png", "03.png"))
 
 
-# ----------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -848,7 +972,9 @@ def colours(image):
 
 
 @pytest.mark.parametrize(
-    "size,first", [((20, 40), (0, 0, 20, 20)), ((40, 20), (0, 0, 20, 20))], ids=["portrait", "landscape"]
+    "size,first",
+    [((20, 40), (0, 0, 20, 20)), ((40, 20), (0, 0, 20, 20))],
+    ids=["portrait", "landscape"],
 )
 def test_crop_is_where_it_should_be(sd15, size, first):
     """Top or left at (0, 0), bottom or right at (1, 1), both halves in the middle."""
@@ -858,7 +984,10 @@ def test_crop_is_where_it_should_be(sd15, size, first):
     assert colours(crops[0]) == {RED} and colours(crops[1]) == {BLUE}
     middle = np.asarray(crops[0.5])[..., 0] == 255
     assert (
-        middle.sum() == 200 and middle[(0, 19) if size[0] == 20 else 0, 0].any() and middle[0, 0] and not middle[19, 19]
+        middle.sum() == 200
+        and middle[(0, 19) if size[0] == 20 else 0, 0].any()
+        and middle[0, 0]
+        and not middle[19, 19]
     )
 
 
@@ -917,8 +1046,9 @@ def test_exif_orientation_is_applied(sd15, orientation):
     """An image stored turned comes out upright: the red corner is top left."""
     upright = halves((8, 4), (0, 0, 2, 2))
     stored = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
     }  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -938,7 +1068,15 @@ def samples(sd15):
 
     def samples(image, *flags):
         args = sd15.parse_args(
-            ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--resolution", "8", *flags]
+            [
+                "--pretrained_teacher_model",
+                "x",
+                "--train_data_dir",
+                "y",
+                "--resolution",
+                "8",
+                *flags,
+            ]
         )
         data = sd15.Samples([{"image": image_bytes(image), "text": "a"}], None, args, 8)
         return torch.stack([data[step, place]["pixels"] for step in range(8) for place in range(8)])
@@ -962,7 +1100,7 @@ def test_half_of_the_images_are_flipped(samples):
     assert 16 < (samples(image, "--random_flip")[:, 0, 0, 0] == 1).sum() < 48
 
 
-# ----------------------------------------------------------------------------------------------------------- encoders
+# ----------------------------------------------------------------------------------------- encoders
 
 
 @pytest.fixture(scope="module")
@@ -972,9 +1110,15 @@ def pipe(teacher):
 
 
 def test_images_become_latents(sd15, pipe):
-    """A sample of the VAE's posterior, times its scaling factor; in float32, however many are encoded at once."""
+    """A sample of the VAE's posterior, times its scaling factor.
+
+    In float32, however many are encoded at once.
+    """
     random = torch.Generator().manual_seed(0)
-    pixels, noise = torch.rand(5, 3, 32, 32, generator=random) * 2 - 1, torch.randn(5, 4, 8, 8, generator=random)
+    pixels, noise = (
+        torch.rand(5, 3, 32, 32, generator=random) * 2 - 1,
+        torch.randn(5, 4, 8, 8, generator=random),
+    )
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
     expected = 0.18215 * (posterior.mean + posterior.logvar.exp().sqrt() * noise)
@@ -989,7 +1133,10 @@ def test_prompts_are_encoded_as_stable_diffusion_does(sd15, pipe):
     """Short, empty, and longer than the text encoder reads, each to the encoder's whole length."""
     captions = ["red apple", "", "one two three four five six seven"]
     ours = sd15.encode_captions(pipe, captions)["prompt"]
-    ids = [pipe.tokenizer(caption, padding="max_length", truncation=True).input_ids for caption in captions]
+    ids = [
+        pipe.tokenizer(caption, padding="max_length", truncation=True).input_ids
+        for caption in captions
+    ]
     expected = pipe.text_encoder(torch.tensor(ids)).last_hidden_state
     assert ours.shape == (3, 16, 32) and torch.allclose(ours, expected, atol=1e-5)
     assert abs(ours[0] - ours[1]).max() > 0.1

@@ -1,4 +1,7 @@
-"""train_lcm_lora_sdxl.py: what it does not share with the SD 1.5 trainer, and both trainers end to end."""
+"""train_lcm_lora_sdxl.py: what it does not share with the SD 1.5 trainer.
+
+And both trainers end to end.
+"""
 
 import copy
 import shutil
@@ -21,18 +24,30 @@ from conftest import (
     same,
     series,
 )
-from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import PeftModel
 from PIL import Image
 from test_maths import algorithm_1
 
 SCRIPT = "train_lcm_lora_sdxl.py"
-PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "ssd1b": StableDiffusionXLPipeline}
+PIPELINES = {
+    "sd15": StableDiffusionPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+    "ssd1b": StableDiffusionXLPipeline,
+}
 
 
 @pytest.fixture(scope="session")
 def family(request, train_by, make_teacher):
-    """family(layout) -> (the trainer's module, a teacher's folder, train(flag=value, ...) -> output folder)."""
+    """family(layout) -> (the trainer's module, a teacher's folder, train).
+
+    train(flag=value, ...) -> output folder.
+    """
     made = {}
 
     def family(layout, **settings):
@@ -58,7 +73,7 @@ def pipe(xl_teacher):
     return StableDiffusionXLPipeline.from_pretrained(xl_teacher)
 
 
-# -------------------------------------------------------------------------------------------------------- conditioning
+# ------------------------------------------------------------------------------------- conditioning
 
 
 def sample(sdxl, size, *flags, orientation=None, place=0):
@@ -68,7 +83,15 @@ def sample(sdxl, size, *flags, orientation=None, place=0):
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    words = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--resolution", "20", *flags]
+    words = [
+        "--pretrained_teacher_model",
+        "x",
+        "--train_data_dir",
+        "y",
+        "--resolution",
+        "20",
+        *flags,
+    ]
     record = {"image": image_bytes(image, exif=exif), "text": "a"}
     return sdxl.Samples([record], None, sdxl.parse_args(words), 64)[0, place], image
 
@@ -78,17 +101,27 @@ def crop_of(pixels, left, top):
     return torch.from_numpy(pixels[top : top + 20, left : left + 20]).permute(2, 0, 1) / 127.5 - 1
 
 
-@pytest.mark.parametrize("size", [(20, 44), (44, 20), (20, 20)], ids=["portrait", "landscape", "square"])
-@pytest.mark.parametrize("flags", [(), ("--center_crop",), ("--random_flip",)], ids=["random", "centre", "flipped"])
+@pytest.mark.parametrize(
+    "size", [(20, 44), (44, 20), (20, 20)], ids=["portrait", "landscape", "square"]
+)
+@pytest.mark.parametrize(
+    "flags", [(), ("--center_crop",), ("--random_flip",)], ids=["random", "centre", "flipped"]
+)
 def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flags):
-    """Height before width; the crop's edges, used on the (mirrored) image itself, give the very pixels trained on."""
+    """Height before width; the crop's edges are those of the pixels trained on.
+
+    Used on the (mirrored) image itself they give these very pixels.
+    """
     mirrored, edges = 0, set()
     for place in range(12):
         one, image = sample(sdxl, size, *flags, place=place)
         height, width, top, left, *target = one["time_ids"].tolist()
         assert (width, height) == size and target == [20, 20]
         versions = [np.asarray(image), np.asarray(image)[:, ::-1]]
-        fits = [torch.allclose(crop_of(pixels.copy(), left, top), one["pixels"], atol=1e-6) for pixels in versions]
+        fits = [
+            torch.allclose(crop_of(pixels.copy(), left, top), one["pixels"], atol=1e-6)
+            for pixels in versions
+        ]
         assert any(fits)
         mirrored += not fits[0]
         edges.add((top, left))
@@ -100,7 +133,10 @@ def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flags):
 
 
 def test_size_is_that_of_the_upright_picture_before_resizing(sdxl):
-    """An image twice as large, stored turned: its own upright size, the crop's place in the resized one."""
+    """An image twice as large, stored turned.
+
+    Its own upright size, the crop's place in the resized one.
+    """
     one, _ = sample(sdxl, (88, 40), "--center_crop", orientation=6)
     assert one["time_ids"].tolist() == [88, 40, 12, 0, 20, 20]
 
@@ -114,7 +150,9 @@ def test_prompts_are_encoded_as_sdxl_does(sdxl, pipe):
     """Penultimate layers of both encoders side by side, the pooled output of the second."""
     captions = ["red apple", "one two three four five six seven"]
     c = sdxl.encode_captions(pipe, captions)
-    ids = torch.tensor([pipe.tokenizer(text, padding="max_length", truncation=True).input_ids for text in captions])
+    ids = torch.tensor(
+        [pipe.tokenizer(text, padding="max_length", truncation=True).input_ids for text in captions]
+    )
     with torch.no_grad():
         first = pipe.text_encoder(ids, output_hidden_states=True)
         second = pipe.text_encoder_2(ids, output_hidden_states=True)
@@ -126,12 +164,17 @@ def test_prompts_are_encoded_as_sdxl_does(sdxl, pipe):
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_defect_20_the_empty_prompt_is_the_teachers(sdxl, pipe, zeros):
-    """Zeros where the teacher's force_zeros_for_empty_prompt says so, else what the encoders make of it; as in sampling."""
+    """Zeros where the teacher's force_zeros_for_empty_prompt says so, as in sampling.
+
+    Else what the encoders make of it.
+    """
     pipe = copy.copy(pipe)
     pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     c = sdxl.encode_captions(pipe, ["red apple", ""])
     assert c["prompt"][0].abs().max() > 0.1 and c["text_embeds"][0].abs().max() > 0.01
-    _, empty, _, pooled = pipe.encode_prompt("red apple", device="cpu", do_classifier_free_guidance=True)
+    _, empty, _, pooled = pipe.encode_prompt(
+        "red apple", device="cpu", do_classifier_free_guidance=True
+    )
     assert torch.allclose(c["prompt"][1], empty[0], atol=1e-5) and torch.allclose(
         c["text_embeds"][1], pooled[0], atol=1e-5
     )
@@ -171,11 +214,14 @@ def test_sizes_reach_the_unet(train_xl, plain_xl, flag):
     assert series(train_xl(**{flag: True})) != series(plain_xl)
 
 
-# --------------------------------------------------------------------------------------- Algorithm 1, a second time
+# ----------------------------------------------------------------------- Algorithm 1, a second time
 
 
 def as_double(unet):
-    """A float64 copy of a UNet that is called like the toy networks of test_maths, with all conditions as one dict."""
+    """A float64 copy of a UNet that is called like the toy networks of test_maths.
+
+    With all conditions as one dict.
+    """
     unet = copy.deepcopy(unet).double()
 
     def call(z, t, c):
@@ -223,12 +269,15 @@ def test_epsilon_with_zero_terminal_snr_is_refused(family):
         train()
 
 
-# ------------------------------------------------------------------------------------------------- files, end to end
+# -------------------------------------------------------------------------------- files, end to end
 
 
 @pytest.mark.parametrize("layout", ["sdxl", "ssd1b"])
 def test_defects_01_02_04_all_layers_are_loaded(family, layout):
-    """By diffusers and by PEFT: as many layers as were trained, attention among them, at the trained strength."""
+    """By diffusers and by PEFT: as many layers as were trained, at the trained strength.
+
+    Attention is among them.
+    """
     _, teacher, train = family(layout)
     out = train(lora_rank=8, lora_alpha=4)
     tensors, header = lora_file(out)
@@ -248,7 +297,10 @@ def test_defects_01_02_04_all_layers_are_loaded(family, layout):
         torch.tensor([259, 999]),
         torch.randn(2, 16, 64, generator=random),
     )
-    added = {"text_embeds": torch.randn(2, 32, generator=random), "time_ids": torch.full((2, 6), 32.0)}
+    added = {
+        "text_embeds": torch.randn(2, 32, generator=random),
+        "time_ids": torch.full((2, 6), 32.0),
+    }
     with torch.no_grad():
         a, b = (unet(*inputs, added_cond_kwargs=added).sample for unet in (pipe.unet, peft_unet))
         pipe.unet.disable_lora()
@@ -258,10 +310,13 @@ def test_defects_01_02_04_all_layers_are_loaded(family, layout):
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl", "ssd1b"])
 def test_code_of_the_source_page(family, layout):
-    """Its inference code, word for word but for names, sizes and precision, on a checkpoint folder."""
+    """Its inference code on a checkpoint folder, but for names, sizes and precision."""
     _, teacher, train = family(layout)
     out = train(checkpointing_steps=4)
-    DiffusionPipeline, AutoencoderKL = PIPELINES[layout], type(PIPELINES[layout].from_pretrained(teacher).vae)
+    DiffusionPipeline, AutoencoderKL = (
+        PIPELINES[layout],
+        type(PIPELINES[layout].from_pretrained(teacher).vae),
+    )
 
     checkpoint = Path(out / "checkpoint-4")
     prompt = "yoda pokemon"
@@ -273,7 +328,10 @@ def test_code_of_the_source_page(family, layout):
     pipe.to("cpu")
     base = pipe.unet
     pipe.unet = PeftModel.from_pretrained(pipe.unet, checkpoint / "unet", adapter_name="default")
-    assert not (checkpoint / "text_encoder_one").exists() and not (checkpoint / "text_encoder_two").exists()
+    assert (
+        not (checkpoint / "text_encoder_one").exists()
+        and not (checkpoint / "text_encoder_two").exists()
+    )
 
     def generate():
         settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32}
@@ -292,13 +350,16 @@ def test_one_seed_one_lora_and_exact_resume(family, layout):
     assert same(whole, again)
     shutil.rmtree(again / "checkpoint-4")
     (again / LORA).unlink()
-    assert same(whole, train(output_dir=again, resume_from_checkpoint="latest", checkpointing_steps=2))
+    assert same(
+        whole, train(output_dir=again, resume_from_checkpoint="latest", checkpointing_steps=2)
+    )
 
 
 def test_defect_05_two_processes_are_one(train_xl, xl_teacher, images, tmp_path):
     flags = {
-        "pretrained_teacher_model": xl_teacher, "train_data_dir": images, "output_dir": tmp_path / "two", "resolution": 32,
-        "lora_rank": 4, "max_train_steps": 3, "report_to": "none",
+        "pretrained_teacher_model": xl_teacher, "train_data_dir": images,
+        "output_dir": tmp_path / "two", "resolution": 32, "lora_rank": 4, "max_train_steps": 3,
+        "report_to": "none",
     }  # fmt: skip
     done = launch(
         ROOT / SCRIPT,
@@ -314,23 +375,30 @@ def test_alone_in_a_folder(xl_teacher, images, tmp_path):
     """The script copied to an empty folder, with validation images and bf16."""
     shutil.copy(ROOT / SCRIPT, tmp_path)
     flags = {
-        "pretrained_teacher_model": xl_teacher, "train_data_dir": images, "output_dir": "out", "lora_rank": 4,
-        "train_batch_size": 2, "max_train_steps": 2, "report_to": "none", "validation_prompts": ["red apple"],
-        "mixed_precision": "bf16",
+        "pretrained_teacher_model": xl_teacher, "train_data_dir": images, "output_dir": "out",
+        "lora_rank": 4, "train_batch_size": 2, "max_train_steps": 2, "report_to": "none",
+        "validation_prompts": ["red apple"], "mixed_precision": "bf16",
     }  # fmt: skip
     done = launch(tmp_path / SCRIPT, *command_line(flags), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
     assert found == {
-        LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors", "args.json", "log.jsonl",
-        "README.md", "validation/step-000002.png", ".lock",
+        LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors", "args.json",
+        "log.jsonl", "README.md", "validation/step-000002.png", ".lock",
     }  # fmt: skip
     assert len(log(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("upcast", [True, False])
 def test_vae_in_fp16_only_where_it_can(sdxl, xl_teacher, upcast):
-    """SDXL's own VAE overflows in fp16 and says so with force_upcast; the rest of the teacher is fp16 all the same."""
+    """SDXL's own VAE overflows in fp16 and says so with force_upcast.
+
+    The rest of the teacher is fp16 all the same.
+    """
     args = sdxl.parse_args(["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x"])
     with pytest.MonkeyPatch.context() as patch:
         opened, open_teacher = [], sdxl.open_teacher
@@ -362,7 +430,7 @@ def test_resolution_is_the_teachers(train_xl):
     assert '"resolution": 32' in args.read_text()
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 BAD = {
@@ -375,6 +443,9 @@ BAD = {
 def test_bad_teacher(train_xl, teacher, tmp_path, case):
     name, message = BAD[case]
     with pytest.raises(SystemExit, match=message) as end:
-        train_xl(pretrained_teacher_model=teacher if name == "teacher" else name, output_dir=tmp_path / "out")
+        train_xl(
+            pretrained_teacher_model=teacher if name == "teacher" else name,
+            output_dir=tmp_path / "out",
+        )
     assert str(end.value).startswith(f"{SCRIPT}: error: ") and "\n" not in str(end.value)
     assert not any(tmp_path.iterdir())
