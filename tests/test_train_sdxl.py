@@ -15,12 +15,12 @@ from conftest import (
     ROOT,
     SMOOTH,
     command_line,
+    image_bytes,
     launch,
     load_script,
     log,
     lora_file,
     near,
-    image_bytes,
     same,
     series,
 )
