@@ -91,7 +91,6 @@ TARGET_MODULES = (
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 )
 LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial"
-
 # Flags of Hugging Face's LCM-LoRA scripts that mean nothing here: the run goes on without them
 IGNORED = (
     "cast_teacher_unet enable_xformers_memory_efficient_attention encode_batch_size "
@@ -99,8 +98,8 @@ IGNORED = (
 ).split()
 ENCODE = (
     f"run `python scripts/encode_data.py --family {FAMILY} FLAGS --output FOLDER` with the other "
+    "FLAGS of this command, then train with --dataset_name FOLDER"
 )
-ENCODE += "FLAGS of this command, then train with --dataset_name FOLDER"
 # Flags that are refused, and what to do instead
 REFUSED = dict.fromkeys(["cache_latents", "cache_text_embeddings", "cache_only"], ENCODE) | {
     "hub_token": "a command line is seen by others; set HF_TOKEN or run `hf auth login`",
