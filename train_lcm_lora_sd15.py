@@ -117,7 +117,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=36, width=100)
 
     def _get_help_string(self, action):
-        has_one = action.default not in (None, False, argparse.SUPPRESS)
+        has_one = str(action.default) not in ("None", "False", argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if has_one else action.help
 
 
@@ -184,11 +184,11 @@ def parse_args(argv=None):
     switch("--streaming", "read the data as they are needed (default: for URLs)",
            action=argparse.BooleanOptionalAction)
     one("--shuffle_buffer_size", count, 1000, "RECORDS", "among which streamed data are shuffled")
-    one("--max_train_samples", count, None, "RECORDS", "the first; of tars the length of an epoch")
-    one("--resolution", count, None, "PIXELS", "side of images (default: the teacher's native one)")
+    one("--max_train_samples", count, None, "RECORDS", "only the first; of tars: an epoch")
+    one("--resolution", count, None, "PIXELS", "side (default: the teacher's native resolution)")
     switch("--center_crop", "crop the middle instead of a random place")
     switch("--random_flip", "mirror half of the images")
-    one("--proportion_empty_prompts", share, 0.0, "0..1", "captions replaced by the empty one")
+    one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
     one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
     name("--cache_dir", "FOLDER", "where downloads are kept")
 
@@ -224,7 +224,7 @@ def parse_args(argv=None):
     choice("--mixed_precision", "no fp16 bf16", None, "(default: as `accelerate` is configured)")
     switch("--allow_tf32", "TF32 matrix products on Ampere and newer GPUs")
     switch("--torch_compile", "compile the transformer blocks; the first steps are slow")
-    one("--max_train_hours", positive, None, "HOURS", "then save and stop, as on SIGTERM")
+    one("--max_train_hours", positive, None, "HOURS", "of this process, then save and stop")
     one("--seed", number(int, 0, 2**63), 0, "SEED", "everything random is a function of it")
 
     group = parser.add_argument_group("Output & tracking")
