@@ -91,7 +91,6 @@ TARGET_MODULES = (
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 )
 LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial"
-
 # Flags of Hugging Face's LCM-LoRA scripts that mean nothing here: the run goes on without them
 IGNORED = (
     "cast_teacher_unet enable_xformers_memory_efficient_attention encode_batch_size "
@@ -99,8 +98,8 @@ IGNORED = (
 ).split()
 ENCODE = (
     f"run `python scripts/encode_data.py --family {FAMILY} FLAGS --output FOLDER` with the other "
+    "FLAGS of this command, then train with --dataset_name FOLDER"
 )
-ENCODE += "FLAGS of this command, then train with --dataset_name FOLDER"
 # Flags that are refused, and what to do instead
 REFUSED = dict.fromkeys(["cache_latents", "cache_text_embeddings", "cache_only"], ENCODE) | {
     "hub_token": "a command line is seen by others; set HF_TOKEN or run `hf auth login`",
@@ -119,7 +118,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=36, width=100)
 
     def _get_help_string(self, action):
-        has_one = action.default not in (None, False, argparse.SUPPRESS)
+        has_one = str(action.default) not in ("None", "False", argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if has_one else action.help
 
 
@@ -186,12 +185,12 @@ def parse_args(argv=None):
     switch("--streaming", "read the data as they are needed (default: for URLs)",
            action=argparse.BooleanOptionalAction)
     one("--shuffle_buffer_size", count, 1000, "RECORDS", "among which streamed data are shuffled")
-    one("--max_train_samples", count, None, "RECORDS", "the first; of tars the length of an epoch")
-    one("--resolution", count, None, "PIXELS", "side of images (default: the teacher's native one)")
+    one("--max_train_samples", count, None, "RECORDS", "only the first; of tars: an epoch")
+    one("--resolution", count, None, "PIXELS", "side (default: the teacher's native resolution)")
     switch("--center_crop", "crop the middle instead of a random place")
     switch("--random_flip", "mirror half of the images")
     switch("--use_fix_crop_and_size", "condition on size --resolution and no crop")
-    one("--proportion_empty_prompts", share, 0.0, "0..1", "captions replaced by the empty one")
+    one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
     one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
     name("--cache_dir", "FOLDER", "where downloads are kept")
 
@@ -227,7 +226,7 @@ def parse_args(argv=None):
     choice("--mixed_precision", "no fp16 bf16", None, "(default: as `accelerate` is configured)")
     switch("--allow_tf32", "TF32 matrix products on Ampere and newer GPUs")
     switch("--torch_compile", "compile the transformer blocks; the first steps are slow")
-    one("--max_train_hours", positive, None, "HOURS", "then save and stop, as on SIGTERM")
+    one("--max_train_hours", positive, None, "HOURS", "of this process, then save and stop")
     one("--seed", number(int, 0, 2**63), 0, "SEED", "everything random is a function of it")
 
     group = parser.add_argument_group("Output & tracking")
