@@ -14,7 +14,6 @@ with their shapes.
 import argparse
 import importlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -144,6 +143,8 @@ def main(argv=None):
             problem = "matrices are missing, unexpected or of another shape"
             sys.exit(f"{len(wrong)} {problem}, the first: {wrong[0]}")
         row = json.loads((folder / "out" / "log.jsonl").read_text())
+    import resource  # which Windows has not
+
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux
     print(
         f"{args.model}, mixed precision {args.mixed_precision}: {len(written) // 2} LoRA layers "

@@ -134,8 +134,8 @@ DEFECTS = (
      "tests/test_maths.py::test_passes_of_a_step",
      {"out_c, out_null = out.chunk(2)":
       "out_c, out_null = (predict(run.teacher, z_nk, t_nk, given) for given in (c, c_null))",
-      "        out = predict(run.teacher, torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), both)\n":
-      ""}),
+      "        out = predict(run.teacher, torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), "
+      "both)\n": ""}),
     (17, "text encoders at every step", SD15,
      "tests/test_defects.py::test_defect_17_encoders_rest_where_all_is_encoded",
      {"skip |= {*TEXT_ENCODERS}": "pass",
