@@ -60,7 +60,12 @@ FLAGS = {
     "lora_rank": ("7", 7, EVERY, 64),
     "lora_alpha": ("7", 7.0, EVERY, 64),
     "lora_dropout": ("0.5", 0.5, EVERY, 0.0),
-    "lora_target_modules": ("to_q,to_k", "to_q,to_k", EVERY, TARGETS),  # None there, which stands for these
+    "lora_target_modules": (
+        "to_q,to_k",
+        "to_q,to_k",
+        EVERY,
+        TARGETS,
+    ),  # None there, which stands for these
     "vae_encode_batch_size": ("7", 7, EVERY, {"SD": 32, "XLW": 8, "XL": 8}),
     "timestep_scaling_factor": ("7", 7.0, EVERY, 10.0),
     "mixed_precision": ("fp16", "fp16", EVERY, None),
@@ -72,7 +77,9 @@ FLAGS = {
     "hub_model_id": ("h", "h", EVERY, None),
     "hub_token": ("h", "h", EVERY, None),
 }
-WITH = dict.fromkeys(["hub_token", "hub_model_id"], ["--push_to_hub"])  # flags that are refused alone
+WITH = dict.fromkeys(
+    ["hub_token", "hub_model_id"], ["--push_to_hub"]
+)  # flags that are refused alone
 SOURCES = ("dataset_name", "train_data_dir", "train_shards_path_or_url")  # a run has one
 ALIAS = {"revision": "teacher_revision"}
 # {flag: (a value, a word of the message)}
@@ -129,4 +136,6 @@ def test_readme_lists_each_default_that_differs(request):
     assert {flag for flag, _, _ in rows} == differing.keys()
     for flag, _, there in rows:
         for value in differing[flag]:
-            assert (f"{value:g}" if isinstance(value, float) else str(value).lower()) in there.lower(), flag
+            assert (
+                f"{value:g}" if isinstance(value, float) else str(value).lower()
+            ) in there.lower(), flag

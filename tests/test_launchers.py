@@ -17,7 +17,9 @@ DATA = {"DATA": "some/dataset", "DATASET": "some/dataset"}
 
 def printed(name, *words, cwd=ROOT, **environment):
     """The command that a launcher would run: (accelerate's arguments, the trainer's arguments)."""
-    done = run("bash", ROOT / "scripts" / name, *words, cwd=cwd, DRY_RUN="1", **{**DATA, **environment})
+    done = run(
+        "bash", ROOT / "scripts" / name, *words, cwd=cwd, DRY_RUN="1", **{**DATA, **environment}
+    )
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout)
     assert command[:2] == ["accelerate", "launch"]
@@ -27,7 +29,12 @@ def printed(name, *words, cwd=ROOT, **environment):
 
 
 def test_there_are_four():
-    assert LAUNCHERS == ["train_sd15.sh", "train_sdxl.sh", "train_sdxl_pokemon.sh", "train_ssd1b.sh"]
+    assert LAUNCHERS == [
+        "train_sd15.sh",
+        "train_sdxl.sh",
+        "train_sdxl_pokemon.sh",
+        "train_ssd1b.sh",
+    ]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -44,7 +51,14 @@ def test_launcher(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHERS if "pokemon" not in name])
 def test_environment_overrides(name, images):
-    own = {"MODEL": "my/model", "DATA": images, "STEPS": 7, "BATCH_SIZE": 3, "OUTPUT": "a b", "PROMPT": "two words"}
+    own = {
+        "MODEL": "my/model",
+        "DATA": images,
+        "STEPS": 7,
+        "BATCH_SIZE": 3,
+        "OUTPUT": "a b",
+        "PROMPT": "two words",
+    }
     _, _, args = printed(name, **{key: str(value) for key, value in own.items()})
     assert (args.pretrained_teacher_model, args.train_data_dir) == ("my/model", str(images))
     assert (args.max_train_steps, args.train_batch_size, args.output_dir) == (7, 3, "a b")
@@ -63,7 +77,11 @@ def test_the_source_pages_recipe():
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
-CONFIGS = {"one_gpu": ("NO", 1, 1), "eight_gpus": ("MULTI_GPU", 1, 8), "two_nodes": ("MULTI_GPU", 2, 16)}
+CONFIGS = {
+    "one_gpu": ("NO", 1, 1),
+    "eight_gpus": ("MULTI_GPU", 1, 8),
+    "two_nodes": ("MULTI_GPU", 2, 16),
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -71,10 +89,17 @@ def test_accelerate_config(name):
     """As accelerate reads it, and as its launcher takes it."""
     path = f"{ROOT}/scripts/accelerate/{name}.yaml"
     config = load_config_from_file(path)
-    assert (config.distributed_type.value, config.num_machines, config.num_processes) == CONFIGS[name]
+    assert (config.distributed_type.value, config.num_machines, config.num_processes) == CONFIGS[
+        name
+    ]
     assert config.mixed_precision == "fp16" and not config.use_cpu
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "train.py"]))
-    assert (args.multi_gpu, args.num_machines, args.num_processes) == (name != "one_gpu", *CONFIGS[name][1:])
+    args, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", path, "train.py"])
+    )
+    assert (args.multi_gpu, args.num_machines, args.num_processes) == (
+        name != "one_gpu",
+        *CONFIGS[name][1:],
+    )
     assert name != "two_nodes" or (args.rdzv_backend, args.main_process_port) == ("static", 29500)
 
 
@@ -88,7 +113,10 @@ def slurm(tmp_path):
     }
 
     def slurm(accelerate):
-        for name, text in {**programs, "accelerate": f'printf "%q " "$@" > command\n{accelerate}'}.items():
+        for name, text in {
+            **programs,
+            "accelerate": f'printf "%q " "$@" > command\n{accelerate}',
+        }.items():
             path = tmp_path / name
             path.write_text(f"#!/usr/bin/env bash\n{text}\n")
             path.chmod(0o755)
@@ -114,7 +142,9 @@ def test_slurm_runs_to_the_end(slurm, tmp_path, sdxl, code):
     words = shlex.split((tmp_path / "command").read_text())
     outer = launch_command_parser().parse_args(words[1:])
     assert words[0] == "launch" and outer.config_file == "scripts/accelerate/two_nodes.yaml"
-    assert (outer.machine_rank, outer.main_process_ip) == (1, "first") and (ROOT / outer.training_script).is_file()
+    assert (outer.machine_rank, outer.main_process_ip) == (1, "first") and (
+        ROOT / outer.training_script
+    ).is_file()
     args = sdxl.parse_args(outer.training_script_args)
     assert (args.resume_from_checkpoint, args.train_data_dir) == ("latest", "a b")
 

@@ -27,7 +27,8 @@ def trainer(request):
     """Each trainer as a module, with `train` as an attribute."""
     module = request.getfixturevalue(request.param)
     return SimpleNamespace(
-        module=module, train=request.getfixturevalue("train" if request.param == "sd15" else "train_xl")
+        module=module,
+        train=request.getfixturevalue("train" if request.param == "sd15" else "train_xl"),
     )
 
 
@@ -54,7 +55,10 @@ def first(monkeypatch):
         def spy(teacher, student, target, *rest):
             layers = trainer.module.lora_layers(target)
             seen.append(
-                {k: scaling * b.flatten(1).detach() @ a.flatten(1).detach() for k, (a, b, scaling) in layers.items()}
+                {
+                    k: scaling * b.flatten(1).detach() @ a.flatten(1).detach()
+                    for k, (a, b, scaling) in layers.items()
+                }
             )
             return step(teacher, student, target, *rest)
 
@@ -75,16 +79,23 @@ def same_tensors(a, b):
 def updates(out, scaling=0.5):
     """{layer: its update} of an output folder, from its PEFT file."""
     tensors = load_file(out / "unet" / PEFT)
-    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    pairs = {name: (tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"]) for name in names}
+    names = [
+        key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")
+    ]
+    pairs = {
+        name: (tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"]) for name in names
+    }
     return {
-        name.removeprefix("base_model.model."): scaling * b.flatten(1) @ a.flatten(1) for name, (b, a) in pairs.items()
+        name.removeprefix("base_model.model."): scaling * b.flatten(1) @ a.flatten(1)
+        for name, (b, a) in pairs.items()
     }
 
 
 def equal(a, b, tolerance=0.0):
     """Whether two {layer: update} are equal."""
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=tolerance, atol=0) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[k], b[k], rtol=tolerance, atol=0) for k in a
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- save_precision
@@ -138,7 +149,10 @@ def test_an_alpha_that_is_no_sum_of_powers_of_two(train):
 
 def plain_keys(out):
     """{module.lora_A.weight: tensor} with the scaling of rank 4 and alpha 2 in B, for namings that have no alpha."""
-    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(out / "unet" / PEFT).items()}
+    tensors = {
+        key.removeprefix("base_model.model."): tensor
+        for key, tensor in load_file(out / "unet" / PEFT).items()
+    }
     return {key: tensor / 2 if "lora_B" in key else tensor for key, tensor in tensors.items()}
 
 
@@ -167,7 +181,10 @@ NAMINGS = {
 def test_training_starts_from_any_naming(trainer, trained, first, tmp_path, naming):
     """The first step sees exactly the update of the file, in a run of its own alpha."""
     tensors = {NAMINGS[naming](key): tensor for key, tensor in plain_keys(trained(trainer)).items()}
-    save_file(dict(sorted(tensors.items(), key=lambda item: ".attn" not in item[0])), tmp_path / "x.safetensors")
+    save_file(
+        dict(sorted(tensors.items(), key=lambda item: ".attn" not in item[0])),
+        tmp_path / "x.safetensors",
+    )
     assert equal(first(trainer, lora_path=tmp_path / "x.safetensors"), updates(trained(trainer)))
 
 
@@ -176,13 +193,19 @@ def test_training_starts_from_any_naming(trainer, trained, first, tmp_path, nami
 def test_training_starts_from_its_own_output(trainer, trained, first, place, alpha):
     """From the folder, the kohya-named file, the PEFT folder and its file; under another alpha too."""
     start = first(trainer, lora_path=trained(trainer) / place, lora_alpha=alpha)
-    assert equal(start, updates(trained(trainer))) and max(u.abs().max() for u in start.values()) > 1e-4
+    assert (
+        equal(start, updates(trained(trainer)))
+        and max(u.abs().max() for u in start.values()) > 1e-4
+    )
 
 
 def test_alpha_in_diffusers_header(sd15, train, trained, first, teacher, tmp_path):
     """A file of diffusers' own writing, with PEFT's configuration in the header."""
     trainer = SimpleNamespace(module=sd15, train=train)
-    layers = {k.removeprefix("base_model.model."): t for k, t in load_file(trained(trainer) / "unet" / PEFT).items()}
+    layers = {
+        k.removeprefix("base_model.model."): t
+        for k, t in load_file(trained(trainer) / "unet" / PEFT).items()
+    }
     config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"]).to_dict()
     StableDiffusionPipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata=config)
     assert equal(first(trainer, lora_path=tmp_path), updates(trained(trainer)))
@@ -197,10 +220,14 @@ def test_pefts_patterns_are_kept(sd15, train, trained, first, tmp_path):
         json.dumps(config | {"alpha_pattern": {"conv1": 4}, "use_rslora": True})
     )
     start, plain = first(trainer, lora_path=folder), updates(trained(trainer))
-    assert equal(start, {name: u * (4 if name.endswith("conv1") else 2) for name, u in plain.items()})
+    assert equal(
+        start, {name: u * (4 if name.endswith("conv1") else 2) for name, u in plain.items()}
+    )
 
 
-def test_a_mixed_file_is_not_dropped_as_diffusers_does(train_xl, sdxl, trained, xl_teacher, tmp_path):
+def test_a_mixed_file_is_not_dropped_as_diffusers_does(
+    train_xl, sdxl, trained, xl_teacher, tmp_path
+):
     """diffusers alone reads the layers of one naming: what the test above starts from is more than that."""
     tensors = plain_keys(trained(SimpleNamespace(module=sdxl, train=train_xl)))
     mixed = {NAMINGS["Hugging Face's SDXL script"](key): tensor for key, tensor in tensors.items()}
@@ -212,7 +239,11 @@ def test_a_mixed_file_is_not_dropped_as_diffusers_does(train_xl, sdxl, trained, 
 
 def test_resuming_wins_over_lora_path(train, trained, sd15, tmp_path):
     """With a checkpoint the run goes on from it; without one it starts from the LoRA."""
-    flags = {"lora_path": trained(SimpleNamespace(module=sd15, train=train)), "checkpointing_steps": 2, "lora_alpha": 2}
+    flags = {
+        "lora_path": trained(SimpleNamespace(module=sd15, train=train)),
+        "checkpointing_steps": 2,
+        "lora_alpha": 2,
+    }
     whole = train(**flags)
     rest = train(**flags, resume_from_checkpoint=whole / "checkpoint-2")
     fresh = train(**flags, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
@@ -228,7 +259,10 @@ def test_advice_on_other_layers_fits(train, sd15, first):
         words = shlex.split(re.search(r"give (--lora_rank.*)", str(end.value))[1])
         assert words == ["--lora_rank", "2", "--lora_target_modules", "conv1 to_k to_q"]
     advised = dict(zip(["lora_rank", "lora_target_modules"], words[1::2], strict=True))
-    assert equal(first(SimpleNamespace(module=sd15, train=train), lora_path=out, **advised), updates(out, 1.0))
+    assert equal(
+        first(SimpleNamespace(module=sd15, train=train), lora_path=out, **advised),
+        updates(out, 1.0),
+    )
 
 
 def spoiled(kind, out, folder):
@@ -236,7 +270,10 @@ def spoiled(kind, out, folder):
     path, tensors = folder / "x.safetensors", load_file(out / LORA)
     name = next(iter(tensors)).split(".")[0]
     if kind == "NaN":
-        save_file(tensors | {f"{name}.lora_up.weight": tensors[f"{name}.lora_up.weight"] * torch.nan}, path)
+        save_file(
+            tensors | {f"{name}.lora_up.weight": tensors[f"{name}.lora_up.weight"] * torch.nan},
+            path,
+        )
     elif kind == "truncated":
         path.write_bytes((out / LORA).read_bytes()[:-100])
     elif kind in ("pickle", "pickle.pt"):
@@ -247,7 +284,10 @@ def spoiled(kind, out, folder):
     elif kind == "no tensors":
         save_file({}, path)
     elif kind == "incomplete":
-        save_file({key: tensor for key, tensor in tensors.items() if key != f"{name}.lora_up.weight"}, path)
+        save_file(
+            {key: tensor for key, tensor in tensors.items() if key != f"{name}.lora_up.weight"},
+            path,
+        )
     elif kind == "DoRA":
         save_file(tensors | {f"{name}.dora_scale": torch.ones(4)}, path)
     elif kind == "text encoder":
@@ -287,7 +327,9 @@ def test_what_is_no_lora_is_refused(sd15, train, trained, tmp_path, kind):
 
 def test_a_lora_of_the_other_family_is_refused(trained, sd15, sdxl, train, train_xl):
     xl = trained(SimpleNamespace(module=sdxl, train=train_xl))
-    with pytest.raises(SystemExit, match="--lora_path .*no LoRA that can be read.*of this kind of teacher"):
+    with pytest.raises(
+        SystemExit, match="--lora_path .*no LoRA that can be read.*of this kind of teacher"
+    ):
         train(lora_path=xl)
 
 
@@ -306,8 +348,12 @@ def test_fields_that_other_tools_show(trainer, trained):
     assert {key: about.get(key) for key in expected} == expected
     name = about["base_model"].split("/")[-1]
     assert about["ss_sd_model_name"] == name and about["modelspec.title"] == f"LCM-LoRA of {name}"
-    assert "/" not in "".join(about[key] for key in about if key.startswith("ss_") or key.endswith("title"))
-    assert not {"ss_base_model_version", "modelspec.architecture", "modelspec.date"} & about.keys()  # nobody's base
+    assert "/" not in "".join(
+        about[key] for key in about if key.startswith("ss_") or key.endswith("title")
+    )
+    assert (
+        not {"ss_base_model_version", "modelspec.architecture", "modelspec.date"} & about.keys()
+    )  # nobody's base
     assert "lora_adapter_metadata" not in about and str(out) not in json.dumps(about)
 
 
@@ -325,8 +371,13 @@ def test_the_base_is_named_where_it_is_proven(sd15, dim, prediction, deep, versi
     args = sd15.parse_args(["--pretrained_teacher_model", "a/b", "--train_data_dir", "c"])
     unet = SimpleNamespace(cross_attention_dim=dim, reverse_transformer_layers_per_block=deep)
     scheduler = SimpleNamespace(config={"prediction_type": prediction})
-    about = sd15.header(SimpleNamespace(unet=SimpleNamespace(config=unet), scheduler=scheduler), args, 7)
-    assert about.get("ss_base_model_version") == version and about.get("modelspec.architecture") == architecture
+    about = sd15.header(
+        SimpleNamespace(unet=SimpleNamespace(config=unet), scheduler=scheduler), args, 7
+    )
+    assert (
+        about.get("ss_base_model_version") == version
+        and about.get("modelspec.architecture") == architecture
+    )
     assert about.get("ss_v2") == (None if version is None else str(dim == 1024))
     assert about["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
     assert all(isinstance(value, str) for value in about.values())
@@ -334,7 +385,9 @@ def test_the_base_is_named_where_it_is_proven(sd15, dim, prediction, deep, versi
 
 def test_paths_in_the_header_are_names(train, trained, sd15):
     source = trained(SimpleNamespace(module=sd15, train=train))
-    settings = json.loads(lora_file(train(lora_path=source / LORA, max_train_steps=1))[1]["training_args"])
+    settings = json.loads(
+        lora_file(train(lora_path=source / LORA, max_train_steps=1))[1]["training_args"]
+    )
     assert settings["lora_path"] == LORA and "/" not in settings["train_data_dir"]
 
 
@@ -350,12 +403,23 @@ def carded(train):
 def test_the_card_is_valid_and_has_no_paths_of_this_machine(carded, teacher):
     card = ModelCard.load(carded / "README.md")
     assert card.data.library_name == "diffusers" and {"lora", "lcm"} <= set(card.data.tags)
-    assert card.data.base_model is None and card.data.license is None  # a local teacher is not on the hub
+    assert (
+        card.data.base_model is None and card.data.license is None
+    )  # a local teacher is not on the hub
     assert str(teacher.parent) not in card.content and str(carded.parent) not in card.content
-    (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", card.text)
-    assert picture == "validation/step-000004.png" and (carded / picture).is_file()
+    (image,) = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", card.text)
+    assert image == "validation/step-000004.png" and (carded / image).is_file()
     assert "- a cat's red apple\n- rain\n" in card.text
-    for tool in ("diffusers", "peft", "ComfyUI", "A1111", "infer.py", LORA, "4 steps at 32 px", "rank 4"):
+    for tool in (
+        "diffusers",
+        "peft",
+        "ComfyUI",
+        "A1111",
+        "infer.py",
+        LORA,
+        "4 steps at 32 px",
+        "rank 4",
+    ):
         assert tool in card.text, tool
 
 
@@ -370,9 +434,15 @@ def test_the_card_of_a_hub_teacher_names_it(sd15, tmp_path):
         "--resolution",
         "8",
     ]
-    sd15.write_card(StableDiffusionPipeline.__new__(StableDiffusionPipeline), sd15.parse_args(words), 3)
+    sd15.write_card(
+        StableDiffusionPipeline.__new__(StableDiffusionPipeline), sd15.parse_args(words), 3
+    )
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == "a/b" and 'from_pretrained("a/b")' in card.text and "![" not in card.text
+    assert (
+        card.data.base_model == "a/b"
+        and 'from_pretrained("a/b")' in card.text
+        and "![" not in card.text
+    )
 
 
 @pytest.mark.parametrize("tool", ["diffusers", "PEFT"])
@@ -422,7 +492,7 @@ def hub(monkeypatch):
 
 
 def test_push_to_hub(trainer, hub):
-    """A repository before anything else; at the end the LoRA, the PEFT folder, the card and pictures, and only those."""
+    """A repository before anything else; at the end the LoRA, the PEFT folder, the card and images, and only those."""
     out = trainer.train(
         push_to_hub=True,
         hub_model_id="them/mine",
@@ -433,13 +503,19 @@ def test_push_to_hub(trainer, hub):
     (made, _, first), (sent, _, last) = hub
     assert (made, sent) == ("create_repo", "upload_folder")
     assert first == {"repo_id": "them/mine", "exist_ok": True} and last["repo_id"] == "someone/mine"
-    files = [path.relative_to(last["folder_path"]).as_posix() for path in out.rglob("*") if path.is_file()]
+    files = [
+        path.relative_to(last["folder_path"]).as_posix()
+        for path in out.rglob("*")
+        if path.is_file()
+    ]
     sent = filter_repo_objects(
         files, allow_patterns=last["allow_patterns"], ignore_patterns=last.get("ignore_patterns")
     )
     peft = ["unet/adapter_config.json", f"unet/{PEFT}"]
     assert sorted(sent) == sorted([LORA, "README.md", "validation/step-000004.png", *peft])
-    assert any(name.startswith("checkpoint-2/") for name in files) and any("logs/" in name for name in files)
+    assert any(name.startswith("checkpoint-2/") for name in files) and any(
+        "logs/" in name for name in files
+    )
     assert '"someone/mine"' in (out / "README.md").read_text()
 
 
@@ -448,7 +524,9 @@ def test_a_name_from_the_output_folder(train, hub):
     assert hub[0][2]["repo_id"] == "out" and hub[1][2]["repo_id"] == "someone/out"
 
 
-def test_the_token_goes_nowhere_else(trainer, hub, images, teacher, xl_teacher, tmp_path, monkeypatch, capfd):
+def test_the_token_goes_nowhere_else(
+    trainer, hub, images, teacher, xl_teacher, tmp_path, monkeypatch, capfd
+):
     """As a program's own arguments, with every tracker: no file and no line has it."""
     flags = QUICK | {
         "pretrained_teacher_model": teacher if trainer.module.FAMILY == "sd15" else xl_teacher, "train_data_dir": images,
@@ -462,7 +540,9 @@ def test_the_token_goes_nowhere_else(trainer, hub, images, teacher, xl_teacher, 
     assert [token for _, token, _ in hub] == [TOKEN, TOKEN]
     texts = capfd.readouterr()
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert any("wandb" in str(path) for path in files) and any(b"--hub_token" in text for text in files.values())
+    assert any("wandb" in str(path) for path in files) and any(
+        b"--hub_token" in text for text in files.values()
+    )
     assert [str(path) for path, text in files.items() if TOKEN.encode() in text] == []
     assert TOKEN not in texts.out + texts.err + repr(sys.argv) and size_of_b(tmp_path / "out") > 0
     assert "hub_token" not in json.loads((tmp_path / "out" / "args.json").read_text())["arguments"]
@@ -475,8 +555,12 @@ def test_a_bad_token_ends_the_run_before_it_starts(trainer, monkeypatch, tmp_pat
         raise OSError("401 Client Error: Unauthorized\nfor the url")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    monkeypatch.setattr(trainer.module, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
-    with pytest.raises(SystemExit, match="error: --push_to_hub: .*401 Client Error.*--hub_token") as end:
+    monkeypatch.setattr(
+        trainer.module, "load_teacher", lambda *_: pytest.fail("the teacher was loaded")
+    )
+    with pytest.raises(
+        SystemExit, match="error: --push_to_hub: .*401 Client Error.*--hub_token"
+    ) as end:
         trainer.train(push_to_hub=True, hub_token=TOKEN, output_dir=tmp_path / "out")
     texts = capfd.readouterr()
     assert TOKEN not in f"{end.value}{texts.out}{texts.err}" and "\n" not in str(end.value)

@@ -26,7 +26,19 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from conftest import LORA, QUICK, ROOT, SMOOTH, command_line, difference, load_script, log, near, same, series
+from conftest import (
+    LORA,
+    QUICK,
+    ROOT,
+    SMOOTH,
+    command_line,
+    difference,
+    load_script,
+    log,
+    near,
+    same,
+    series,
+)
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -90,7 +102,9 @@ class Program(multiprocessing.get_context("fork").Process):
         os.setsid()
         file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (
+            open(number, "w", buffering=1, closefd=False) for number in (1, 2)
+        )
         sys.argv = [self.trainer.__file__, *self.words]
         os.environ |= self.environment
         torch.set_num_threads(1)
@@ -117,7 +131,12 @@ def start(sd15, teacher, images):
         for rank in range(processes):
             variables, text = dict(environment or {}), Path(f"{out}{rank or ''}.txt")
             if processes > 1:
-                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                places = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": processes,
+                    "LOCAL_WORLD_SIZE": processes,
+                }
                 variables |= {k: str(v) for k, v in places.items()}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             change = before if processes == 1 else lambda trainer, rank=rank: before(trainer, rank)
@@ -155,7 +174,9 @@ def refused(train, **flags):
 
 def contents(folder):
     """{file: its bytes}."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +281,10 @@ def test_a_damaged_checkpoint_named_by_the_user(train, copy):
     spoil(copy / "checkpoint-4", "one bit")
     before, damaged = contents(copy), copy / "checkpoint-4"
     message = refused(train, **RUN, output_dir=copy, resume_from_checkpoint=damaged)
-    assert f"--resume_from_checkpoint {damaged}: no whole checkpoint" in message and contents(copy) == before
+    assert (
+        f"--resume_from_checkpoint {damaged}: no whole checkpoint" in message
+        and contents(copy) == before
+    )
 
 
 def test_all_are_damaged(train, copy, capsys):
@@ -276,7 +300,9 @@ def test_all_are_damaged(train, copy, capsys):
 def test_a_run_that_is_there_is_not_trained_over(train, copy):
     """The same command without --resume_from_checkpoint is refused, with the flag that goes on."""
     before = contents(copy)
-    assert "checkpoint-6; go on with --resume_from_checkpoint latest" in refused(train, **RUN, output_dir=copy)
+    assert "checkpoint-6; go on with --resume_from_checkpoint latest" in refused(
+        train, **RUN, output_dir=copy
+    )
     assert contents(copy) == before
 
 
@@ -286,7 +312,9 @@ def test_an_unwritable_folder(train, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     for folder in ["file"] + ["locked"] * (os.getuid() != 0):
         message = refused(train, output_dir=tmp_path / folder / "out")
-        assert re.search(rf"--output_dir {tmp_path}/{folder}/out: .*(NotADirectory|Permission)Error", message)
+        assert re.search(
+            rf"--output_dir {tmp_path}/{folder}/out: .*(NotADirectory|Permission)Error", message
+        )
 
 
 @pytest.mark.parametrize("full", ["weights", "state"])
@@ -295,7 +323,11 @@ def test_a_full_disk_while_a_checkpoint_is_saved(sd15, start, whole, copy, finis
     for step in (4, 6):
         shutil.rmtree(copy / f"checkpoint-{step}")
     sizes = {"weights": (copy / "checkpoint-2" / LORA).stat().st_size, "state": 0}
-    limit = sizes["weights"] // 2 if full == "weights" else (copy / "checkpoint-2" / STATE).stat().st_size // 2
+    limit = (
+        sizes["weights"] // 2
+        if full == "weights"
+        else (copy / "checkpoint-2" / STATE).stat().st_size // 2
+    )
     assert full == "weights" or limit > sizes["weights"]
 
     def before(trainer):
@@ -317,7 +349,9 @@ def test_a_full_disk_at_the_end(start, copy, finish):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     code, text = start(copy, before, resume_from_checkpoint="latest")[0].end()
-    assert code == 1 and re.search(f"error: --output_dir {copy}: the LoRA cannot be saved", text), text
+    assert code == 1 and re.search(f"error: --output_dir {copy}: the LoRA cannot be saved", text), (
+        text
+    )
     assert "Traceback" not in text
     finish(copy)
 
@@ -348,7 +382,9 @@ def test_one_checkpoint_is_always_whole(sd15, start, train, tmp_path, steps):
     assert start(out, before, **flags)[0].end()[0] == -signal.SIGKILL
     assert [path for path in sd15.checkpoints(out) if sd15.damage(path) is None]
     train(**flags, output_dir=out, resume_from_checkpoint="latest")
-    assert same(out, train(**flags)) and [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert same(out, train(**flags)) and [path.name for path in out.glob("checkpoint-*")] == [
+        "checkpoint-6"
+    ]
 
 
 @pytest.mark.parametrize("after", ["checkpoint-4.old", "checkpoint-4"])
@@ -365,7 +401,10 @@ def test_a_checkpoint_is_replaced(start, copy, finish, after):
 
         Path.rename = rename
 
-    assert start(copy, before, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0] == -signal.SIGKILL
+    assert (
+        start(copy, before, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0]
+        == -signal.SIGKILL
+    )
     left = {"checkpoint-4.old", "checkpoint-4.part" if after.endswith("old") else "checkpoint-4"}
     assert {path.name for path in copy.glob("checkpoint-4*")} == left
     assert start(copy, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0] == 0
@@ -377,9 +416,13 @@ def test_the_limit_keeps_the_checkpoint_just_saved(sd15, start, copy, finish):
     spoil(copy / "checkpoint-6", "truncated")
     shutil.rmtree(copy / "checkpoint-4")
     before = patched({1}, send(signal.SIGTERM))
-    code, _ = start(copy, before, resume_from_checkpoint="latest", checkpoints_total_limit=1)[0].end()
+    code, _ = start(copy, before, resume_from_checkpoint="latest", checkpoints_total_limit=1)[
+        0
+    ].end()
     assert code == 128 + signal.SIGTERM
-    assert [path.name for path in sd15.checkpoints(copy)] == ["checkpoint-3"] and not sd15.damage(copy / "checkpoint-3")
+    assert [path.name for path in sd15.checkpoints(copy)] == ["checkpoint-3"] and not sd15.damage(
+        copy / "checkpoint-3"
+    )
     finish(copy)
 
 
@@ -417,7 +460,10 @@ def stopped(sd15, program, out, step, number):
     """Check the end of a program that a signal stopped; the command that it says goes on."""
     code, text = program.end()
     assert code == 128 + number, text
-    assert sd15.checkpoints(out)[-1].name == f"checkpoint-{step}" and sd15.damage(out / f"checkpoint-{step}") is None
+    assert (
+        sd15.checkpoints(out)[-1].name == f"checkpoint-{step}"
+        and sd15.damage(out / f"checkpoint-{step}") is None
+    )
     assert not (out / LORA).exists()
     said = re.search(rf"stopped by {number.name} after step {step}; this goes on: (.*)", text)
     assert "Traceback" not in text and said, text
@@ -440,7 +486,9 @@ def test_a_signal_saves_and_stops(sd15, start, train, whole, tmp_path, monkeypat
 def test_the_command_goes_on_from_the_newest(sd15, start, copy):
     """Where the run was resumed from a folder by name, too."""
     before = patched({1}, send(signal.SIGTERM))
-    (program,) = start(copy, before, resume_from_checkpoint=copy / "checkpoint-2", output_dir=copy.parent / "new")
+    (program,) = start(
+        copy, before, resume_from_checkpoint=copy / "checkpoint-2", output_dir=copy.parent / "new"
+    )
     command = stopped(sd15, program, copy.parent / "new", 3, signal.SIGTERM)
     words = shlex.split(command)
     assert sd15.parse_args(words[3:]).resume_from_checkpoint == "latest"
@@ -569,11 +617,32 @@ def launched(teacher, images, tmp_path_factory):
     launchers = []
 
     def launched(out, processes, **flags):
-        kind = ["--multi_gpu", "--num_processes", processes] if processes > 1 else ["--cpu", "--num_processes", 1]
-        machine = ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+        kind = (
+            ["--multi_gpu", "--num_processes", processes]
+            if processes > 1
+            else ["--cpu", "--num_processes", 1]
+        )
+        machine = [
+            "--num_machines",
+            1,
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            0,
+        ]
         data = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": out}
-        words = [*machine, *kind, ROOT / "train_lcm_lora_sd15.py", *command_line(data | QUICK | flags)]
-        command, text = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)], out.with_suffix(".txt")
+        words = [
+            *machine,
+            *kind,
+            ROOT / "train_lcm_lora_sd15.py",
+            *command_line(data | QUICK | flags),
+        ]
+        command, text = (
+            [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)],
+            out.with_suffix(".txt"),
+        )
         with text.open("ab") as file:
             options = {"stdout": file, "stderr": file, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
             launchers.append(subprocess.Popen(command, start_new_session=True, **options))
@@ -586,7 +655,10 @@ def launched(teacher, images, tmp_path_factory):
     yield launched
     for launcher in launchers:
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
+            for process in [
+                *psutil.Process(launcher.pid).children(recursive=True),
+                psutil.Process(launcher.pid),
+            ]:
                 process.kill()
         launcher.wait()
 
@@ -617,8 +689,13 @@ def test_a_signal_to_accelerate_launch(sd15, train, launched, tmp_path, processe
     (folder,), step = sd15.checkpoints(out), log(out)[-1]["step"]
     passed_on = processes == 2 and number in (signal.SIGTERM, signal.SIGINT) or to == "group"
     name = number.name if passed_on else "SIGHUP"
-    assert f"stopped by {name} after step {step}; this goes on: accelerate launch --num_machines 1 " in text.read_text()
-    assert folder.name == f"checkpoint-{step}" and sd15.damage(folder) is None and launcher.returncode
+    assert (
+        f"stopped by {name} after step {step}; this goes on: accelerate launch --num_machines 1 "
+        in text.read_text()
+    )
+    assert (
+        folder.name == f"checkpoint-{step}" and sd15.damage(folder) is None and launcher.returncode
+    )
     if processes == 1:
         flags = LONG | {"max_train_steps": step + 2}
         train(**flags, output_dir=out, resume_from_checkpoint="latest")
@@ -655,23 +732,36 @@ def test_a_step_that_is_not_finite_is_skipped(sd15, train, monkeypatch, capsys, 
     """Weights, moments, average and learning rate are as if it had not been; it is counted and its records are named."""
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, {3}, spoil))
     out = train(**RUN | {"checkpointing_steps": 1}, ema_decay=0.5)
-    states = [torch.load(out / f"checkpoint-{step}" / STATE, weights_only=True) for step in (2, 3, 4)]
+    states = [
+        torch.load(out / f"checkpoint-{step}" / STATE, weights_only=True) for step in (2, 3, 4)
+    ]
     for state in states:
         state.pop("step")
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    assert difference(out / "checkpoint-2", out / "checkpoint-3") == 0 < difference(out / "checkpoint-3", out)
+    assert (
+        difference(out / "checkpoint-2", out / "checkpoint-3")
+        == 0
+        < difference(out / "checkpoint-3", out)
+    )
     rows = log(out)
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and {row["overflows"] for row in rows} == {0}
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and {
+        row["overflows"] for row in rows
+    } == {0}
     assert rows[2]["lr"] == rows[3]["lr"] > rows[4]["lr"]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "is skipped" in line]
-    assert re.search(r"warning: step 3 is skipped: loss \S+, gradient norm nan, with .*\d\d.png, .*\d\d.png", line)
+    assert re.search(
+        r"warning: step 3 is skipped: loss \S+, gradient norm nan, with .*\d\d.png, .*\d\d.png",
+        line,
+    )
 
 
 def test_ten_in_a_row_end_the_run(sd15, train, monkeypatch, tmp_path):
     """With the step, the records and advice; nothing is written as the LoRA."""
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, range(2, 12), nan))
     message = refused(train, **RUN | {"max_train_steps": 20}, output_dir=tmp_path / "out")
-    assert re.search(r"10 steps in a row were not finite, the last, 11: .*\d\d.png.*--learning_rate", message)
+    assert re.search(
+        r"10 steps in a row were not finite, the last, 11: .*\d\d.png.*--learning_rate", message
+    )
     assert not (tmp_path / "out" / LORA).exists()
 
 
@@ -680,7 +770,9 @@ def test_nine_in_a_row_do_not(sd15, train, monkeypatch):
     bad = {*range(2, 11), 12}
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, bad, nan))
     out = train(**RUN | {"max_train_steps": 14})
-    assert log(out)[-1]["skipped"] == 10 and all(w.isfinite().all() for w in load_file(out / LORA).values())
+    assert log(out)[-1]["skipped"] == 10 and all(
+        w.isfinite().all() for w in load_file(out / LORA).values()
+    )
 
 
 def test_nan_in_the_weights_of_a_checkpoint(sd15, train, copy):
@@ -689,7 +781,9 @@ def test_nan_in_the_weights_of_a_checkpoint(sd15, train, copy):
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = torch.nan
     save_file(tensors, path)
-    about = json.loads(manifest.read_text()) | {WEIGHTS: [path.stat().st_size, sd15.file_digest(path)]}
+    about = json.loads(manifest.read_text()) | {
+        WEIGHTS: [path.stat().st_size, sd15.file_digest(path)]
+    }
     manifest.write_text(json.dumps(about))
     message = refused(train, **RUN, output_dir=copy, resume_from_checkpoint="latest")
     assert re.search(f"--resume_from_checkpoint {path}: .*NaN or infinite", message)
@@ -714,7 +808,9 @@ def test_ranks_agree_on_what_is_not_finite(start, tmp_path):
     ends = [program.end() for program in start(out, before, processes=2)]
     assert [code for code, _ in ends] == [0, 0], ends
     assert [row["skipped"] for row in log(out)] == [0, 0, 1, 1, 1, 1]
-    torch.testing.assert_close(*(torch.load(tmp_path / f"weights-{rank}") for rank in (0, 1)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        *(torch.load(tmp_path / f"weights-{rank}") for rank in (0, 1)), rtol=0, atol=0
+    )
 
 
 def test_out_of_memory_names_flags(sd15, train, monkeypatch):
@@ -723,7 +819,9 @@ def test_out_of_memory_names_flags(sd15, train, monkeypatch):
 
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, {2}, fault))
     message = refused(train, **RUN)
-    flags = re.search(r"out of memory \(OutOfMemoryError: CUDA .* 2 GiB.\); less takes (.*)", message)[1]
+    flags = re.search(
+        r"out of memory \(OutOfMemoryError: CUDA .* 2 GiB.\); less takes (.*)", message
+    )[1]
     needed = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--center_crop"]
     named = re.findall(r"--\w+", flags)
     assert len(named) == 5 and sd15.parse_args([*needed, named[0], "1", *named[1:]]).use_8bit_adam
@@ -738,15 +836,25 @@ def test_the_scaler_of_fp16_goes_on_after_a_loss_that_is_not_finite(sd15):
         scaler.unscale_(adam)
         return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
-    optimizer = SimpleNamespace(step=lambda: (scaler.step(adam), scaler.update()), zero_grad=adam.zero_grad)
-    accelerator = SimpleNamespace(scaler=scaler, clip_grad_norm_=clip, reduce=lambda value, _: value)
+    optimizer = SimpleNamespace(
+        step=lambda: (scaler.step(adam), scaler.update()), zero_grad=adam.zero_grad
+    )
+    accelerator = SimpleNamespace(
+        scaler=scaler, clip_grad_norm_=clip, reduce=lambda value, _: value
+    )
     found = []
     for factor in (torch.nan, 1.0, torch.inf, 1.0):
         loss = weight.sum() * (1 if factor == torch.inf else factor)
         scaler.scale(loss).backward()
         weight.grad *= factor
         found.append(
-            sd15.optimizer_step(accelerator, optimizer, [weight], [loss.detach()], SimpleNamespace(max_grad_norm=9.0))
+            sd15.optimizer_step(
+                accelerator,
+                optimizer,
+                [weight],
+                [loss.detach()],
+                SimpleNamespace(max_grad_norm=9.0),
+            )
         )
     assert [finite for _, _, finite in found] == [False, True, True, True]
     assert weight.tolist() == [0, 0] and scaler.get_scale() == 2
@@ -769,13 +877,18 @@ def test_the_average_is_written(train):
     assert max(abs(written[key] - live[-1][key]).max() for key in written) > 1e-4
     torch.testing.assert_close(load_file(plain / WEIGHTS), live[-1], rtol=0, atol=0)
     shutil.rmtree(out / "unet")
-    train(**flags, ema_decay=0.25, output_dir=out, resume_from_checkpoint="latest")  # where no step is left
+    train(
+        **flags, ema_decay=0.25, output_dir=out, resume_from_checkpoint="latest"
+    )  # where no step is left
     torch.testing.assert_close(load_file(out / WEIGHTS), written, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------ secrets and pickles
 
-SECRETS = {"HF_TOKEN": "hf_PlantedInTheEnvironmentForTest", "WANDB_API_KEY": "0123456789planted" + 23 * "0"}
+SECRETS = {
+    "HF_TOKEN": "hf_PlantedInTheEnvironmentForTest",
+    "WANDB_API_KEY": "0123456789planted" + 23 * "0",
+}
 GIVEN = "hf_PlantedOnTheCommandLineForTests"
 
 
@@ -788,11 +901,24 @@ def test_no_secret_is_written(start, tmp_path, ending):
         os.chdir(tmp_path)
         HfApi.create_repo = lambda self, name, **_: SimpleNamespace(repo_id=f"someone/{name}")
         HfApi.upload_folder = lambda self, **_: None
-        act = {"finished": lambda loss: loss, "stopped": send(signal.SIGTERM), "failed": lambda loss: 1 / 0}[ending]
+        act = {
+            "finished": lambda loss: loss,
+            "stopped": send(signal.SIGTERM),
+            "failed": lambda loss: 1 / 0,
+        }[ending]
         patched({3}, act)(trainer)
 
-    flags = {"push_to_hub": True, "hub_token": GIVEN, "report_to": "all" if ending == "stopped" else "tensorboard"}
-    flags |= {"cache_text_embeddings": True, "cache_latents": True, "center_crop": True, "cache_dir": cache}
+    flags = {
+        "push_to_hub": True,
+        "hub_token": GIVEN,
+        "report_to": "all" if ending == "stopped" else "tensorboard",
+    }
+    flags |= {
+        "cache_text_embeddings": True,
+        "cache_latents": True,
+        "center_crop": True,
+        "cache_dir": cache,
+    }
     code, text = start(out, before, environment=SECRETS, **flags)[0].end()
     assert code == {"finished": 0, "stopped": 128 + signal.SIGTERM, "failed": 1}[ending], text
     files = contents(tmp_path)
@@ -828,17 +954,28 @@ def test_nothing_is_unpickled(sd15, train, copy, tmp_path):
     (folder / MANIFEST).write_text(json.dumps(about))
     for source in ("latest", folder):
         message = refused(train, **RUN, output_dir=copy, resume_from_checkpoint=source)
-        assert re.search(f"--resume_from_checkpoint {folder}: .*UnpicklingError", message) and not mark.exists()
+        assert (
+            re.search(f"--resume_from_checkpoint {folder}: .*UnpicklingError", message)
+            and not mark.exists()
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- many processes
 
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=slow)])
-def test_two_processes_are_one_of_twice_the_batch(sd15, train, start, monkeypatch, tmp_path, accumulation):
+def test_two_processes_are_one_of_twice_the_batch(
+    sd15, train, start, monkeypatch, tmp_path, accumulation
+):
     """Over 50 steps; and each rank's noise is its half of the one's."""
     flags = (
-        RUN | SMOOTH | {"max_train_steps": 50, "checkpointing_steps": 100, "gradient_accumulation_steps": accumulation}
+        RUN
+        | SMOOTH
+        | {
+            "max_train_steps": 50,
+            "checkpointing_steps": 100,
+            "gradient_accumulation_steps": accumulation,
+        }
     )
 
     def spy(trainer, name):
@@ -860,13 +997,18 @@ def test_two_processes_are_one_of_twice_the_batch(sd15, train, start, monkeypatc
     def before(trainer, rank):
         trainer.sample_batch = spy(trainer, f"rank-{rank}")
 
-    ends = [program.end() for program in start(two, before, processes=2, **flags | {"train_batch_size": 2})]
+    ends = [
+        program.end()
+        for program in start(two, before, processes=2, **flags | {"train_batch_size": 2})
+    ]
     assert [code for code, _ in ends] == [0, 0], ends
     assert near(one, two) and len(log(two)) == 50 and difference(one, two) < 1e-5
     noise = {name: torch.load(tmp_path / name) for name in ("one", "rank-0", "rank-1")}
     for step in range(2):
         part = slice(step * accumulation, (step + 1) * accumulation)
-        assert torch.equal(torch.cat(noise["one"][part]), torch.cat(noise["rank-0"][part] + noise["rank-1"][part]))
+        assert torch.equal(
+            torch.cat(noise["one"][part]), torch.cat(noise["rank-0"][part] + noise["rank-1"][part])
+        )
     rows = torch.cat(noise["rank-0"] + noise["rank-1"]).flatten(1)
     assert len(rows.unique(dim=0)) == 2 * 2 * 2 * accumulation
 
@@ -890,13 +1032,26 @@ def test_two_machines(train, teacher, images, tmp_path):
                 "--dynamo_backend",
                 "no",
             ]
-            words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--rdzv_backend", "static"]
+            words += [
+                "--main_process_ip",
+                "127.0.0.1",
+                "--main_process_port",
+                port,
+                "--rdzv_backend",
+                "static",
+            ]
             words += ["--mixed_precision", "no", ROOT / "train_lcm_lora_sd15.py"]
-            data = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": out}
+            data = {
+                "pretrained_teacher_model": teacher,
+                "train_data_dir": images,
+                "output_dir": out,
+            }
             words += command_line(QUICK | flags | data | more)
             command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)]
             options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            ended.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options))
+            ended.append(
+                subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+            )
         texts = [process.communicate(timeout=300)[0] for process in ended]
         assert [process.returncode for process in ended] == [0, 0], texts
 
@@ -919,12 +1074,20 @@ def test_chaos_on_a_small_model(start, monkeypatch, capfd):
     chaos = load_script("scripts/proofs/chaos.py")
 
     def forked(out, args):
-        words = [*chaos.SETTINGS, "--validation_prompts", "rain", "--resume_from_checkpoint", "latest"]
+        words = [
+            *chaos.SETTINGS,
+            "--validation_prompts",
+            "rain",
+            "--resume_from_checkpoint",
+            "latest",
+        ]
         (program,) = start(out, words=words)
         return Forked(program)
 
     monkeypatch.setattr(chaos, "start", forked)
-    pool = contextlib.nullcontext(SimpleNamespace(map=map))  # threads would not be good to fork from
+    pool = contextlib.nullcontext(
+        SimpleNamespace(map=map)
+    )  # threads would not be good to fork from
     monkeypatch.setattr(chaos, "ThreadPoolExecutor", lambda _: pool)
     assert chaos.main(["--runs", "1", "--kills", "3", "--jobs", "1"]) == 0, capfd.readouterr().out
     text = capfd.readouterr().out
@@ -952,7 +1115,11 @@ def test_chaos_sees_a_difference(train, whole):
     chaos = load_script("scripts/proofs/chaos.py")
     assert chaos.differences(whole, train(**RUN)) == []
     found = chaos.differences(whole, train(**RUN | {"seed": 1}))
-    assert "metadata" in found and "log.jsonl" in found and any(key.startswith("lora_unet_") for key in found)
+    assert (
+        "metadata" in found
+        and "log.jsonl" in found
+        and any(key.startswith("lora_unet_") for key in found)
+    )
 
 
 @pytest.mark.slow

@@ -35,7 +35,11 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize(
-    "option", [pytest.param(name, marks=pytest.mark.slow if name == "torch_compile" else ()) for name in OPTIONS]
+    "option",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "torch_compile" else ())
+        for name in OPTIONS
+    ],
 )
 def test_option_leaves_the_losses(train_xl, plain, option, tmp_path):
     flags, tolerance = OPTIONS[option]
@@ -53,14 +57,23 @@ def test_channels_last_leaves_the_losses(train_xl, plain, monkeypatch):
 
 def test_fused_adam_leaves_the_losses(train_xl, plain, monkeypatch):
     adam = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, fused, **settings: adam(parameters, **settings))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda parameters, fused, **settings: adam(parameters, **settings)
+    )
     assert 0 < distance(train_xl(**STEPS), plain) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantized_base(sdxl, xl_teacher, kind):
     """Teacher and student share one base, of which just the transformers' linear layers are in 4 or 8 bits."""
-    words = ["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x", "--quantize_base", kind]
+    words = [
+        "--pretrained_teacher_model",
+        str(xl_teacher),
+        "--train_data_dir",
+        "x",
+        "--quantize_base",
+        kind,
+    ]
     args = sdxl.parse_args(words)
     pipe = sdxl.load_teacher(args, torch.float32)
     before = copy.deepcopy(pipe.unet)
@@ -76,7 +89,9 @@ def test_quantized_base(sdxl, xl_teacher, kind):
         assert getattr(base, "state", None) is getattr(new[path], "state", None)
         assert new[path].weight.numel() == old[path].weight.numel() / (2 if kind == "nf4" else 1)
     kept = {id(p) for p in pipe.unet.parameters()}
-    assert all(id(p) in kept or p.dtype == torch.float32 and p.requires_grad for p in student.parameters())
+    assert all(
+        id(p) in kept or p.dtype == torch.float32 and p.requires_grad for p in student.parameters()
+    )
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
@@ -93,7 +108,9 @@ def test_quantized_run_resumes(train, train_xl, layout, kind):
 def test_paged_adam_needs_8_bits(sd15, sdxl):
     for trainer in (sd15, sdxl):
         with pytest.raises(SystemExit, match="error: --paged_adam: .*--use_8bit_adam"):
-            trainer.parse_args(["--pretrained_teacher_model", "m", "--train_data_dir", "d", "--paged_adam"])
+            trainer.parse_args(
+                ["--pretrained_teacher_model", "m", "--train_data_dir", "d", "--paged_adam"]
+            )
 
 
 def test_paged_adam_needs_a_gpu(train):
@@ -110,23 +127,70 @@ def test_compare_speed(xl_teacher, images, tmp_path):
         f"accelerate.Accelerator.backward = lambda *words: (time.sleep(2), backward(*words))\n"
         f"sys.argv += ['--logging_steps', '1']\nrunpy.run_path({str(ROOT / 'train_lcm_lora_sdxl.py')!r}, run_name='__main__')\n"
     )
-    words = ["--reference", slow, "--teacher", xl_teacher, "--dataset_name", images, "--resolution", 32, "--batch", 2]
-    done = run(sys.executable, "scripts/measure/compare_speed.py", *words, "--rounds", 2, "--seconds", 1, "--lora_rank", 4)
+    words = [
+        "--reference",
+        slow,
+        "--teacher",
+        xl_teacher,
+        "--dataset_name",
+        images,
+        "--resolution",
+        32,
+        "--batch",
+        2,
+    ]
+    done = run(
+        sys.executable,
+        "scripts/measure/compare_speed.py",
+        *words,
+        "--rounds",
+        2,
+        "--seconds",
+        1,
+        "--lora_rank",
+        4,
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
-    alone = run(sys.executable, "scripts/measure/compare_speed.py", *words[2:], "--rounds", 1, "--seconds", 1, "--least", 1000)
-    assert alone.returncode == 1 and "gain: ours, cached" in alone.stdout and "reference" not in alone.stdout
-    done = run(sys.executable, "scripts/measure/compare_speed.py", "--family", "sdxl", "--teacher", tmp_path / "nothing")
-    assert done.returncode == 1 and f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
+    alone = run(
+        sys.executable,
+        "scripts/measure/compare_speed.py",
+        *words[2:],
+        "--rounds",
+        1,
+        "--seconds",
+        1,
+        "--least",
+        1000,
+    )
+    assert (
+        alone.returncode == 1
+        and "gain: ours, cached" in alone.stdout
+        and "reference" not in alone.stdout
+    )
+    done = run(
+        sys.executable,
+        "scripts/measure/compare_speed.py",
+        "--family",
+        "sdxl",
+        "--teacher",
+        tmp_path / "nothing",
+    )
+    assert (
+        done.returncode == 1
+        and f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
+    )
     done = run(sys.executable, "scripts/measure/compare_speed.py", "--reference", "nothing.py")
     assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
 
 
 def test_decode_speed(capsys):
-    """Both decoders make a picture of the size that was asked for, which it checks."""
+    """Both decoders make a image of the size that was asked for, which it checks."""
     decode_speed = load_script("scripts/measure/decode_speed.py")
     decode_speed.main(["--resolution", "32", "--rounds", "1"])
-    assert re.fullmatch(r"VAE .* a picture of 32 px: .*\n.* [\d.]+ times as fast\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        r"VAE .* a image of 32 px: .*\n.* [\d.]+ times as fast\n", capsys.readouterr().out
+    )
     with pytest.raises(SystemExit):
         decode_speed.main(["--resolution", "100"])
     assert "--resolution 100: give a multiple of 8" in capsys.readouterr().err
