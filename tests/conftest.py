@@ -1,4 +1,7 @@
-"""Small random models and pictures made on the spot, and helpers that run the programs on them. Nothing is downloaded."""
+"""Small random models and images made on the spot, and helpers that run the programs on them.
+
+Nothing is downloaded.
+"""
 
 import atexit
 import functools
@@ -133,10 +136,10 @@ def near(a, b, tolerance=1e-5):
     )
 
 
-def image_bytes(picture, kind="PNG", **settings):
-    """A `datasets` picture record of a picture."""
+def image_bytes(image, kind="PNG", **settings):
+    """An image as `datasets` has it undecoded."""
     file = io.BytesIO()
-    picture.save(file, kind, **settings)
+    image.save(file, kind, **settings)
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -278,7 +281,7 @@ def make_images(tmp_path_factory):
         import numpy as np
         from PIL import Image
 
-        folder = tmp_path_factory.mktemp("pictures")
+        folder = tmp_path_factory.mktemp("images")
         rows, random = [], np.random.default_rng(0)
         for i in range(count):
             name = f"{i:02}.png"
@@ -286,7 +289,7 @@ def make_images(tmp_path_factory):
             size = (40 + 3 * (i % 5), 40 + 4 * (i % 3))
             Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(folder / name)
             if i in broken:
-                (folder / name).write_bytes(b"no picture at all")
+                (folder / name).write_bytes(b"no image at all")
             rows.append(json.dumps({"file_name": name, "text": CAPTIONS[i % len(CAPTIONS)]}))
         (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
         return folder
@@ -339,7 +342,6 @@ def train_by(images, tmp_path_factory):
             try:
                 trainer.main(command_line(flags))
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
             return flags["output_dir"]

@@ -95,15 +95,16 @@ def test_units_of_the_output(sd15, prediction_type):
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_loss_in_units_of_the_output(sd15, prediction_type):
     """Each sample's distance counts by its timestep's factor, and by nothing else."""
-    teacher, student, inputs, schedule, args = problem(sd15, prediction_type, "l2")
+    run, inputs, args = problem(sd15, prediction_type, "l2")
 
     def loss(rows, units):
         args.loss_units = units
-        part = {k: {n: v[rows] for n, v in x.items()} if isinstance(x, dict) else x[rows] for k, x in inputs.items()}
-        return sd15.distillation_loss(teacher, student, student, **part, schedule=schedule, args=args).item()
+        part = {name: value[rows] for name, value in inputs.items() if name != "c"}
+        c = {"prompt": inputs["c"]["prompt"][rows]}
+        return sd15.distillation_loss(run, c=c, **part, args=args).item()
 
     rows = [slice(i, i + 1) for i in range(4)]
-    factors = schedule.output_per_x0(inputs["t_nk"]).flatten().tolist()
+    factors = run.schedule.output_per_x0(inputs["t_nk"]).flatten().tolist()
     assert factors[0] / factors[3] > 5
     apart = [factor**2 * loss(row, "x0") for factor, row in zip(factors, rows, strict=True)]
     assert [loss(row, "output") for row in rows] == pytest.approx(apart, rel=1e-4)
@@ -161,7 +162,7 @@ def test_v_with_zero_terminal_snr_is_finite(sd15):
 def test_boundary_scalings_are_those_of_lcm_scheduler(sd15):
     scheduler = LCMScheduler(**BETAS)
     for t in [0, 1, *GRID]:
-        c_skip, c_out = sd15.boundary_scalings(torch.tensor([t]), 10.0)
+        c_skip, c_out = sd15.boundary_scalings(torch.tensor([t]))
         expected = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(t))
         assert c_skip.shape == c_out.shape == (1, 1, 1, 1)
         assert torch.allclose(torch.stack([c_skip, c_out]).flatten(), torch.stack(expected), rtol=1e-6)
@@ -171,7 +172,7 @@ def test_boundary_scalings_are_those_of_lcm_scheduler(sd15):
 def test_consistency_function_is_the_identity_at_0(sd15, prediction_type):
     schedule = sd15.NoiseSchedule(config(prediction_type), "cpu")
     t = torch.tensor([0, 0])
-    assert torch.equal(sd15.consistency_function(latents(seed=1), latents(), t, schedule, 10.0), latents())
+    assert torch.equal(sd15.consistency_function(latents(seed=1), latents(), t, schedule), latents())
 
 
 def test_distances_in_closed_form(sd15):
@@ -196,8 +197,9 @@ class Toy(torch.nn.Module):
 
     def __init__(self, seed):
         super().__init__()
-        draw = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        self.weight = torch.nn.Parameter(draw.float())
+        random = torch.Generator().manual_seed(seed)
+        weight = torch.randn(6, generator=random, dtype=torch.float64)
+        self.weight = torch.nn.Parameter(weight.float())
         self.calls = []
 
     def forward(self, z, t, encoder_hidden_states, added_cond_kwargs=None):
@@ -212,12 +214,15 @@ class Toy(torch.nn.Module):
 def algorithm_1(teacher, student, z, c, null, noise, t_nk, omega, prediction_type, loss_type, huber_c):
     """The report's Algorithm 1 in float64, sample by sample, every pass apart, Psi as the report writes it.
 
-    teacher and student: network(z, t, conditions) with a float64 `sample`; c and null: {name: [B,...]}.
+    teacher and student: network(z, t, conditions) with a float64 `sample`; c: {name: [B,...]}; null:
+    {name: [1,...]}, what the empty prompt replaces of it.
     """
     alpha, sigma = alpha_sigma()
 
-    def only(conditions, i):
-        return {name: value[i : i + 1].double() for name, value in conditions.items()}
+    def of(i):
+        return {name: value[i : i + 1].double() for name, value in c.items()}
+
+    empty = {name: value.double() for name, value in null.items()}
 
     def x0_eps(output, z_t, t):
         if prediction_type == "epsilon":
@@ -237,64 +242,71 @@ def algorithm_1(teacher, student, z, c, null, noise, t_nk, omega, prediction_typ
         here, s, w = slice(i, i + 1), max(t - 20, 0), float(omega[i])
         z_nk = alpha[t] * z[here].double() + sigma[t] * noise[here].double()
         with torch.no_grad():
-            z_hat = z_nk + (1 + w) * psi(z_nk, t, s, only(c, i)) - w * psi(z_nk, t, s, only(null, i))
-            goal = f(z_hat, s, only(c, i))
-        e2 = (f(z_nk, t, only(c, i)) - goal) ** 2
+            z_hat = z_nk + (1 + w) * psi(z_nk, t, s, of(i)) - w * psi(z_nk, t, s, of(i) | empty)
+            goal = f(z_hat, s, of(i))
+        e2 = (f(z_nk, t, of(i)) - goal) ** 2
         total = total + (e2 if loss_type == "l2" else torch.sqrt(e2 + huber_c**2) - huber_c).mean()
     return total / len(z)
 
 
 def problem(sd15, prediction_type="epsilon", loss_type="huber", omega=(3.0, 7.5, 15.0, 4.0)):
-    """Networks and inputs of one step: (networks, inputs, schedule, args)."""
-    random = torch.Generator().manual_seed(5)
-    c, null = torch.randn(4, 3, 8, generator=random), torch.randn(1, 3, 8, generator=random).expand(4, 3, 8)
+    """One step of toy networks: (what the loss needs of a Run, its inputs, args)."""
+    random, teacher, student = torch.Generator().manual_seed(5), Toy(1), Toy(2)
+    c, null = torch.randn(4, 3, 8, generator=random), torch.randn(1, 3, 8, generator=random)
+    schedule = sd15.NoiseSchedule(config(prediction_type), "cpu")
+    nets = {"teacher": teacher, "student": student, "target": student}
     inputs = {
         "z": latents(4, 1),
         "c": {"prompt": c},
-        "c_null": {"prompt": null},
         "noise": latents(4, 2),
         "t_nk": torch.tensor([19, 259, 739, 999]),
         "omega": torch.tensor(omega)[:, None, None, None],
     }
     args = SimpleNamespace(
-        num_ddim_timesteps=50, timestep_scaling_factor=10.0, loss_type=loss_type, huber_c=0.1, loss_units="x0"
+        num_ddim_timesteps=50, loss_type=loss_type, huber_c=0.1, loss_units="x0"
     )
-    return Toy(1), Toy(2), inputs, sd15.NoiseSchedule(config(prediction_type), "cpu"), args
+    return SimpleNamespace(**nets, schedule=schedule, c_null={"prompt": null}), inputs, args
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_distillation_loss_is_algorithm_1(sd15, prediction_type, loss_type):
     """Value and gradient; the target, though the same network, gets no gradient."""
-    teacher, student, inputs, schedule, args = problem(sd15, prediction_type, loss_type)
-    loss = sd15.distillation_loss(teacher, student, student, **inputs, schedule=schedule, args=args)
+    run, inputs, args = problem(sd15, prediction_type, loss_type)
+    loss = sd15.distillation_loss(run, **inputs, args=args)
     loss.backward()
     again = Toy(2)
     nets = [lambda z, t, c, toy=toy: toy(z, t, c["prompt"]) for toy in (Toy(1), again)]
-    expected = algorithm_1(*nets, *inputs.values(), prediction_type, loss_type, args.huber_c)
+    kinds = {"prediction_type": prediction_type, "loss_type": loss_type, "huber_c": args.huber_c}
+    expected = algorithm_1(*nets, **inputs, null=run.c_null, **kinds)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert close(student.weight.grad, again.weight.grad, 1e-4)
-    assert teacher.weight.grad is None
+    assert close(run.student.weight.grad, again.weight.grad, 1e-4)
+    assert run.teacher.weight.grad is None
 
 
 def test_omega_0_is_the_conditional_teacher(sd15):
     """Then the null prompt does not matter; with omega it does."""
     for omega, matters in ((0.0, False), (7.5, True)):
-        teacher, student, inputs, schedule, args = problem(sd15, omega=(omega,) * 4)
-        loss = sd15.distillation_loss(teacher, student, student, **inputs, schedule=schedule, args=args)
-        other = inputs | {"c_null": {"prompt": inputs["c"]["prompt"] + 5}}
-        changed = sd15.distillation_loss(teacher, student, student, **other, schedule=schedule, args=args)
+        run, inputs, args = problem(sd15, omega=(omega,) * 4)
+        loss = sd15.distillation_loss(run, **inputs, args=args)
+        run.c_null = {"prompt": run.c_null["prompt"] + 5}
+        changed = sd15.distillation_loss(run, **inputs, args=args)
         assert (abs(changed - loss) > 1e-3 * loss) == matters
 
 
 def test_passes_of_a_step(sd15):
-    """Teacher once for prompt and null together, target without gradient, the student last and the only one with it."""
-    teacher, student, inputs, schedule, args = problem(sd15)
-    target, order = Toy(2), []
-    for name, net in (("teacher", teacher), ("target", target), ("student", student)):
-        net.register_forward_hook(lambda net, given, result, name=name: order.append((name, *net.calls[-1])))
-    sd15.distillation_loss(teacher, student, target, **inputs, schedule=schedule, args=args)
+    """Teacher once for prompt and null together, target without gradient, the student last.
+
+    Only the student's pass is recorded for a gradient.
+    """
+    run, inputs, args = problem(sd15)
+    run.target, order = Toy(2), []
+    for name in ("teacher", "target", "student"):
+        vars(run)[name].register_forward_hook(
+            lambda net, given, result, name=name: order.append((name, *net.calls[-1]))
+        )
+    sd15.distillation_loss(run, **inputs, args=args)
     assert order == [("teacher", False, 8), ("target", False, 4), ("student", True, 4)]
 
 
@@ -322,8 +334,8 @@ def test_defect_11_no_two_samples_share_noise(sd15):
     first = sd15.rng(*base).standard_normal(8).tolist()
     others = [(1, 3, 1, "noise"), (2**32, 3, 1, "noise"), (0, 4, 1, "noise"), (0, 3, 2, "noise"), (0, 1, 3, "noise")]
     others += [(0, 3, 1, purpose) for purpose in sd15.PURPOSES if purpose != "noise"]
-    drawn = [sd15.rng(*other).standard_normal(8).tolist() for other in others]
-    assert len({tuple(d) for d in [first, *drawn]}) == len(others) + 1
+    values = [sd15.rng(*other).standard_normal(8).tolist() for other in others]
+    assert len({tuple(value) for value in [first, *values]}) == len(others) + 1
     assert sd15.rng(*base).standard_normal(8).tolist() == first
 
 
@@ -335,7 +347,7 @@ def test_noise_does_not_depend_on_the_batch(sd15):
 
 
 def test_noise_is_standard_normal(sd15):
-    """Mean, variance, skewness and kurtosis of 400,000 draws, to five of their standard errors; places are uncorrelated."""
+    """Mean, variance, skewness and kurtosis of 400,000 numbers, to five of their standard errors; places are uncorrelated."""
     x = sd15.normal(0, 0, range(400), "noise", [1000]).double()
     assert abs(x.mean()) < 5 / 400_000**0.5
     assert abs(x.var() - 1) < 5 * (2 / 400_000) ** 0.5
@@ -355,7 +367,7 @@ def stream(sd15, count, steps, size, parts=1, world=1, rank=0, first=0):
     args = SimpleNamespace(
         seed=0, image_column="image", caption_column="text", resolution=8, center_crop=True, random_flip=False,
         proportion_empty_prompts=0.0, train_batch_size=size, gradient_accumulation_steps=parts, max_train_steps=steps,
-        dataloader_num_workers=0, interpolation_type="lanczos", streaming=False,
+        dataloader_num_workers=0, streaming=False,
     )  # fmt: skip
     loader = sd15.make_loader(records, None, args, first, rank, world)
     return [(batch["place"], batch["caption"]) for batch in loader]
