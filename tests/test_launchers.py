@@ -1,4 +1,4 @@
-"""scripts/train_*.sh: the commands that they run, printed by DRY_RUN=1 and parsed by the programs they name; scripts/accelerate/."""
+"""scripts/train_*.sh: their commands, parsed by the programs they name; scripts/accelerate/."""
 
 import os
 import shlex
@@ -29,6 +29,7 @@ def printed(name, *words, cwd=ROOT, **environment):
 
 
 def test_there_are_four():
+    """The launchers of the design."""
     assert LAUNCHERS == [
         "train_sd15.sh",
         "train_sdxl.sh",
@@ -39,7 +40,7 @@ def test_there_are_four():
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launcher(name, tmp_path):
-    """It names its family's trainer, from any folder; extra arguments come last and win; without data it says so."""
+    """Its family's trainer, from any folder; extra arguments win; without data it says so."""
     outer, program, args = printed(name, "--seed", "77", "--lora_rank", "3", cwd=tmp_path)
     assert program == f"train_lcm_lora_{'sd15' if 'sd15' in name else 'sdxl'}.py"
     assert outer.mixed_precision == "fp16"
@@ -51,6 +52,7 @@ def test_launcher(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHERS if "pokemon" not in name])
 def test_environment_overrides(name, images):
+    """Variables change the model, the data and the settings."""
     own = {
         "MODEL": "my/model",
         "DATA": images,
@@ -69,11 +71,23 @@ def test_the_source_pages_recipe():
     """lcm_xl_lora_pokemon_blip of diffengine."""
     _, _, args = printed("train_sdxl_pokemon.sh")
     recipe = {
-        "lora_rank": 8, "lora_alpha": 8, "learning_rate": 1e-5, "use_8bit_adam": True, "adam_weight_decay": 0,
-        "train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 50, "max_train_steps": None,
-        "loss_type": "huber", "w_min": 3, "w_max": 15, "num_ddim_timesteps": 50, "resolution": 1024,
-        "cache_text_embeddings": True, "pretrained_teacher_model": "stabilityai/stable-diffusion-xl-base-1.0", "validation_prompts": ["yoda pokemon"] * 4,
-    }  # fmt: skip
+        "pretrained_teacher_model": "stabilityai/stable-diffusion-xl-base-1.0",
+        "resolution": 1024,
+        "lora_rank": 8,
+        "lora_alpha": 8,
+        "learning_rate": 1e-5,
+        "optimizer": "adamw8bit",
+        "adam_weight_decay": 0,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 50,
+        "max_train_steps": None,
+        "loss_type": "huber",
+        "w_min": 3,
+        "w_max": 15,
+        "num_ddim_timesteps": 50,
+        "validation_prompts": ["yoda pokemon"] * 4,
+    }
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
@@ -105,10 +119,11 @@ def test_accelerate_config(name):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """slurm(accelerate=shell text) -> slurm.sh running, with programs in place of Slurm's and accelerate that note their words."""
+    """slurm(accelerate=shell text) -> slurm.sh, running with stand-ins for Slurm and accelerate."""
+    show = 'if [ "$1" = show ]; then echo first; echo second'
     programs = {
         "srun": 'SLURM_NODEID=1 exec "$@"',
-        "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > requeued; fi',
+        "scontrol": f'{show}; else echo "$@" > requeued; fi',
         "scancel": 'echo "$@" > cancelled',
     }
 
@@ -150,9 +165,10 @@ def test_slurm_runs_to_the_end(slurm, tmp_path, sdxl, code):
 
 
 def test_slurm_queues_again(slurm, tmp_path):
-    """On the signal before the time limit: passed on to the trainers, which are waited for; the launchers outlive it."""
+    """On the signal before the time limit: passed to the trainers; the launchers outlive it."""
     job = slurm(
-        "kill -USR1 $$; touch survived; until [ -f cancelled ]; do sleep 0.1; done; sleep 0.5; touch ended; exit 1"
+        "kill -USR1 $$; touch survived; until [ -f cancelled ]; do sleep 0.1; done; "
+        "sleep 0.5; touch ended; exit 1"
     )
     while not (tmp_path / "survived").exists():
         time.sleep(0.05)
