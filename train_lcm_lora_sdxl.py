@@ -896,12 +896,13 @@ def check_stamp(folder, columns, args):
 
 
 def load_prompts(folder):
-    """Embeddings of the prompts that encoded data have beside them: {prompt: {name: tensor}}."""
+    """The embeddings of the prompts that encoded data have beside them: {prompt: {name: tensor}}."""
     if not Path(folder, PROMPTS).exists():
         return {}
-    tensors, prompts = load_file(Path(folder, PROMPTS)), Path(folder, STAMP).read_text()
-    rows = enumerate(json.loads(prompts)["prompts"])
-    return {text: {k: v[i] for k, v in tensors.items()} for i, text in rows}
+    with safe_open(Path(folder, PROMPTS), "pt") as file:
+        texts = json.loads(file.metadata()["prompts"])
+    tensors = load_file(Path(folder, PROMPTS))
+    return {text: {k: v[i] for k, v in tensors.items()} for i, text in enumerate(texts)}
 
 
 class UnusableRecord(Exception):
@@ -922,7 +923,8 @@ def to_record(row, number, args):
 
     Encoded data have `moments` and more of ENCODED instead. A missing caption is the empty one.
     """
-    image = next((row[key] for key in (args.image_column, *TAR_IMAGES) if row.get(key)), None)
+    names = (args.image_column, "image", *TAR_IMAGES)
+    image = next((row[key] for key in names if row.get(key)), None)
     name = row.get("name") or (image or {}).get("path") or row.get("__key__") or f"row {number}"
     if row.get("unusable"):
         raise UnusableRecord(row["unusable"])
@@ -1638,6 +1640,15 @@ def open_hub(args, rank):
 # ----------------------------------------------------------------------------------------- 8. main
 
 
+def quiet_libraries():
+    """No bars and advice of libraries: this program has one bar and says itself what it does."""
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of what diffusers passes to it
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def make_accelerator(args):
     """The accelerator, its trackers named but not yet started."""
     what = f"accelerate does not start, with --mixed_precision {args.mixed_precision}"
@@ -1747,12 +1758,7 @@ def set_up(args):
 def distil(args):
     """Set up, train, save."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    # No bars and advice of libraries: this program has one bar and says itself what it does
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # of what diffusers passes to it
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     launched_by = launch_command()
     run, records, empty = set_up(args)
     accelerator, world = run.accelerator, run.accelerator.num_processes

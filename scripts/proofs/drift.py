@@ -1,9 +1,10 @@
-"""Check that the two trainers have not drifted apart: what bears one name in both files must be byte-identical.
+"""Check that the two trainers have not drifted apart: equal names, equal texts.
 
-    python scripts/proofs/drift.py                                  # list what differs; exit code 1 if anything does
-    python scripts/proofs/drift.py --fix train_lcm_lora_sd15.py     # write that file's versions over the other's
+    python scripts/proofs/drift.py     # list what differs; exit code 1 if anything does
+    python scripts/proofs/drift.py --fix train_lcm_lora_sd15.py     # take that file's versions
 
-Compared are functions, classes and constants at the top level. What may differ stands in DIFFERS, with the reason.
+Compared are functions, classes and constants at the top level, byte for byte. What may differ is
+in DIFFERS, with the reason.
 """
 
 import argparse
@@ -15,31 +16,32 @@ TRAINERS = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py")
 DIFFERS = {
     "FAMILY": "the name of the layout, in the LoRA's header",
     "parse_args": "SDXL has a flag more, --use_fix_crop_and_size",
-    "prepare_image": "SDXL is conditioned on the picture's size and crop",
+    "prepare_image": "SDXL is conditioned on the image's size and crop",
     "load_teacher": "another pipeline; SDXL's first VAE overflows in fp16",
     "encode_captions": "SDXL has two text encoders and a pooled output",
 }
 
 
 def definitions(source):
-    """{name: its text} of the functions, classes and constants at the top level, comments and decorators included.
+    """{name: its text} of functions, classes and constants at the top level.
 
-    A definition's text begins after the one above it ends, so that a comment belongs to what it stands over.
+    A text begins after the definition above it ends: a comment belongs to what is below it.
     """
     lines, found, end = source.splitlines(keepends=True), {}, 0
     for node in ast.parse(source).body:
-        targets = getattr(node, "targets", [])
+        targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AugAssign) else [])
         names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names = [node.name]
         for name in names:
+            name = f"{name} again" if name in found else name
             found[name] = "".join(lines[end : node.end_lineno])
         end = node.end_lineno
     return found
 
 
 def drifted(one, other):
-    """The names whose definitions differ though DIFFERS does not allow it, and names of DIFFERS that need not be there."""
+    """Names whose definitions differ and may not, and names of DIFFERS that do not differ."""
     a, b = definitions(one), definitions(other)
     different = {name for name in a.keys() & b.keys() if a[name] != b[name]}
     return sorted(different - DIFFERS.keys()), sorted(DIFFERS.keys() - different)
@@ -47,9 +49,13 @@ def drifted(one, other):
 
 def main(argv=None):
     """Compare, or copy; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fix", choices=TRAINERS, help="the trainer whose versions are right")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent, help="where the trainers stand")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).parents[2], help="of the trainers"
+    )
     args = parser.parse_args(argv)
     texts = {name: (args.folder / name).read_text() for name in TRAINERS}
     names, needless = drifted(*texts.values())
@@ -62,7 +68,7 @@ def main(argv=None):
         (args.folder / other).write_text(texts[other])
         names, needless = drifted(*texts.values())
     for name in names:
-        print(f"{name} differs in {' and '.join(TRAINERS)}: --fix one of them, or give a reason in DIFFERS")
+        print(f"{name} differs: --fix {' or '.join(TRAINERS)}, or give a reason in DIFFERS")
     for name in needless:
         print(f"DIFFERS: {name} is the same in both, or not in both: take it out")
     return 1 if names or needless else 0
