@@ -306,6 +306,9 @@ def spoiled(kind, out, folder):
     elif kind == "text encoder":
         save_file(tensors | {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{part}": torch.ones(4, 4)
                              for part in ("lora_down.weight", "lora_up.weight")}, path)  # fmt: skip
+    elif kind == "alphas that differ":  # diffusers would take one for all attention layers
+        attention = next(key for key in tensors if "attn1_to_q.alpha" in key)
+        save_file(tensors | {attention: torch.tensor(1.0)}, path)
     return path
 
 
@@ -319,6 +322,7 @@ SPOILED = {
     "incomplete": "no LoRA that can be read",
     "DoRA": "of its .* layers",
     "text encoder": "of its .* layers",
+    "alphas that differ": "differ in alpha",
     "nowhere": "No such file",
 }
 
@@ -334,18 +338,21 @@ def test_what_is_no_lora_is_refused(sd15, train, trained, tmp_path, kind):
     assert "\n" not in str(end.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("ending", ["attn1_to_q", "attn2_to_out_0", "resnets_0_conv1"])
-def test_a_layer_with_an_alpha_of_its_own(sd15, train, trained, first, tmp_path, ending):
-    """As some tools write them: that layer alone has another strength."""
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_a_layer_with_an_alpha_of_its_own(sd15, train, trained, first, tmp_path, to):
+    """As some tools write them; converted, that layer alone has another strength."""
     trainer = SimpleNamespace(module=sd15, train=train)
     tensors = load_file(trained(trainer) / LORA)
-    name = next(key for key in tensors if key.endswith(f"{ending}.alpha")).removesuffix(".alpha")
+    name = next(key for key in tensors if "attn1_to_q.alpha" in key).removesuffix(".alpha")
     save_file(tensors | {f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    output = tmp_path / ("folder" if to == "peft" else "converted.safetensors")
+    words = [str(tmp_path / "x.safetensors"), str(output), "--to", to]
+    load_script("scripts/convert_lora.py").main(words)
     expected = {
         path: update / 2 if f"lora_unet_{path.replace('.', '_')}" == name else update
         for path, update in updates(trained(trainer)).items()
     }
-    assert equal(first(trainer, lora_path=tmp_path / "x.safetensors"), expected)
+    assert equal(first(trainer, lora_path=output), expected)
 
 
 def test_a_lora_of_the_other_family_is_refused(trained, sd15, sdxl, train, train_xl):
