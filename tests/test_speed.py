@@ -1,20 +1,22 @@
-"""What makes a step faster or smaller leaves the maths alone: losses of 20 steps beside those of the plain float32 path."""
+"""What makes a step faster or smaller leaves the maths alone: 20 losses beside float32's."""
 
 import copy
 import re
 import sys
 
+import decode_speed
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMOOTH, load_script, run, same, series
+from accelerate.state import AcceleratorState
+from conftest import ROOT, SMOOTH, command_line, load_script, run, same, series
 
 STEPS = SMOOTH | {"max_train_steps": 20, "lora_rank": 32, "center_crop": True}
 COMPILED = {"torch_compile": True}
 # {option: (its flags, the largest relative difference of a loss that it may make)}
 OPTIONS = {
     "vae_encode_batch_size": ({"vae_encode_batch_size": 1}, 1e-5),
-    "caches": ({"cache_latents": True, "cache_text_embeddings": True}, 1e-5),
+    "encoded data": ({}, 1e-5),
     "torch_compile": (COMPILED, 1e-5),
     "torch_compile, checkpointing": (COMPILED | {"gradient_checkpointing": True}, 1e-5),
     "use_8bit_adam": ({"use_8bit_adam": True}, 1e-3),
@@ -29,6 +31,17 @@ def plain(train_xl):
     return train_xl(**STEPS)
 
 
+@pytest.fixture(scope="module")
+def encoded(xl_teacher, images, tmp_path_factory):
+    """The data of the other runs as scripts/encode_data.py makes them."""
+    folder = tmp_path_factory.mktemp("encoded") / "data"
+    flags = {"pretrained_teacher_model": xl_teacher, "train_data_dir": images, "resolution": 32}
+    words = command_line(flags | {"center_crop": True, "family": "sdxl", "output": folder})
+    AcceleratorState._reset_state(True)
+    load_script("scripts/encode_data.py").main(words)
+    return folder
+
+
 def distance(a, b):
     """The largest relative difference of a loss between two runs."""
     return abs(np.array(series(a)) / series(b) - 1).max()
@@ -41,11 +54,13 @@ def distance(a, b):
         for name in OPTIONS
     ],
 )
-def test_option_leaves_the_losses(train_xl, plain, option, tmp_path):
+def test_option_leaves_the_losses(train_xl, plain, option, request):
     flags, tolerance = OPTIONS[option]
+    if option == "encoded data":
+        flags = {"dataset_name": request.getfixturevalue("encoded")}
     torch._dynamo.reset()  # or the blocks would be those of another test
     before = torch._dynamo.utils.counters["stats"]["calls_captured"]
-    assert 0 < distance(train_xl(**STEPS, cache_dir=tmp_path, **flags), plain) < tolerance
+    assert 0 < distance(train_xl(**STEPS, **flags), plain) < tolerance
     compiled = torch._dynamo.utils.counters["stats"]["calls_captured"] > before
     assert compiled == ("torch_compile" in flags)
 
@@ -65,7 +80,7 @@ def test_fused_adam_leaves_the_losses(train_xl, plain, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantized_base(sdxl, xl_teacher, kind):
-    """Teacher and student share one base, of which just the transformers' linear layers are in 4 or 8 bits."""
+    """Teacher and student share one base: only its transformers' linear layers in 4 or 8 bits."""
     words = [
         "--pretrained_teacher_model",
         str(xl_teacher),
@@ -105,92 +120,52 @@ def test_quantized_run_resumes(train, train_xl, layout, kind):
     assert same(whole, half)
 
 
-def test_paged_adam_needs_8_bits(sd15, sdxl):
-    for trainer in (sd15, sdxl):
-        with pytest.raises(SystemExit, match="error: --paged_adam: .*--use_8bit_adam"):
-            trainer.parse_args(
-                ["--pretrained_teacher_model", "m", "--train_data_dir", "d", "--paged_adam"]
-            )
-
-
 def test_paged_adam_needs_a_gpu(train):
-    with pytest.raises(SystemExit, match="error: --paged_adam: .*GPU"):
-        train(use_8bit_adam=True, paged_adam=True)
+    with pytest.raises(SystemExit, match="error: --optimizer paged_adamw8bit .*GPU"):
+        train(optimizer="paged_adamw8bit")
+
+
+def test_use_8bit_adam_is_the_optimizer_of_that_name(sd15, sdxl):
+    for trainer in (sd15, sdxl):
+        words = ["--pretrained_teacher_model", "m", "--train_data_dir", "d"]
+        kinds = [
+            trainer.parse_args([*words, *more]).optimizer for more in ([], ["--use_8bit_adam"])
+        ]
+        assert kinds == ["adamw", "adamw8bit"]
 
 
 @pytest.mark.slow
 def test_compare_speed(xl_teacher, images, tmp_path):
-    """Side by side with a reference that sleeps in each step ours is the faster; nothing is left running."""
-    slow = tmp_path / "slow.py"
+    """Beside a reference that sleeps in each step ours is faster; nothing stays behind."""
+    slow, ours = tmp_path / "slow.py", str(ROOT / "train_lcm_lora_sdxl.py")
     slow.write_text(
-        f"import runpy, sys, time\nimport accelerate\nbackward = accelerate.Accelerator.backward\n"
-        f"accelerate.Accelerator.backward = lambda *words: (time.sleep(2), backward(*words))\n"
-        f"sys.argv += ['--logging_steps', '1']\nrunpy.run_path({str(ROOT / 'train_lcm_lora_sdxl.py')!r}, run_name='__main__')\n"
+        "import runpy, time\n"
+        "import accelerate\n"
+        "backward = accelerate.Accelerator.backward\n"
+        "accelerate.Accelerator.backward = lambda *words: (time.sleep(2), backward(*words))\n"
+        f"runpy.run_path({ours!r}, run_name='__main__')\n"
     )
-    words = [
-        "--reference",
-        slow,
-        "--teacher",
-        xl_teacher,
-        "--dataset_name",
-        images,
-        "--resolution",
-        32,
-        "--batch",
-        2,
-    ]
-    done = run(
-        sys.executable,
-        "scripts/measure/compare_speed.py",
-        *words,
-        "--rounds",
-        2,
-        "--seconds",
-        1,
-        "--lora_rank",
-        4,
-    )
+    program = sys.executable, "scripts/measure/compare_speed.py"
+    data = ["--teacher", xl_teacher, "--dataset_name", images, "--resolution", 32, "--batch", 2]
+    turns = "--rounds 2 --seconds 1 --lora_rank 4".split()
+    done = run(*program, "--reference", slow, *data, *turns)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("| 2 | ")[1].split(" |")[0]) > 2
-    alone = run(
-        sys.executable,
-        "scripts/measure/compare_speed.py",
-        *words[2:],
-        "--rounds",
-        1,
-        "--seconds",
-        1,
-        "--least",
-        1000,
-    )
-    assert (
-        alone.returncode == 1
-        and "gain: ours, cached" in alone.stdout
-        and "reference" not in alone.stdout
-    )
-    done = run(
-        sys.executable,
-        "scripts/measure/compare_speed.py",
-        "--family",
-        "sdxl",
-        "--teacher",
-        tmp_path / "nothing",
-    )
-    assert (
-        done.returncode == 1
-        and f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
-    )
-    done = run(sys.executable, "scripts/measure/compare_speed.py", "--reference", "nothing.py")
+    alone = run(*program, *data, *"--rounds 1 --seconds 1 --least 1000".split())
+    assert alone.returncode == 1, alone.stderr
+    assert "gain: ours, encoded" in alone.stdout and "reference" not in alone.stdout
+    done = run(*program, "--family", "sdxl", "--teacher", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert f"error: --pretrained_teacher_model {tmp_path}/nothing: " in done.stderr
+    done = run(*program, "--reference", "nothing.py")
     assert done.returncode == 2 and "--reference nothing.py: no such file" in done.stderr
 
 
 def test_decode_speed(capsys):
-    """Both decoders make a image of the size that was asked for, which it checks."""
-    decode_speed = load_script("scripts/measure/decode_speed.py")
+    """Both decoders make an image of the size that was asked for, which it checks."""
     decode_speed.main(["--resolution", "32", "--rounds", "1"])
-    assert re.fullmatch(
-        r"VAE .* a image of 32 px: .*\n.* [\d.]+ times as fast\n", capsys.readouterr().out
-    )
+    said = r"VAE .* an image of 32 px: .*\n.* [\d.]+ times as fast\n"
+    assert re.fullmatch(said, capsys.readouterr().out)
     with pytest.raises(SystemExit):
         decode_speed.main(["--resolution", "100"])
     assert "--resolution 100: give a multiple of 8" in capsys.readouterr().err
