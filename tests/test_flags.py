@@ -189,7 +189,7 @@ def test_the_page_lists_each_default_that_differs(request):
 
 # ----------------------------------------------------------------------------------------- the data
 
-URL = "https://host/data/{00000..01099}.tar?download=true"
+URL = "https://host/data/{00000..01099}.tar"
 
 
 @pytest.mark.parametrize("words", [
@@ -213,6 +213,20 @@ def test_a_command_is_refused(sd15, command):
     with pytest.raises(SystemExit, match="error: --train_shards_path_or_url .*URL") as end:
         sd15.parse_args(words)
     assert "hf_secret" not in str(end.value)
+
+
+def test_a_url_of_the_hub_has_no_wildcard(sd15, monkeypatch):
+    """`datasets` reads such a URL as a path on the hub, where ? stands for any character."""
+    url = "https://huggingface.co/datasets/a/b/resolve/main/data/{00000..00001}.tar"
+    words = f"pipe:curl -L -s {url}?download=true"
+    words = [*NEEDED[:2], "--train_shards_path_or_url", words, "--max_train_steps", "1"]
+    given = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda _, **options: given.append(options) or 1 / 0
+    )
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        sd15.load_records(sd15.parse_args(words))
+    assert given[0]["data_files"] == [url.replace("{00000..00001}", f"0000{i}") for i in (0, 1)]
 
 
 def shards(folder, *sizes):
