@@ -91,7 +91,6 @@ TARGET_MODULES = (
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 )
 LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial"
-
 # Flags of Hugging Face's LCM-LoRA scripts that mean nothing here: the run goes on without them
 IGNORED = (
     "cast_teacher_unet enable_xformers_memory_efficient_attention encode_batch_size "
@@ -99,8 +98,8 @@ IGNORED = (
 ).split()
 ENCODE = (
     f"run `python scripts/encode_data.py --family {FAMILY} FLAGS --output FOLDER` with the other "
+    "FLAGS of this command, then train with --dataset_name FOLDER"
 )
-ENCODE += "FLAGS of this command, then train with --dataset_name FOLDER"
 # Flags that are refused, and what to do instead
 REFUSED = dict.fromkeys(["cache_latents", "cache_text_embeddings", "cache_only"], ENCODE) | {
     "hub_token": "a command line is seen by others; set HF_TOKEN or run `hf auth login`",
@@ -119,7 +118,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=36, width=100)
 
     def _get_help_string(self, action):
-        has_one = action.default not in (None, False, argparse.SUPPRESS)
+        has_one = str(action.default) not in ("None", "False", argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if has_one else action.help
 
 
@@ -149,8 +148,11 @@ def parse_args(argv=None):
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
     omega, beta, whole = number(float, -1), number(float, 0, 0.999999), number(int, 0)
 
-    def one(flag, kind, default, unit, text, *more):
-        group.add_argument(flag, *more, type=kind, default=default, metavar=unit, help=text)
+    def one(flag, kind, default, unit, text):
+        group.add_argument(flag, type=kind, default=default, metavar=unit, help=text)
+
+    def name(flag, unit, text, *more):
+        group.add_argument(flag, *more, metavar=unit, help=text)
 
     def choice(flag, choices, default, text):
         group.add_argument(flag, choices=choices.split(), default=default, help=text)
@@ -160,12 +162,12 @@ def parse_args(argv=None):
 
     # fmt: off
     group = parser.add_argument_group("Model")
-    one("--pretrained_teacher_model", str, None, "MODEL", "folder, hub id or .safetensors file")
-    one("--teacher_config", str, None, "FOLDER", "configs of a teacher in one file; or a hub id")
-    one("--teacher_revision", str, None, "NAME", "revision of a teacher on the hub", "--revision")
-    one("--variant", str, None, "NAME", "file variant of the teacher, such as fp16")
-    one("--pretrained_vae_model_name_or_path", str, None, "VAE", "another VAE than the teacher's")
-    one("--lora_path", str, None, "LORA", "LoRA to start from: file or output folder")
+    name("--pretrained_teacher_model", "MODEL", "folder, hub id or .safetensors file")
+    name("--teacher_config", "FOLDER", "configs of a teacher in one file; or a hub id")
+    name("--teacher_revision", "NAME", "revision of a teacher on the hub", "--revision")
+    name("--variant", "NAME", "file variant of the teacher, such as fp16")
+    name("--pretrained_vae_model_name_or_path", "VAE", "another VAE than the teacher's")
+    name("--lora_path", "LORA", "LoRA to start from: file or output folder")
     one("--lora_rank", count, 64, "R", "rank of the LoRA layers")
     one("--lora_alpha", positive, None, "A", "scale A / R of the update (default: R)")
     one("--lora_dropout", share, 0.0, "0..1", "dropout before the LoRA")
@@ -174,23 +176,23 @@ def parse_args(argv=None):
     choice("--quantize_base", "nf4 int8", None, "the base's linear layers in 4 or 8 bits")
 
     group = parser.add_argument_group("Data")
-    one("--train_data_dir", str, None, "FOLDER", "images with metadata.jsonl or metadata.csv")
-    one("--dataset_name", str, None, "NAME", "hub id, parquet folder or encoded data")
-    one("--dataset_config_name", str, None, "NAME", "configuration of that dataset")
-    one("--train_shards_path_or_url", str, None, "TARS", "tar shards: folder, glob, {00..9}, URL")
+    name("--train_data_dir", "FOLDER", "images with metadata.jsonl or metadata.csv")
+    name("--dataset_name", "NAME", "hub id, parquet folder or encoded data")
+    name("--dataset_config_name", "NAME", "configuration of that dataset")
+    name("--train_shards_path_or_url", "TARS", "tar shards: folder, glob, {00..9}, URL")
     one("--image_column", str, "image", "NAME", "column of the images")
     one("--caption_column", str, "text", "NAME", "column of captions or of lists of them")
     switch("--streaming", "read the data as they are needed (default: for URLs)",
            action=argparse.BooleanOptionalAction)
     one("--shuffle_buffer_size", count, 1000, "RECORDS", "among which streamed data are shuffled")
-    one("--max_train_samples", count, None, "RECORDS", "the first; of tars the length of an epoch")
-    one("--resolution", count, None, "PIXELS", "side of images (default: the teacher's native one)")
+    one("--max_train_samples", count, None, "RECORDS", "only the first; of tars: an epoch")
+    one("--resolution", count, None, "PIXELS", "side (default: the teacher's native resolution)")
     switch("--center_crop", "crop the middle instead of a random place")
     switch("--random_flip", "mirror half of the images")
     switch("--use_fix_crop_and_size", "condition on size --resolution and no crop")
-    one("--proportion_empty_prompts", share, 0.0, "0..1", "captions replaced by the empty one")
+    one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
     one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
-    one("--cache_dir", str, None, "FOLDER", "where downloads are kept")
+    name("--cache_dir", "FOLDER", "where downloads are kept")
 
     group = parser.add_argument_group("Distillation")
     one("--w_min", omega, 3.0, "OMEGA", "least guidance scale minus 1")
@@ -224,21 +226,21 @@ def parse_args(argv=None):
     choice("--mixed_precision", "no fp16 bf16", None, "(default: as `accelerate` is configured)")
     switch("--allow_tf32", "TF32 matrix products on Ampere and newer GPUs")
     switch("--torch_compile", "compile the transformer blocks; the first steps are slow")
-    one("--max_train_hours", positive, None, "HOURS", "then save and stop, as on SIGTERM")
+    one("--max_train_hours", positive, None, "HOURS", "of this process, then save and stop")
     one("--seed", number(int, 0, 2**63), 0, "SEED", "everything random is a function of it")
 
     group = parser.add_argument_group("Output & tracking")
     one("--output_dir", str, "lcm-lora", "FOLDER", "LoRA, logs, checkpoints, validation images")
     one("--checkpointing_steps", count, 500, "STEPS", "between checkpoints")
     one("--checkpoints_total_limit", count, None, "COUNT", "keep only the newest")
-    one("--resume_from_checkpoint", str, None, "FOLDER", "or `latest` in --output_dir")
+    name("--resume_from_checkpoint", "FOLDER", "or `latest` in --output_dir")
     group.add_argument("--validation_prompts", nargs="+", metavar="PROMPT", help="to generate")
     one("--validation_steps", count, 200, "STEPS", "between validations")
     one("--logging_dir", str, "logs", "FOLDER", "of trackers, inside --output_dir")
     choice("--report_to", "tensorboard wandb all none", "tensorboard", "trackers")
     one("--tracker_project_name", str, "lcm-lora", "NAME", "shown by the trackers")
     switch("--push_to_hub", "upload LoRA, card and validation images at the end")
-    one("--hub_model_id", str, None, "ID", "repository (default: name of --output_dir)")
+    name("--hub_model_id", "ID", "repository (default: name of --output_dir)")
     # fmt: on
 
     for flag in (*IGNORED, *REFUSED):
@@ -620,8 +622,12 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
     if vae:
         with or_fail(f"--pretrained_vae_model_name_or_path {vae}: cannot be loaded", advice):
             options["vae"] = open_vae(vae, "vae" in skip, **common)
+    advice += ", or a .safetensors file"
+    if is_one_file(name):
+        flag += f" with --teacher_config {args.teacher_config}"
+        advice = "give a folder or hub id with configs and tokenizers of this kind of model there"
     common["revision"] = args.teacher_revision
-    with or_fail(f"{flag}: cannot be loaded", f"{advice}, or a .safetensors file"):
+    with or_fail(f"{flag}: cannot be loaded", advice):
         parts = teacher_parts(args)
         if needed != {"unet", *TEXT_ENCODERS} & {*parts}:
             has = ", ".join(sorted({*parts})) or "nothing known"
@@ -634,11 +640,8 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
                 options["vae"] = open_vae(name, True, subfolder="vae", **common)
             options |= common | dict.fromkeys(needed & skip) | {"variant": args.variant}
             return pipeline_class.from_pretrained(name, use_safetensors=True, **options)
-    advice = "give a folder or hub id with the configs and tokenizers of this kind of model"
-    with or_fail(f"{flag} with --teacher_config {args.teacher_config}: cannot be loaded", advice):
-        pipe = pipeline_class.from_single_file(
-            name, config=args.teacher_config, **common, **options
-        )
+        options |= common | {"config": args.teacher_config}
+        pipe = pipeline_class.from_single_file(name, **options)
         # Its weights are those of the pipeline: none left over, none never filled
         weights = [p for part, net in networks(pipe) if part not in skip for p in net.parameters()]
         if any(p.is_meta for p in weights) or parts.count("unet") != len(pipe.unet.state_dict()):
@@ -862,26 +865,29 @@ def file_digest(path, whole=True):
     return digest.hexdigest()
 
 
-def identity(name, parts):
-    """What tells the weights of a model's parts from others': a hash; of a hub id the id."""
-    path = Path(name)
-    files = [path] if path.is_file() else [file for part in parts for file in path.glob(part)]
-    lines = sorted(f"{file.name} {file_digest(file, False)}" for file in files)  # it may move
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else name
+def identity(parts, *names):
+    """What tells the weights of some models' parts from others': a hash; of a hub id the id."""
+    lines = []
+    for path in (Path(name) for name in names if name):
+        found = [path] if path.is_file() else [file for part in parts for file in path.glob(part)]
+        known = [file for file in found if file.suffix in (".safetensors", ".json", ".txt")]
+        lines += [f"{file.name} {file_digest(file, False)}" for file in known]  # it may move
+        lines += [] if path.exists() else [str(path)]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 def make_stamp(args, what):
     """All that encoded `what`, "latents" or "captions", depends on but the data themselves."""
     teacher, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
-    stamp = {"format": FORMAT_VERSION, "family": FAMILY, "mixed_precision": args.mixed_precision}
+    names = ["mixed_precision", "variant"]
+    stamp = {"format": FORMAT_VERSION, "family": FAMILY}
     if "latents" in what:
-        names = ("resolution", "center_crop", "use_fix_crop_and_size")
-        stamp |= {name: vars(args)[name] for name in names if name in args}
-        stamp["VAE"] = identity(vae or teacher, ["*.*"] if vae else ["vae/*"])
+        names += ["resolution", "center_crop", "use_fix_crop_and_size"]
+        stamp["VAE"] = identity(["*" if vae else "vae/*"], vae or teacher)
     if "captions" in what:
         parts = ["text_encoder*/*", "tokenizer*/*", "model_index.json"]
-        stamp["text encoders"] = identity(teacher, parts)
-    return stamp
+        stamp["text encoders"] = identity(parts, teacher, args.teacher_config)
+    return stamp | {name: vars(args)[name] for name in names if name in args}
 
 
 def check_stamp(folder, columns, args):
@@ -896,7 +902,7 @@ def check_stamp(folder, columns, args):
 
 
 def load_prompts(folder):
-    """The embeddings of the prompts that encoded data have beside them: {prompt: {name: tensor}}."""
+    """The embeddings of prompts that encoded data have beside them: {prompt: {name: tensor}}."""
     if not Path(folder, PROMPTS).exists():
         return {}
     with safe_open(Path(folder, PROMPTS), "pt") as file:
@@ -962,8 +968,8 @@ def open_image(image):
 def resize_and_crop(image, side, place, flip):
     """The shorter side becomes `side`; mirrored if `flip`; a square at `place` = (x, y), each 0..1.
 
-    Returns the square and its left and top edge in the resized, mirrored image, in pixels. No more
-    than the square is resized: a strip of 40,000 x 10 pixels would else become 2,000,000 x 512.
+    Returns the square and its left and top edge in the resized, mirrored image, in pixels. Only the
+    square is resized: a strip of 40,000 x 10 pixels would else become 2,000,000 x 512.
     """
     scale = side / min(image.size)
     size = [max(side, round(s * scale)) for s in image.size]
@@ -1499,7 +1505,7 @@ class Log:
 
     def warn_of(self, unusable):
         """Count the records that are replaced, each once; name ten, the 100th, the 1000th ..."""
-        for why in {*unusable} - self.seen:
+        for why in [why for why in dict.fromkeys(unusable) if why not in self.seen]:
             self.seen.add(why)
             count = len(self.seen)
             if count <= 10 or str(count).strip("0") == "1":
@@ -1568,37 +1574,12 @@ def validate(run, args):
     return f"{path}: the validation prompts in 4 steps"
 
 
-CARD = """---
-{front_matter}
----
-
-# LCM-LoRA of {base}
-
-Generates images in 1 to 8 steps without guidance. Made from {base} by {program}: {step} steps at
-{resolution} px, batch {train_batch_size} x {gradient_accumulation_steps}, learning rate
-{learning_rate:g}, rank {lora_rank}, alpha {lora_alpha:g}, omega {w_min:g} to {w_max:g},
-{num_ddim_timesteps} DDIM steps, {loss_type} loss, mixed precision {mixed_precision}, seed {seed}.
-{validation}
-```python
-from diffusers import {kind}, LCMScheduler
-
-pipe = {kind}.{opener}("{base}")
-config = pipe.scheduler.config
-pipe.scheduler = LCMScheduler.from_config(config, original_inference_steps={num_ddim_timesteps})
-pipe.load_lora_weights("{place}", weight_name="{file}")
-# or, by PEFT: pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "{place}", subfolder="unet")
-pipe({prompt!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("lcm.png")
-```
-
-- ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
-- A1111, Forge: the file into models/Lora, `<lora:{stem}:1>` in the prompt; LCM, 4 steps, CFG 1
-- `{command}`
-"""
-
-
 def write_card(run, args):
     """README.md: front matter for the hub, settings, the last validation, how to load the LoRA."""
-    name, folder = args.pretrained_teacher_model, Path(args.output_dir).resolve()
+    teacher, folder = args.pretrained_teacher_model, Path(args.output_dir).resolve()
+    base, file, kind = base_name(teacher), LORA_FILE, type(run.pipe).__name__
+    place = args.hub_model_id if args.push_to_hub else folder.name
+    opener = "from_single_file" if is_one_file(teacher) else "from_pretrained"
     prompts, image = (
         args.validation_prompts or ["a red apple"],
         f"validation/step-{run.step:06d}.png",
@@ -1610,20 +1591,38 @@ def write_card(run, args):
     layout = "stable-diffusion-xl" if FAMILY == "sdxl" else "stable-diffusion"
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     about |= {"tags": ["lcm", "lora", "lcm-lora", layout]}
-    about |= {} if Path(name).exists() else {"base_model": name}
-    command = ["python", "infer.py", "--lora", folder.name, "--prompt", prompts[0]]
-    text = vars(args) | {"front_matter": ModelCardData(**about), "step": run.step}
-    text |= {
-        "base": base_name(name),
-        "program": Path(__file__).name,
-        "kind": type(run.pipe).__name__,
-    }
-    text |= {"opener": "from_single_file" if is_one_file(name) else "from_pretrained"}
-    text |= {"place": args.hub_model_id if args.push_to_hub else folder.name, "file": LORA_FILE}
-    text |= {"validation": "\n".join(shown) + "\n" if (folder / image).is_file() else ""}
-    text |= {"stem": Path(LORA_FILE).stem, "command": shlex.join([*command, "--output", "lcm.png"])}
-    card = CARD.format(**text, prompt=prompts[0])
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    about |= {} if Path(teacher).exists() else {"base_model": teacher}
+    command = ["--lora", folder.name, "--prompt", prompts[0], "--output", "lcm.png"]
+    text = f"""---
+{ModelCardData(**about)}
+---
+
+# LCM-LoRA of {base}
+
+Generates images in 1 to 8 steps without guidance. Made from {base} by {Path(__file__).name}:
+{run.step} steps at {args.resolution} px, batch {args.train_batch_size} x
+{args.gradient_accumulation_steps}, learning rate {args.learning_rate:g}, rank {args.lora_rank},
+alpha {args.lora_alpha:g}, omega {args.w_min:g} to {args.w_max:g}, {args.num_ddim_timesteps} DDIM
+steps, {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
+{chr(10).join([*shown, ""]) if (folder / image).is_file() else ""}
+```python
+from diffusers import {kind}, LCMScheduler
+
+pipe = {kind}.{opener}("{base}")
+pipe.scheduler = LCMScheduler.from_config(
+    pipe.scheduler.config, original_inference_steps={args.num_ddim_timesteps}
+)
+pipe.load_lora_weights("{place}", weight_name="{file}")
+# or, by PEFT: pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "{place}", subfolder="unet")
+pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("lcm.png")
+```
+
+- ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
+- A1111, Forge: the file into models/Lora, `<lora:{Path(file).stem}:1>` in the prompt; LCM, 4 steps,
+  CFG scale 1
+- `python infer.py {shlex.join(command)}`
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def open_hub(args, rank):
@@ -1712,7 +1711,8 @@ def set_up(args):
     size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     run.global_batch = size
     if args.max_train_steps is None:
-        length = args.max_train_samples or len(records)
+        of_tars = args.train_shards_path_or_url and args.max_train_samples
+        length = of_tars or len(records)
         args.max_train_steps = math.ceil(args.num_train_epochs * length / size)
     args.learning_rate *= size if args.scale_lr else 1
 

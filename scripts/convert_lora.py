@@ -1,37 +1,40 @@
-"""Repair a LoRA that Hugging Face's scripts wrote, and convert LoRAs between the three namings.
+"""Repair a LoRA written by Hugging Face's scripts, and convert LoRAs between the three namings.
 
     python scripts/convert_lora.py broken.safetensors fixed.safetensors --alpha 64
     python scripts/convert_lora.py lora.safetensors folder --to peft
     python scripts/convert_lora.py output-folder small.safetensors --save_precision fp16
 
-Reads what infer.py reads: any of the namings, mixed ones too, the prefix `base_model.model.`, a file without alpha. Writes
-- kohya      lora_unet_X.lora_down.weight and alpha tensors: ComfyUI, A1111, Forge, InvokeAI, diffusers
+Reads what infer.py reads: any of the namings, mixed ones too, the prefix `base_model.model.`, a
+file without alpha. Writes
+- kohya      lora_unet_X.lora_down.weight and alpha tensors: ComfyUI, A1111, Forge, InvokeAI,
+             diffusers
 - diffusers  unet.X.lora_A.weight, alpha in the header
 - peft       a folder for peft.PeftModel.from_pretrained(pipe.unet, folder)
 
-What was written is read back, and each matrix and scaling compared: a layer lost is an error.
+The output is read back, and each matrix and scaling compared: a lost layer is an error.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import re
+import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
-infer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(infer)
+from help_formatter import HelpFormatter
 
-# All words in the module names of a UNet2DConditionModel and of CLIP's text encoders: with them a name whose dots have
-# become _ can be read without the model.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of infer.py
+
+
+# All words in the module names of a UNet2DConditionModel and of CLIP's text encoders: with them a
+# name whose dots have become _ can be read without the model.
 WORDS = (
-    "down_blocks mid_block up_blocks resnets attentions downsamplers upsamplers transformer_blocks conv conv1 conv2 "
-    "conv_shortcut conv_in conv_out conv_norm_out conv_act time_emb_proj time_embedding time_proj add_embedding "
-    "add_time_proj linear_1 linear_2 proj_in proj_out proj attn1 attn2 to_q to_k to_v to_out ff net norm norm1 norm2 norm3 "
-    "act nonlinearity dropout text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection"
+    "down_blocks mid_block up_blocks resnets attentions downsamplers upsamplers transformer_blocks "
+    "conv conv1 conv2 conv_shortcut conv_in conv_out conv_norm_out conv_act time_emb_proj "
+    "time_embedding time_proj add_embedding add_time_proj linear_1 linear_2 proj_in proj_out proj "
+    "attn1 attn2 to_q to_k to_v to_out ff net norm norm1 norm2 norm3 act nonlinearity dropout "
+    "text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection"
 ).split()
 WORD = re.compile(rf"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))}|\d+)(?=_|$)")
 # A header's digests of tensors under their old names.
@@ -40,27 +43,44 @@ STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 def parse_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", help="a .safetensors file, an output folder of a trainer, or a PEFT folder")
-    parser.add_argument("output", type=Path, help="a new .safetensors file, for peft a new folder")
-    parser.add_argument("--to", choices=["kohya", "diffusers", "peft"], default="kohya", help="default: kohya")
-    parser.add_argument("--alpha", type=float, help="what the LoRA was trained with; for a file that does not tell")
-    parser.add_argument("--save_precision", choices=infer.DTYPES, help="default: as in the input")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags] INPUT OUTPUT",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    add = parser.add_argument
+    where = "a .safetensors file, an output folder of a trainer, or a PEFT folder"
+    add("input", metavar="INPUT", help=where)
+    where = "a new .safetensors file, for peft a new folder"
+    add("output", metavar="OUTPUT", type=Path, help=where)
+    add("--to", choices=["kohya", "diffusers", "peft"], default="kohya", help="naming to write")
+    alpha = "alpha the LoRA was trained with, for a file that does not contain it"
+    add("--alpha", type=float, metavar="NUMBER", help=f"{alpha} (default: the rank)")
+    precision = "precision of the matrices (default: as in the input)"
+    add("--save_precision", choices=["fp32", "fp16", "bf16"], help=precision)
     args = parser.parse_args(argv)
     if args.output.exists():
-        infer.fail(f"{args.output} exists already, and nothing is overwritten: name a new output")
+        infer.fail(f"{args.output} already exists and is never overwritten: choose a new output")
     if (args.output.suffix == ".safetensors") == (args.to == "peft"):
-        infer.fail(f"{args.output}: --to {args.to} writes a {'folder' if args.to == 'peft' else '.safetensors file'}")
+        kind = "folder" if args.to == "peft" else ".safetensors file"
+        infer.fail(f"{args.output}: --to {args.to} writes a {kind}")
     if args.alpha is not None and not math.isfinite(args.alpha):
-        infer.fail(f"--alpha {args.alpha}: must be a number")
+        infer.fail(f"--alpha {args.alpha}: must be a finite number")
     return args
 
 
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse_args()  # at once: the libraries that infer.py imports take seconds to load
+
+import infer
+
+
 def dotted(path, name):
-    """A module's name with its dots: down_blocks_0_resnets_1_conv1 is down_blocks.0.resnets.1.conv1."""
+    """A module's name with its dots: mid_block_resnets_0_conv1 is mid_block.resnets.0.conv1."""
     words = WORD.findall(name.replace(".", "_"))
     if "_".join(words) != name.replace(".", "_"):
-        infer.fail(f"LoRA {path}: {name} is no module name of a Stable Diffusion UNet or text encoder")
+        kind = "a Stable Diffusion UNet or text encoder"
+        infer.fail(f"LoRA {path}: {name} is no module name of {kind}")
     return ".".join(words)
 
 
@@ -78,12 +98,12 @@ def full_names(path, layers):
 
 
 def header(metadata, layers):
-    """The header metadata that stay true, with rank and alpha where all layers have one."""
+    """The header metadata that remain true, with rank and alpha if all layers share them."""
     kept = {key: text for key, text in metadata.items() if key not in (*STALE, infer.PEFT_KEY)}
-    for key, ours, kohyas in ("rank", "rank", "ss_network_dim"), ("alpha", "alpha", "ss_network_alpha"):
+    for key, kohyas in ("rank", "ss_network_dim"), ("alpha", "ss_network_alpha"):
         values = {layer[key] for layer in layers}
         text = f"{values.pop():g}" if len(values) == 1 else None
-        for name in (ours, *([kohyas] if kohyas in kept else [])):
+        for name in (key, *([kohyas] if kohyas in kept else [])):
             kept.pop(name, None)
             kept |= {name: text} if text else {}
     return kept | {"format": "pt"}
@@ -93,43 +113,54 @@ def write(folder, naming, parts, metadata):
     """Write the layers in one of the namings into an empty folder; the LoRA file written."""
     import torch
     from peft import LoraConfig
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if naming != "kohya" and parts.keys() != {"unet"}:
-        infer.fail(
-            f"--to {naming} writes layers of a UNet only; the LoRA has some in {', '.join(parts)}: use --to kohya"
-        )
+        found = f"the LoRA has some in {', '.join(parts)}"
+        infer.fail(f"--to {naming} writes layers of a UNet only; {found}: use --to kohya")
     unet = parts.get("unet", {})
     if naming == "kohya":
         tensors = {}
-        first = "lora_te1" if "text_encoder_2" in parts or infer.layout(unet) in ("SDXL", "SSD-1B") else "lora_te"
+        two = "text_encoder_2" in parts or infer.layout(unet) in ("SDXL", "SSD-1B")
+        first = "lora_te1" if two else "lora_te"
         prefixes = {"unet": "lora_unet", "text_encoder": first, "text_encoder_2": "lora_te2"}
         for component, layers in parts.items():
             for name, layer in layers.items():
                 key = f"{prefixes[component]}_{name.replace('.', '_')}"
-                tensors |= {f"{key}.lora_down.weight": layer["A"], f"{key}.lora_up.weight": layer["B"]}
+                tensors |= {
+                    f"{key}.lora_down.weight": layer["A"],
+                    f"{key}.lora_up.weight": layer["B"],
+                }
                 tensors[f"{key}.alpha"] = torch.tensor(float(layer["alpha"]))
     else:
         prefix = {"diffusers": "unet", "peft": "base_model.model"}[naming]
-        tensors = {f"{prefix}.{name}.lora_{part}.weight": unet[name][part] for name in unet for part in "AB"}
+        tensors = {
+            f"{prefix}.{name}.lora_{part}.weight": layer[part]
+            for name, layer in unet.items()
+            for part in "AB"
+        }
     file = folder / (infer.PEFT_NAME if naming == "peft" else infer.WEIGHTS_NAME)
     if naming == "diffusers":
         settings = {f"unet.{key}": value for key, value in infer.peft_settings(unet).items()}
         metadata = metadata | {infer.PEFT_KEY: json.dumps(settings, sort_keys=True)}
     if naming == "peft":
         settings = LoraConfig(**infer.peft_settings(unet), inference_mode=True).to_dict()
-        settings |= {"target_modules": sorted(unet), "base_model_name_or_path": metadata.get("base_model")}
+        settings["target_modules"] = sorted(unet)
+        settings["base_model_name_or_path"] = metadata.get("base_model")
         text = json.dumps(settings, indent=2, sort_keys=True, default=str)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    save_file(tensors, file, metadata=metadata)
+    file.write_bytes(save(tensors, metadata))  # save_file would let nobody but the owner read it
     return file
 
 
 def compare(output, parts, again):
-    """What was read back is what was to be written: the same layers, each with the same matrices and scaling."""
+    """Fail unless the layers read back have the same matrices and scalings as those written."""
     import torch
 
-    ours, theirs = ({(c, name): layers[name] for c, layers in p.items() for name in layers} for p in (parts, again))
+    ours, theirs = (
+        {(component, name): layers[name] for component, layers in read.items() for name in layers}
+        for read in (parts, again)
+    )
     good = {
         key
         for key in ours.keys() & theirs.keys()
@@ -137,31 +168,33 @@ def compare(output, parts, again):
         and math.isclose(ours[key]["alpha"], theirs[key]["alpha"], rel_tol=1e-6)
     }
     if wrong := sorted((ours.keys() | theirs.keys()) - good):
-        infer.fail(f"{output}: not written, {len(wrong)} of {len(ours)} layers lost, first {'.'.join(wrong[0])}")
+        lost = f"{len(wrong)} of {len(ours)} layers lost, first {'.'.join(wrong[0])}"
+        infer.fail(f"{output}: not written, {lost}")
 
 
 def main(argv=None):
     """Read, convert, write beside the output, read back, and only then give it its name."""
     args = parse_args(argv)
     source = infer.find_lora(args.input, "input")
-    infer.import_quietly()
     import torch
 
     tensors, metadata = infer.read_lora(source)
     alphas = sum(key.endswith(".alpha") for key in tensors)
-    told = 3 * alphas == len(tensors) or "lora_alpha" in metadata.get(infer.PEFT_KEY, "")
-    if told and args.alpha is not None:
-        infer.fail(f"--alpha {args.alpha:g}: {source} tells its alpha itself; leave the flag out")
+    known = 3 * alphas == len(tensors) or "lora_alpha" in metadata.get(infer.PEFT_KEY, "")
+    if known and args.alpha is not None:
+        infer.fail(f"--alpha {args.alpha:g}: {source} contains its alpha; remove the flag")
     parts = full_names(source, infer.group_layers(source, tensors, metadata, args.alpha))
     flat = [layer for layers in parts.values() for layer in layers.values()]
     print(f"{source}: {len(flat)} layers found, {infer.irregular(flat) or 'in one naming'}")
-    if not told and args.alpha is None:
-        infer.warn(f"{source} tells no alpha: the rank is taken, which is a scaling of 1; --alpha gives another")
-    for layer in flat:
-        for part in ("A", "B") if args.save_precision else ():
-            layer[part] = layer[part].to(getattr(torch, infer.DTYPES[args.save_precision]))
-            if not layer[part].isfinite().all():
-                infer.fail(f"--save_precision {args.save_precision}: {source} holds numbers that are too large for it")
+    if not known and args.alpha is None:
+        used = "using alpha = rank (scaling 1). Set it with --alpha"
+        infer.warn(f"{source} contains no alpha; {used}")
+    if precision := args.save_precision:
+        for layer in flat:
+            for part in "AB":
+                layer[part] = layer[part].to(getattr(torch, infer.DTYPES[precision]))
+                if not layer[part].isfinite().all():
+                    infer.fail(f"--save_precision {precision}: numbers in {source} are too large")
 
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)

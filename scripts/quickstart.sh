@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a picture: install, distil a demo teacher into an LCM-LoRA, compare it with the teacher.
+# From nothing to an image: install, distil a demo teacher into an LCM-LoRA, compare the two.
 #     bash scripts/quickstart.sh [sd15 | sdxl] [more arguments of the trainer]
 # Two CPU cores and no GPU are enough: about ten minutes (docs/results.md), downloads apart.
 set -euo pipefail
@@ -9,16 +9,19 @@ case "${1:-}" in sd15 | sdxl) family=$1 && shift ;; esac
 source scripts/environment.sh requirements.txt
 out=${OUTPUT_DIR:-outputs/quickstart-$family}
 
-accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-  --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')" \
+cores=$(python -c 'import os; print(os.cpu_count())')
+accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
+  --dynamo_backend no --num_cpu_threads_per_process "$cores" \
   "train_lcm_lora_$family.py" \
   --pretrained_teacher_model "demo/teacher-$family" --dataset_name demo/data \
-  --lora_rank 32 --learning_rate 1e-3 --lr_scheduler cosine --num_ddim_timesteps 10 --w_min 1.5 --w_max 1.5 \
-  --loss_units output \
-  --train_batch_size 16 --max_train_steps 600 --checkpointing_steps 300 --checkpoints_total_limit 1 \
-  --validation_prompts "red apple, noto style" "penguin, fluent flat style" --validation_steps 300 \
+  --lora_rank 32 --learning_rate 1e-3 --lr_scheduler cosine --num_ddim_timesteps 10 \
+  --w_min 1.5 --w_max 1.5 --loss_units output --train_batch_size 16 --max_train_steps 600 \
+  --checkpointing_steps 300 --checkpoints_total_limit 1 \
+  --validation_prompts "red apple, noto style" "penguin, fluent flat style" \
+  --validation_steps 300 \
   --report_to tensorboard --resume_from_checkpoint latest --output_dir "$out" "$@"
 
 python infer.py --lora "$out" --compare --output "$out/compare.png" \
-  --prompt "red apple, noto style" "penguin, fluent flat style" "rocket, noto style" "face with tears of joy, fluent flat style"
-echo "Done. The LoRA: $out/pytorch_lora_weights.safetensors  The picture: $out/compare.png"
+  --prompt "red apple, noto style" "penguin, fluent flat style" "rocket, noto style" \
+  "face with tears of joy, fluent flat style"
+echo "Done. The LoRA: $out/pytorch_lora_weights.safetensors  The images: $out/compare.png"

@@ -1,20 +1,6 @@
 #!/usr/bin/env bash
-# Distil SSD-1B, the half-size SDXL, on one GPU:
-#     DATA=my_pictures bash scripts/train_ssd1b.sh [more arguments of the trainer]
-# DATA is a folder of pictures with metadata.jsonl, or a dataset's name. Rank, rate, loss and batch are those of the
-# LCM-LoRA recipes on record; nothing here has been run on the real weights yet. DRY_RUN=1 prints the command.
+# Distil SSD-1B, the half-size SDXL, on one GPU, with the command and variables of train_sdxl.sh:
+#     DATA=my_images bash scripts/train_ssd1b.sh [more arguments of the trainer]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-: "${DATA:?give DATA=folder of pictures with metadata.jsonl, or a name of a dataset}"
-
-run accelerate launch --mixed_precision "${MIXED_PRECISION:-fp16}" "$trainers/train_lcm_lora_sdxl.py" \
-  --pretrained_teacher_model "${MODEL:-segmind/SSD-1B}" \
-  --pretrained_vae_model_name_or_path "${VAE:-madebyollin/sdxl-vae-fp16-fix}" \
-  "$(data "$DATA")" "$DATA" \
-  --resolution "${RESOLUTION:-1024}" --random_flip --dataloader_num_workers 4 \
-  --lora_rank "${RANK:-64}" --learning_rate "${LEARNING_RATE:-1e-4}" --max_train_steps "${STEPS:-1000}" \
-  --train_batch_size "${BATCH_SIZE:-2}" --gradient_accumulation_steps "${ACCUMULATION:-6}" --vae_encode_batch_size 1 \
-  --gradient_checkpointing --use_8bit_adam --allow_tf32 \
-  --checkpointing_steps 200 --checkpoints_total_limit 2 --resume_from_checkpoint latest \
-  --validation_prompts "${PROMPT:-a red apple on a wooden table, photograph}" --validation_steps 200 \
-  --output_dir "${OUTPUT:-outputs/lcm-lora-ssd1b}" "$@"
+export MODEL="${MODEL:-segmind/SSD-1B}" OUTPUT="${OUTPUT:-outputs/lcm-lora-ssd1b}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train_sdxl.sh" "$@"

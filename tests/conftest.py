@@ -4,8 +4,7 @@ Nothing is downloaded.
 """
 
 import atexit
-import functools
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -45,21 +44,12 @@ CAPTIONS = (
 )
 
 
-@functools.cache
 def load_script(name):
-    """A script (train_lcm_lora_sd15.py, scripts/evaluate.py ...) as a module, script_<name>: no package is shadowed.
+    """A program (train_lcm_lora_sd15.py, scripts/evaluate.py ...) as a module.
 
-    As where it runs as a program, it can import what stands beside it.
+    pyproject.toml has the folders of all programs on the path, and no two of them share a name.
     """
-    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(Path(spec.origin).parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
+    return importlib.import_module(Path(name).stem)
 
 
 def command_line(flags):
@@ -303,6 +293,14 @@ def images(make_images):
     return make_images()
 
 
+@pytest.fixture
+def umask():
+    """An unusual umask, for the test: written files have to have the permissions that it gives."""
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
 @pytest.fixture(autouse=True)
 def decoders():
     """The trainers read tar shards undecoded, in all of their process; the next test is another program."""
@@ -390,16 +388,25 @@ def shell_commands(text):
     return commands
 
 
+def shell_blocks():
+    """[(page, text)] of the shell blocks of README.md, CONTRIBUTING.md and docs/*.md."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (str(page.relative_to(ROOT)), re.sub(r"^\$ ", "", text, flags=re.MULTILINE))
+        for page in pages
+        for language, text in re.findall(
+            r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
+        )
+        if language in ("", "bash", "sh", "shell", "console")
+    ]
+
+
 def documented_commands():
-    """[(file, words)] of the commands that README.md and scripts/*.sh give and that run a program of this repository."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    texts = [("README.md", re.sub(r"^\$ ", "", block, flags=re.MULTILINE)) for block in blocks]
-    scripts = sorted((ROOT / "scripts").glob("*.sh"))
-    scripts = [(path.name, path.read_text().replace("$family", "sd15")) for path in scripts]
-    texts += [
-        (name, text) for name, text in scripts if "launch.sh" not in text
-    ]  # launchers print theirs: test_launchers
+    """[(file, words)] of the commands that pages and scripts/*.sh give for programs of this one."""
+    texts = shell_blocks()
+    scripts = sorted(path for where in ("", "demo/") for path in ROOT.glob(f"scripts/{where}*.sh"))
+    scripts = [path for path in scripts if not path.name.startswith("train_")]  # test_launchers
+    texts += [(path.name, path.read_text().replace("$family", "sd15")) for path in scripts]
     return [
         (name, words)
         for name, text in texts

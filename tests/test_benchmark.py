@@ -1,10 +1,12 @@
-"""scripts/measure/benchmark.py and scripts/measure/memory.py: what they count is what independent counts give."""
+"""benchmark.py and memory.py of scripts/measure/: their counts are those of independent counts."""
 
 import csv
 
+import benchmark
+import memory
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,52 +15,52 @@ from torch.utils.flop_counter import FlopCounterMode
 GC, BITS, NF4 = "gradient_checkpointing", "use_8bit_adam", "nf4"
 
 
-@pytest.fixture(scope="session")
-def benchmark():
-    return load_script("scripts/measure/benchmark.py")
-
-
-@pytest.fixture(scope="session")
-def memory():
-    return load_script("scripts/measure/memory.py")
-
-
-def readme_table():
-    """README's rows of what fits, {model: cells}, and the lines themselves."""
-    section = (ROOT / "README.md").read_text().split("## What fits on which card\n")[1].split("\n## ")[0]
+def memory_table():
+    """The rows of what fits on which card, {model: cells}, and the lines themselves."""
+    page = (ROOT / "docs/memory-and-speed.md").read_text()
+    section = page.split("## What fits on which card\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows[2:]}, lines
 
 
 @pytest.mark.slow
-def test_the_report_has_a_row_for_each_cell(benchmark, xl_teacher, tmp_path, capsys):
+def test_the_report_has_a_row_for_each_cell(xl_teacher, tmp_path, capsys):
     """Measured in processes of their own; figures that follow from others do."""
-    flags = ["--model", xl_teacher, "--resolution", 32, "--batch", 2, "--options", "caches"]
+    flags = ["--model", xl_teacher, "--resolution", 32, "--batch", 2, "--options", "encoded"]
     flags += ["--rounds", 2, "--steps", 1, "--output_dir", tmp_path]
     assert benchmark.main([str(flag) for flag in flags]) == 0
     head, *lines = (tmp_path / "benchmark.csv").read_text().splitlines()
-    assert f"--model {xl_teacher}" in head and f"torch {torch.__version__}" in head and "TFLOP/s in no" in head
+    for words in (f"--model {xl_teacher}", f"torch {torch.__version__}", "TFLOP/s in no"):
+        assert words in head
     rows = list(csv.DictReader(lines))
     assert [(row["batch"], row["precision"], row["options"]) for row in rows] == [
         ("2", "no", "plain"),
-        ("2", "no", "caches"),
+        ("2", "no", "encoded"),
     ]
-    for row, cached in zip(rows, (False, True)):
+    for row, encoded in zip(rows, (False, True)):
         seconds, work = float(row["seconds"]), float(row["tflop"])
         assert float(row["images_per_s"]) == pytest.approx(2 / seconds, rel=1e-2)
-        assert work == pytest.approx(2 * benchmark.count_flops(str(xl_teacher), 32, cached) / 1e12, rel=1e-3)
+        counted = 2 * benchmark.count_flops(str(xl_teacher), 32, encoded) / 1e12
+        assert work == pytest.approx(counted, rel=1e-3)
         assert float(row["tflops"]) == pytest.approx(work / seconds, rel=1e-2)
         assert float(row["share"]) > 0 and 0.1 < float(row["memory_gib"]) < 8
-    table = [line for line in (tmp_path / "benchmark.md").read_text().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(rows) and table[3].strip("| ").split(" | ")[:3] == ["2", "no", "caches"]
+    lines = (tmp_path / "benchmark.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    assert table[3].strip("| ").split(" | ")[:3] == ["2", "no", "encoded"]
     assert Image.open(tmp_path / "benchmark.png").width > 500
-    assert "| 2 | no | caches |" in capsys.readouterr().out
+    assert "| 2 | no | encoded |" in capsys.readouterr().out
 
 
-def test_ratios_and_cells_without_memory(benchmark, monkeypatch, tmp_path):
-    """What an option buys is the median over rounds in turn; a cell for which memory is short is a row, and so is one that fails."""
-    times = {(): [4.0, 6.0, 5.0], ("caches",): [2.0, 2.0, 5.0], ("nf4",): "out of memory", ("int8",): "no such library"}
+def test_ratios_and_cells_without_memory(monkeypatch, tmp_path):
+    """An option buys the median over rounds in turn; a cell that fails or lacks memory is a row."""
+    times = {
+        (): [4.0, 6.0, 5.0],
+        ("encoded",): [2.0, 2.0, 5.0],
+        ("nf4",): "out of memory",
+        ("int8",): "no such library",
+    }
     monkeypatch.setattr(benchmark, "count_flops", lambda *_: 10**12)
     monkeypatch.setattr(benchmark, "matrix_rate", lambda _: 10**12)
 
@@ -75,21 +77,22 @@ def test_ratios_and_cells_without_memory(benchmark, monkeypatch, tmp_path):
             pass
 
     monkeypatch.setattr(benchmark, "Cell", Cell)
-    flags = ["--output_dir", str(tmp_path), "--rounds", "3", "--batch", "1", "--options", "caches", "nf4"]
+    flags = ["--output_dir", str(tmp_path), *"--rounds 3 --batch 1 --options encoded nf4".split()]
     assert benchmark.main(flags) == 0 and benchmark.main([*flags, "int8"]) == 1
     rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()[1:]))
     assert [(row["options"], row["seconds"], row["gains"]) for row in rows] == [
         ("plain", "5", ""),
-        ("caches", "2", "caches: 2.00 [1.00, 3.00] times as fast, 0.50 of the memory"),
+        ("encoded", "2", "encoded: 2.00 [1.00, 3.00] times as fast, 0.50 of the memory"),
         ("nf4", "", "out of memory"),
         ("int8", "", "no such library"),
     ]
 
 
-def test_counted_arithmetic(benchmark, sdxl, xl_teacher):
-    """Two passes of the teacher, two of the student and its way back, each counted alone on real tensors."""
+def test_counted_arithmetic(sdxl, xl_teacher):
+    """Two passes of the teacher, two and a backward pass of the student, each counted alone."""
     args = sdxl.parse_args(["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x"])
-    teacher = UNet2DConditionModel.from_pretrained(xl_teacher, subfolder="unet").requires_grad_(False)
+    teacher = UNet2DConditionModel.from_pretrained(xl_teacher, subfolder="unet")
+    teacher.requires_grad_(False)
     student = sdxl.attach_lora(sdxl.share_weights(teacher), args)
     c = {"text_embeds": torch.randn(1, 32), "time_ids": torch.zeros(1, 6)}
 
@@ -98,11 +101,12 @@ def test_counted_arithmetic(benchmark, sdxl, xl_teacher):
             made = work()
         return counter.get_total_flops(), made
 
-    def draw(unet):
-        return lambda: unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 16, 64), added_cond_kwargs=c).sample.sum()
+    def run(unet):
+        inputs = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 16, 64)
+        return lambda: unet(*inputs, added_cond_kwargs=c).sample.sum()
 
-    one, _ = count(draw(teacher))
-    lora, loss = count(draw(student))
+    one, _ = count(run(teacher))
+    lora, loss = count(run(student))
     back, _ = count(loss.backward)
     assert 0 < one < lora < back < 3 * lora
     assert benchmark.count_flops(str(xl_teacher), 32, True) == 2 * one + 2 * lora + back
@@ -110,35 +114,36 @@ def test_counted_arithmetic(benchmark, sdxl, xl_teacher):
 
 @pytest.mark.parametrize(
     "options, precision",
-    [((), "bf16"), (("caches", BITS, NF4), "no"), (("caches", GC, BITS, "int8"), "bf16")],
+    [((), "bf16"), (("encoded", BITS, NF4), "no"), (("encoded", GC, BITS, "int8"), "bf16")],
 )
-def test_memory_is_that_of_real_tensors(memory, xl_teacher, options, precision):
-    """The same step, without and with memory: bitsandbytes' own layers and optimizer in the second."""
+def test_memory_is_that_of_real_tensors(xl_teacher, options, precision):
+    """The same step, without and with memory, there with bitsandbytes' layers and optimizer."""
     cell = str(xl_teacher), 64, 4, precision, options, ["--lora_rank", "4"]
     computed = memory.step_memory(*cell, cuda_rules=False)
     real = memory.step_memory(*cell, real=True)
     assert computed["total"] == pytest.approx(real["total"], rel=0.02)
     assert computed["activations at the peak"] > computed["LoRA"] > 0
     assert computed["total"] == sum(size for part, size in computed.items() if part != "total")
-    assert (computed["VAE and text encoders"] == 0) == ("caches" in options)
+    assert (computed["VAE and text encoders"] == 0) == ("encoded" in options)
 
 
 @pytest.mark.slow
-def test_memory_of_parts(memory, xl_teacher):
-    """Adam keeps 8 bytes for a float32 weight of the LoRA; checkpointing and CUDA's normalisation change activations alone."""
-    cell = str(xl_teacher), 32, 4, "bf16", ("caches",)
-    plain, less = memory.step_memory(*cell), memory.step_memory(*cell[:4], ("caches", GC))
+def test_memory_of_parts(xl_teacher):
+    """Adam keeps 8 bytes a weight; checkpointing and CUDA's rules change activations alone."""
+    cell = str(xl_teacher), 32, 4, "bf16", ("encoded",)
+    plain, less = memory.step_memory(*cell), memory.step_memory(*cell[:4], ("encoded", GC))
     by_cpu = memory.step_memory(*cell, cuda_rules=False)
     assert plain["optimizer state"] == pytest.approx(2 * plain["LoRA"], rel=0.01)
     assert less["total"] < plain["total"] and less["base"] == plain["base"]
     assert by_cpu["activations at the peak"] < plain["activations at the peak"]
 
 
-def test_choice_for_a_card(memory):
-    """The fastest options with room for a batch of 4, else the largest batch; the allowance is kept free."""
+def test_choice_for_a_card():
+    """The fastest options with room for a batch of 4, else the largest; the allowance is free."""
     gb, batches = 10**9, memory.COMPUTED_BATCHES
     curves = {
-        options: {b: gb * (4 + slope * b) for b in batches} for options, slope in zip(memory.LADDER, (5, 2, 1.9, 0.5))
+        options: {b: gb * (4 + slope * b) for b in batches}
+        for options, slope in zip(memory.LADDER, (5, 2, 1.9, 0.5))
     }
     assert memory.choose(curves, 80) == (memory.LADDER[0], 12)
     assert memory.choose(curves, 24) == (memory.LADDER[1], 8)
@@ -147,11 +152,13 @@ def test_choice_for_a_card(memory):
     assert memory.cell(*memory.choose(curves, 8)) == "4 gc 8bit nf4 (c)"
 
 
-def test_readme_table(memory):
+def test_the_table_of_cards():
     """A cell for each card; one of the cells computed anew: it fits and leaves little."""
-    rows, _ = readme_table()
-    assert {*rows} <= {f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()}  # the slow test wants all
-    ladder = [tuple(memory.SHORT[o] for o in options if o in memory.SHORT) for options in memory.LADDER]
+    rows, _ = memory_table()
+    names = {f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()}
+    assert {*rows} <= names  # the slow test wants all
+    short = memory.SHORT
+    ladder = [tuple(short[o] for o in options if o in short) for options in memory.LADDER]
     for cells in rows.values():
         assert len(cells) == len(memory.CARDS)
         for cell in cells:
@@ -165,23 +172,39 @@ def test_readme_table(memory):
 
 
 @pytest.mark.slow
-def test_readme_table_is_what_memory_prints(memory):
-    assert [*memory.table()] == readme_table()[1]
+def test_the_table_of_cards_is_what_memory_prints():
+    assert [*memory.table()] == memory_table()[1]
 
 
 @pytest.mark.parametrize(
     "program, flags, named",
     [
-        ("benchmark", ["--model", "sd9"], "--model sd9: give sd15, sdxl, ssd1b, sd21 or a teacher folder"),
-        ("benchmark", ["--options", "magic"], "--options magic: give some of caches, gradient_checkpointing"),
-        ("benchmark", ["--options", "nf4+int8"], "--options nf4+int8: the base is in 4 bits or in 8; give one"),
-        ("benchmark", ["--rounds", "0"], "must be 1 or more"),
-        ("memory", ["--model", "nowhere"], "--model nowhere: give sd15"),
-        ("memory", ["--resolution", "98"], "--resolution 98: it must be a multiple of the VAE's factor, 4"),
-        ("memory", ["--batch", "0"], "must be 1 or more"),
+        (
+            benchmark,
+            ["--model", "sd9"],
+            "--model sd9: give sd15, sdxl, ssd1b, sd21 or a teacher folder",
+        ),
+        (
+            benchmark,
+            ["--options", "magic"],
+            "--options magic: give some of encoded, gradient_checkpointing",
+        ),
+        (
+            benchmark,
+            ["--options", "nf4+int8"],
+            "--options nf4+int8: the base is in 4 bits or in 8; give one",
+        ),
+        (benchmark, ["--rounds", "0"], "must be 1 or more"),
+        (memory, ["--model", "nowhere"], "--model nowhere: give sd15"),
+        (
+            memory,
+            ["--resolution", "98"],
+            "--resolution 98: it must be a multiple of the VAE's factor, 4",
+        ),
+        (memory, ["--batch", "0"], "must be 1 or more"),
     ],
 )
-def test_mistakes_get_a_message(request, program, flags, named):
+def test_mistakes_get_a_message(program, flags, named):
     with pytest.raises(SystemExit) as stop:
-        request.getfixturevalue(program).main(flags)
+        program.main(flags)
     assert named in str(stop.value) and "\n" not in str(stop.value)

@@ -4,8 +4,9 @@ import ast
 import re
 import sys
 
+import drift
 import pytest
-from conftest import ROOT, documented_commands, load_script, run, shell_commands
+from conftest import ROOT, documented_commands, run, shell_commands
 
 TRAINERS = ["train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"]
 PROGRAMS = [*TRAINERS, "infer.py"]
@@ -83,8 +84,9 @@ def pins():
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_flag_is_read(program):
     module = tree(program)
+    grids = reads_of_args(tree("scripts/compare.py")) if program == "infer.py" else set()
     assert len(flags(module)) > 25
-    assert flags(module) - reads_of_args(module) == set()
+    assert flags(module) - reads_of_args(module) - grids == set()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -218,7 +220,6 @@ def test_help_loads_no_library(program):
 
 def test_trainers_have_not_drifted(capsys):
     """What bears one name in both trainers is byte-identical, save six definitions or fewer."""
-    drift = load_script("scripts/proofs/drift.py")
     assert drift.main([]) == 0, capsys.readouterr().out
     assert len(drift.DIFFERS) <= 6
     one, other = (drift.definitions((ROOT / name).read_text()) for name in drift.TRAINERS)
@@ -227,7 +228,6 @@ def test_trainers_have_not_drifted(capsys):
 
 def test_drift_is_found_and_mended(tmp_path, capsys):
     """A changed function, a changed constant and a changed comment are named; --fix makes them the same again."""
-    drift = load_script("scripts/proofs/drift.py")
     right, wrong = (tmp_path / name for name in drift.TRAINERS)
     for path in (right, wrong):
         path.write_text((ROOT / path.name).read_text())
@@ -262,3 +262,13 @@ def test_documented_commands_name_programs_that_exist():
     for source, words in commands:
         program = next(word for word in words if word.endswith((".py", ".sh")))
         assert (ROOT / program).is_file(), f"{source}: {' '.join(words)}"
+
+
+def test_infer_is_short():
+    """In lines as wide as a reader's window, and in the order of its sections."""
+    lines = (ROOT / "infer.py").read_text().splitlines()
+    assert len(lines) <= 950
+    assert [line for line in lines if len(line) > 100] == []
+    sections = re.findall(r"^# -+ (\d)\. (.*)$", "\n".join(lines), re.MULTILINE)
+    titles = ["Arguments", "The LoRA file", "The pipeline", "Generate", "Save", "Main"]
+    assert sections == [(str(number), title) for number, title in enumerate(titles, 1)]

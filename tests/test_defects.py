@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import ROOT, load_script, image_bytes, write_tar
+from conftest import ROOT, image_bytes, load_script, shell_blocks, write_tar
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -236,10 +236,10 @@ def test_defect_18_every_tracker_gets_the_pictures(sd15, teacher, tmp_path, monk
 
 
 def test_defect_21_commands_have_no_undefined_variables():
-    """Each shell block of README.md runs to its end where unset variables are errors and the programs do nothing."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) > 3
+    """Each shell block of README.md and docs/ ends well where unset variables are errors and programs do nothing."""
+    blocks = shell_blocks()
+    assert {"README.md", "docs/data.md", "docs/infer.md"} <= {page for page, _ in blocks}
     stubs = "".join(f"{program}() {{ :; }}\n" for program in ("python", "accelerate", "pip", "bash"))
-    for block in blocks:
+    for page, block in blocks:
         done = subprocess.run(["/bin/bash", "-euc", stubs + block], env={"PATH": ""}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{done.stderr}{block}"
+        assert done.returncode == 0, f"{page}: {done.stderr}{block}"

@@ -1,17 +1,10 @@
 """The mathematics of scripts/evaluate.py on constructed numbers; no weights are needed."""
 
-import importlib.util
-from pathlib import Path
-
+import evaluate
 import pytest
 import torch
 from diffusers import LCMScheduler
 from torchmetrics.image.kid import poly_mmd
-
-ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-evaluate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evaluate)
 
 
 def normal(*shape, seed=0):
@@ -25,7 +18,9 @@ def test_kid_is_torchmetrics_mmd():
 
 
 def test_kid_of_unequal_sizes_is_unbiased():
-    values = [evaluate.kid(normal(10, 4, seed=i), normal(40, 4, seed=10_000 + i)) for i in range(800)]
+    values = [
+        evaluate.kid(normal(10, 4, seed=i), normal(40, 4, seed=10_000 + i)) for i in range(800)
+    ]
     values = torch.stack(values)
     assert abs(values.mean()) < 4 * values.std() / len(values) ** 0.5
 
@@ -48,7 +43,7 @@ def test_paired_kid_is_the_sum_over_distinct_prompts():
 
 
 def test_paired_kid_has_no_bias_where_pairs_are_alike():
-    """Same distribution, strongly correlated pairs: KID over all pairs falls below 0, the paired one does not."""
+    """Same distribution, correlated pairs: KID over all pairs falls below 0, the paired one not."""
     one, paired, classic = torch.ones(1, 20, dtype=torch.float64), [], []
     for i in range(600):
         shared = normal(20, 4, seed=i)
@@ -68,8 +63,9 @@ def test_resampling():
 
 
 def test_interval_of_kid_covers_the_truth():
-    """Means 0 and 1 in one dimension: E k(x, y) = E (xy + 1)^3 in closed form, in most of 40 experiments inside."""
-    # E(xy+1)^3 = E x^3 E y^3 + 3 E x^2 E y^2 + 3 E x E y + 1; moments of N(0,1): 0, 1, 0; of N(1,1): 1, 2, 4
+    """Means 0 and 1 in one dimension: E k(x, y) = E (xy + 1)^3, inside in most of 40."""
+    # E(xy+1)^3 = E x^3 E y^3 + 3 E x^2 E y^2 + 3 E x E y + 1
+    # moments of N(0,1): 0, 1, 0; of N(1,1): 1, 2, 4
     truth = (0 + 3 + 0 + 1) + (16 + 12 + 3 + 1) - 2 * (0 + 6 + 0 + 1)
     inside = 0
     for i in range(40):
@@ -85,11 +81,14 @@ def test_ratio_says_nothing_about_a_denominator_near_zero():
     a, b = w @ normal(100, seed=1).abs() / 100, w @ normal(100, seed=2) / 100
     assert evaluate.ratio(a, b) is None
     assert evaluate.ratio(a, a) == {"value": 1, "low": 1, "high": 1}
-    assert evaluate.show(None) == "not meaningful" and evaluate.show(evaluate.ratio(a, a)) == "1.00 [1.00, 1.00]"
+    assert (
+        evaluate.show(None) == "not meaningful"
+        and evaluate.show(evaluate.ratio(a, a)) == "1.00 [1.00, 1.00]"
+    )
 
 
 def test_frechet_distance_of_gaussians_that_are_known():
-    """Commuting covariances: |mu_x - mu_y|^2 + sum_i (s_i - t_i)^2, exactly, on samples with exactly those moments."""
+    """Commuting covariances: |mu_x - mu_y|^2 + sum_i (s_i - t_i)^2, with those moments."""
     d, n = 5, 200
     z = normal(n, d)
     z = z - z.mean(0)
@@ -114,7 +113,9 @@ def test_f_theta_is_what_lcm_scheduler_denoises_to(prediction_type):
     z, output = normal(2, 4, 3, 3), normal(2, 4, 3, 3, seed=1)
     t = scheduler.timesteps[1]
     alpha, sigma = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
-    x0 = (z - sigma * output) / alpha if prediction_type == "epsilon" else alpha * z - sigma * output
+    x0 = (
+        (z - sigma * output) / alpha if prediction_type == "epsilon" else alpha * z - sigma * output
+    )
     torch.testing.assert_close(evaluate.f_theta(z, x0, t), scheduler.step(output, t, z).denoised)
 
 
@@ -127,18 +128,18 @@ def test_squared_distance_is_a_mean_over_the_latent():
 def test_recognition():
     angle = torch.tensor([0, 10, 20, 30, 40, 50, 60, 70]).double().deg2rad()
     gallery = torch.stack([angle.cos(), angle.sin()], 1)
-    drawn = gallery[[0, 0, 0]] * 5  # cosine: the length must not matter
-    assert evaluate.recognised(drawn, gallery, [0, 4, 5]).tolist() == [1, 1, 0]
-    assert evaluate.recognised(drawn, gallery, [0, 1, 2], k=1).tolist() == [1, 0, 0]
+    generated = gallery[[0, 0, 0]] * 5  # cosine: the length must not matter
+    assert evaluate.recognised(generated, gallery, [0, 4, 5]).tolist() == [1, 1, 0]
+    assert evaluate.recognised(generated, gallery, [0, 1, 2], k=1).tolist() == [1, 0, 0]
 
 
-def test_identical_pictures_of_other_captions_do_not_hide_the_own_one():
+def test_identical_images_of_other_captions_do_not_hide_the_own_one():
     angle = torch.tensor([10.0] * 8 + [40]).double().deg2rad()
     gallery = torch.stack([angle.cos(), angle.sin()], 1)
     gallery[:8] *= 1 + 1e-9 * normal(8, 1)
-    drawn = torch.tensor([[1.0, 0]]).double()
-    assert all(evaluate.recognised(drawn, gallery, [own]).item() == 1 for own in range(8))
-    assert evaluate.recognised(drawn, gallery, [8]).item() == 0
+    generated = torch.tensor([[1.0, 0]]).double()
+    assert all(evaluate.recognised(generated, gallery, [own]).item() == 1 for own in range(8))
+    assert evaluate.recognised(generated, gallery, [8]).item() == 0
 
 
 def test_arguments(tmp_path, capsys):
@@ -155,4 +156,6 @@ def test_arguments(tmp_path, capsys):
     assert "2 or more" in refused("teacher", "--output_dir", "x", "--num_prompts", "1")
     assert "begin with train" in refused("teacher", "--output_dir", "x", "--gallery", "twemoji")
     (tmp_path / evaluate.LORA_FILE).touch()
-    assert evaluate.parse_args(["lora", "--lora", str(tmp_path)]).lora == tmp_path / evaluate.LORA_FILE
+    assert (
+        evaluate.parse_args(["lora", "--lora", str(tmp_path)]).lora == tmp_path / evaluate.LORA_FILE
+    )

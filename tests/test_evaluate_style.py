@@ -1,14 +1,11 @@
-"""scripts/demo/evaluate_style.py: its KID against sums written out, and which adapters draw what."""
+"""scripts/demo/evaluate_style.py: its KID against sums written out, and the adapters in use."""
 
+import evaluate
+import evaluate_style as style
 import pytest
 import torch
-from conftest import ROOT, load_script
-
-
-@pytest.fixture(scope="module")
-def style():
-    """The program as a module."""
-    return load_script("scripts/demo/evaluate_style.py")
+import train_style_lora
+from conftest import ROOT
 
 
 def normal(*shape, seed=0):
@@ -16,32 +13,40 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_kid_is_the_weighted_sum_over_distinct_pictures(style):
+def test_kid_is_the_weighted_sum_over_distinct_images():
     x, y = normal(5, 3), normal(6, 3, seed=1) + 0.5
     w = torch.tensor([[1.0] * 5, [2, 0, 1, 1, 1]], dtype=torch.float64)
     v = torch.tensor([[1.0] * 6, [0, 3, 1, 1, 0, 1]], dtype=torch.float64)
 
     def mean(pairs):
-        return sum(weight * (a @ b / 3 + 1) ** 3 for weight, a, b in pairs) / sum(weight for weight, _, _ in pairs)
+        return sum(weight * (a @ b / 3 + 1) ** 3 for weight, a, b in pairs) / sum(
+            weight for weight, _, _ in pairs
+        )
 
     def within(f, weights):
-        return [(weights[i] * weights[j], f[i], f[j]) for i in range(len(f)) for j in range(len(f)) if i != j]
+        return [
+            (weights[i] * weights[j], f[i], f[j])
+            for i in range(len(f))
+            for j in range(len(f))
+            if i != j
+        ]
 
     for a, b, got in zip(w, v, style.kid_to(x, y, w, v)):
         across = [(a[i] * b[j], x[i], y[j]) for i in range(5) for j in range(6)]
         torch.testing.assert_close(got, mean(within(x, a)) + mean(within(y, b)) - 2 * mean(across))
 
 
-def test_kid_of_one_resample_is_evaluates(style):
+def test_kid_of_one_resample_is_evaluates():
     x, y = normal(20, 4), normal(30, 4, seed=1)
     ones = torch.ones(1, 20, dtype=torch.float64), torch.ones(1, 30, dtype=torch.float64)
-    torch.testing.assert_close(style.kid_to(x, y, *ones)[0], load_script("scripts/evaluate.py").kid(x, y))
+    torch.testing.assert_close(style.kid_to(x, y, *ones)[0], evaluate.kid(x, y))
 
 
-def test_style_lora_trains_and_adapters_are_plugged(style, tmp_path):
-    """A LoRA of a few steps on the demo teacher changes its prediction; plug() adds weights and takes all away."""
-    trainer = load_script("scripts/demo/train_style_lora.py")
-    trainer.main(["--steps", "2", "--batch_size", "2", "--learning_rate", "1e-2", "--output_dir", str(tmp_path)])
+def test_style_lora_trains_and_adapters_are_plugged(tmp_path, umask):
+    """A LoRA of a few steps changes the demo teacher's prediction; plug() adds and removes it."""
+    flags = "--steps 2 --batch_size 2 --learning_rate 1e-2 --output_dir".split()
+    train_style_lora.main([*flags, str(tmp_path)])
+    assert (tmp_path / style.LORA_FILE).stat().st_mode & 0o777 == 0o666 & ~umask
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(ROOT / "demo" / "teacher-sd15", use_safetensors=True)
@@ -63,12 +68,12 @@ def test_style_lora_trains_and_adapters_are_plugged(style, tmp_path):
     assert (both - bare).abs().max() > 1e-4
 
 
-def test_every_column_can_be_drawn(style):
-    """A LoRA of 10 solver steps draws in 16 and 32 too, all schedulers starting at t = 999; the best guidance is kept."""
+def test_every_column_can_be_generated():
+    """A LoRA of 10 solver steps samples in 16 and 32 too, from t = 999; the best guidance stays."""
     from diffusers import DDIMScheduler, UNet2DModel
 
     class Studio:
-        """Draws nothing, but sets the steps and says what was asked."""
+        """Generates nothing, but sets the steps and says what was asked."""
 
         class pipe:
             class unet(UNet2DModel):
@@ -89,20 +94,34 @@ def test_every_column_can_be_drawn(style):
             return latents, []
 
     adapters = {method: {"x": 1.0} for method in (style.LCM, style.DPM, style.BEST)}
-    args = style.parse_args(["--lora", "a", "--style_lora", "b", "--fine_tune", "c", "--output_dir", "d"])
-    drawn, guidance = style.draw_all(Studio(), adapters, 10, args, lambda x: {"value": abs(x - 2.4)})
+    flags = "--lora a --style_lora b --fine_tune c --output_dir d".split()
+    args = style.parse_args(flags)
+    generated, guidance = style.generate_all(
+        Studio(), adapters, 10, args, lambda x: {"value": abs(x - 2.4)}
+    )
     assert guidance == {style.LCM: 1, style.DPM: 7.5, style.BEST: 2.5}
-    assert {key for key in drawn if key[0] == style.LCM} == {(style.LCM, steps) for steps in (2, 4, 8, 16, 32)}
-    assert drawn[style.BEST, 8][0] == 2.5 and ("DPMSolverMultistepScheduler", 4, 2.5) in Studio.asked
+    assert {key for key in generated if key[0] == style.LCM} == {
+        (style.LCM, steps) for steps in (2, 4, 8, 16, 32)
+    }
+    assert (
+        generated[style.BEST, 8][0] == 2.5
+        and ("DPMSolverMultistepScheduler", 4, 2.5) in Studio.asked
+    )
 
 
 @pytest.mark.parametrize("missing", ["lora", "style_lora", "fine_tune"])
-def test_what_is_not_there_is_named(style, tmp_path, missing):
-    """One line, before anything is drawn."""
+def test_what_is_not_there_is_named(tmp_path, missing):
+    """One line, before anything is generated."""
     for name in ("lora", "style_lora", "fine_tune"):
         (tmp_path / name).mkdir()
         if name != missing:
-            (tmp_path / name / ("model_index.json" if name == "fine_tune" else style.LORA_FILE)).touch()
-    flags = [word for name in ("lora", "style_lora", "fine_tune") for word in (f"--{name}", str(tmp_path / name))]
+            (
+                tmp_path / name / ("model_index.json" if name == "fine_tune" else style.LORA_FILE)
+            ).touch()
+    flags = [
+        word
+        for name in ("lora", "style_lora", "fine_tune")
+        for word in (f"--{name}", str(tmp_path / name))
+    ]
     with pytest.raises(SystemExit, match=f"^--{missing} .*: no "):
         style.main([*flags, "--output_dir", str(tmp_path / "out")])

@@ -1,4 +1,4 @@
-"""Table 1 of the LCM-LoRA report: sizes of the three official UNets and of their LoRA, counted on the meta device."""
+"""Table 1 of the LCM-LoRA report: sizes of the three official UNets and of their LoRA."""
 
 import pytest
 import torch
@@ -27,6 +27,8 @@ def test_table_1(request, model):
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad) / 1e6
     assert args.lora_rank == 64
     assert round(count, 1) == full
-    assert sum(w.numel() for a, b, _ in layers.values() for w in (a, b)) / 1e6 == pytest.approx(trained)
+    assert sum(w.numel() for a, b, _ in layers.values() for w in (a, b)) / 1e6 == pytest.approx(
+        trained
+    )
     assert round(trained, 2) == lora and trained == pytest.approx(printed, rel=0.004)
     assert model != "SDXL" or len(layers) == 788

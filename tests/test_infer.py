@@ -1,32 +1,47 @@
-"""infer.py on a tiny Stable Diffusion 1.5 layout made on the spot: what it draws, what it says, what it refuses."""
+"""infer.py on a tiny Stable Diffusion 1.5: what it generates, what it says, what it refuses."""
 
-import importlib.util
 import json
 import pickle
 import re
-from pathlib import Path
+import shutil
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, load_script
+from conftest import run as run_program
 from PIL import Image, ImageChops
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_file import as_single_file
 
-ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
-infer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(infer)
-infer.import_quietly()
+compare = load_script("scripts/compare.py")
+infer = compare.infer
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
+TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+)
 TARGETS += ("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 
 
 def make_base(folder, channels=(32, 64)):
-    """Write a pipeline of 32 px pictures (latents 16 x 16) with random weights."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    """Write a pipeline of 32 px images (latents 16 x 16) with random weights."""
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -35,9 +50,13 @@ def make_base(folder, channels=(32, 64)):
     letters += [chr(256 + index) for index in range(256 - len(letters))]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "vocab.json").write_text(
+        json.dumps({word: index for index, word in enumerate(words)})
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
     text = {
         "vocab_size": len(words),
         "hidden_size": 32,
@@ -55,7 +74,9 @@ def make_base(folder, channels=(32, 64)):
             latent_channels=4,
             sample_size=32,
         ),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(**text, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
+        ),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             sample_size=16,
@@ -67,7 +88,11 @@ def make_base(folder, channels=(32, 64)):
             **blocks,
         ),
         scheduler=PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -85,7 +110,13 @@ def make_lora(unet, path, base, rank=8, alpha=4, **header):
             tensors[f"{key}.lora_down.weight"] = torch.randn(down, generator=generator) * 0.1
             tensors[f"{key}.lora_up.weight"] = torch.randn(up, generator=generator) * 0.1
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
-    metadata = {"format": "pt", "lcm_lora_version": "1", "base_model": str(base), "family": "sd15", "rank": str(rank)}
+    metadata = {
+        "format": "pt",
+        "lcm_lora_version": "1",
+        "base_model": str(base),
+        "family": "sd15",
+        "rank": str(rank),
+    }
     metadata |= {
         "alpha": str(alpha),
         "num_ddim_timesteps": "50",
@@ -128,38 +159,65 @@ def tiny(tmp_path_factory):
     return folder, count
 
 
+def start(*words):
+    """infer.main; a grid by this process's own scripts/compare.py, in which tests replace parts."""
+    words = [*map(str, words)]
+    if "--compare" in words:
+        compare.compare(infer.parse_args(words))
+    else:
+        infer.main(words)
+
+
 def run(folder, *flags, lora="run"):
-    """Call infer.main on the CPU."""
-    infer.main(["--lora", str(folder / lora), "--device", "cpu", *map(str, flags)])
+    """Generate on the CPU."""
+    start("--lora", folder / lora, "--device", "cpu", *flags)
 
 
 def difference(a, b):
-    """Largest difference of two pictures, in levels of 255."""
+    """Largest difference of two images, in levels of 255."""
     channels = ImageChops.difference(Image.open(a), Image.open(b)).getextrema()
     return max(high for _, high in channels)
 
 
-def test_draws_and_reports(tiny, tmp_path, capsys):
-    """One picture with its settings inside; the LoRA line counts every layer; the LoRA changes the picture."""
+def test_generates_and_reports(tiny, tmp_path, capsys):
+    """One image with its settings inside; every layer is counted; the LoRA changes the image."""
     folder, count = tiny
     run(folder, "--prompt", "a cat, big", "--output", tmp_path / "new" / "x.png", "--seed", 3)
     out = capsys.readouterr().out
-    line = f"LoRA: {count} of {count} layers loaded (rank 8, alpha 4, trained from {folder / 'base'}, 600 steps)"
+    line = f"LoRA: {count} of {count} layers loaded (rank 8, alpha 4, "
+    line += f"trained from {folder / 'base'}, 600 steps)"
     assert line in out
-    assert re.search(r"x.png\n4 steps: \S+ s a picture \(no batch came after the warm-up\)\n$", out)
-    picture = Image.open(tmp_path / "new" / "x.png")
-    assert picture.size == (32, 32)
-    prompt, last = picture.text["parameters"].split("\n")
+    assert re.search(r"x.png\n4 steps: \S+ s/image \(no batch came after the warm-up\)\n$", out)
+    image = Image.open(tmp_path / "new" / "x.png")
+    assert image.size == (32, 32)
+    prompt, last = image.text["parameters"].split("\n")
     assert prompt == "a cat, big"
-    assert last == "Steps: 4, Sampler: LCM, CFG scale: 1, Seed: 3, Size: 32x32, Model: base, Lora: run 1"
-    settings = json.loads(picture.text["infer_args"])
-    assert settings["seed"] == 3 and settings["dtype"] == "float32" and settings["base_model"] == str(folder / "base")
-    run(folder, "--prompt", "a cat, big", "--output", tmp_path / "off.png", "--seed", 3, "--lora_scale", 0)
+    assert (
+        last
+        == "Steps: 4, Sampler: LCM, CFG scale: 1, Seed: 3, Size: 32x32, Model: base, Lora: run 1"
+    )
+    settings = json.loads(image.text["infer_args"])
+    assert (
+        settings["seed"] == 3
+        and settings["dtype"] == "float32"
+        and settings["base_model"] == str(folder / "base")
+    )
+    run(
+        folder,
+        "--prompt",
+        "a cat, big",
+        "--output",
+        tmp_path / "off.png",
+        "--seed",
+        3,
+        "--lora_scale",
+        0,
+    )
     assert difference(tmp_path / "new" / "x.png", tmp_path / "off.png") > 8
 
 
 def test_same_as_diffusers(tiny, tmp_path):
-    """Rank 8, alpha 4: the picture is what a user's own diffusers pipeline draws."""
+    """Rank 8, alpha 4: the image is what a user's own diffusers pipeline generates."""
     from diffusers import LCMScheduler, StableDiffusionPipeline
 
     folder, _ = tiny
@@ -169,17 +227,21 @@ def test_same_as_diffusers(tiny, tmp_path):
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(folder / "run" / WEIGHTS_NAME)
     generator = torch.Generator("cpu").manual_seed(0)
-    pipe("a cat", num_inference_steps=4, guidance_scale=1, generator=generator).images[0].save(tmp_path / "y.png")
+    pipe("a cat", num_inference_steps=4, guidance_scale=1, generator=generator).images[0].save(
+        tmp_path / "y.png"
+    )
     assert difference(tmp_path / "x.png", tmp_path / "y.png") <= 1  # infer.py fuses: rounding
 
 
-def test_a_picture_does_not_depend_on_its_batch(tiny, tmp_path):
-    """Two prompts, two images each: four files, the same at every batch size, each from its own seed."""
+def test_an_image_does_not_depend_on_its_batch(tiny, tmp_path):
+    """Two prompts, two images each: four files, alike at every batch size, from a seed each."""
     folder, _ = tiny
     for size in (1, 3):
         flags = ("--prompt", "a", "b", "--num_images", 2, "--batch_size", size)
         run(folder, *flags, "--output", tmp_path / str(size) / "x.png")
-    assert sorted(file.name for file in (tmp_path / "3").iterdir()) == [f"x-{index}.png" for index in range(4)]
+    assert sorted(file.name for file in (tmp_path / "3").iterdir()) == [
+        f"x-{index}.png" for index in range(4)
+    ]
     for index in range(4):
         assert difference(tmp_path / "1" / f"x-{index}.png", tmp_path / "3" / f"x-{index}.png") <= 1
     run(folder, "--prompt", "b", "--seed", 3, "--output", tmp_path / "last.png")
@@ -187,13 +249,15 @@ def test_a_picture_does_not_depend_on_its_batch(tiny, tmp_path):
     assert difference(tmp_path / "3" / "x-2.png", tmp_path / "3" / "x-3.png") > 8
 
 
-def test_prompts_are_drawn_together(tiny, tmp_path, monkeypatch):
-    """Five prompts at --batch_size 2 are three calls of the UNet in one step: 2, 2 and 1 pictures."""
+def test_prompts_are_generated_together(tiny, tmp_path, monkeypatch):
+    """Five prompts at --batch_size 2 are three calls of the UNet in one step: 2, 2 and 1 images."""
     from diffusers import UNet2DConditionModel
 
     sizes, forward = [], UNet2DConditionModel.forward
     monkeypatch.setattr(
-        UNet2DConditionModel, "forward", lambda self, x, *a, **k: sizes.append(len(x)) or forward(self, x, *a, **k)
+        UNet2DConditionModel,
+        "forward",
+        lambda self, x, *a, **k: sizes.append(len(x)) or forward(self, x, *a, **k),
     )
     flags = ("--steps", 1, "--batch_size", 2, "--output", tmp_path / "x.png")
     run(tiny[0], "--prompt", *"abcde", *flags)
@@ -202,7 +266,7 @@ def test_prompts_are_drawn_together(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fresh_compiler():
-    """Nothing is compiled yet in this process, and what the test compiles is forgotten; counts the graphs."""
+    """Nothing is compiled yet, and what the test compiles is forgotten; counts the graphs."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -212,7 +276,7 @@ def fresh_compiler():
 
 
 def test_compile(tmp_path, capsys, fresh_compiler):
-    """Compiled blocks draw what uncompiled ones do, to 2 levels of 255."""
+    """Compiled blocks generate what uncompiled ones do, to 2 levels of 255."""
     from diffusers import UNet2DConditionModel
 
     make_base(tmp_path / "base", (32, 32))  # of one width: one kind of block
@@ -221,26 +285,32 @@ def test_compile(tmp_path, capsys, fresh_compiler):
     for name, flags in ("plain", ()), ("compiled", ("--compile",)):
         flags += ("--prompt", "a cat", "a dog", "--output", tmp_path / f"{name}.png")
         run(tmp_path, *flags, lora="lora.safetensors")
-        assert fresh_compiler() == (0 if name == "plain" else 2)  # a check of the compiler, one code for all blocks
+        assert fresh_compiler() == (
+            0 if name == "plain" else 2
+        )  # a check of the compiler, one code for all blocks
     for index in range(2):
         assert difference(tmp_path / f"plain-{index}.png", tmp_path / f"compiled-{index}.png") <= 2
     assert capsys.readouterr().err == ""
 
 
 def test_compile_in_a_grid(tiny, tmp_path, monkeypatch, fresh_compiler):
-    """Compiled code follows the LoRA that goes on and off, and each column is timed after it was compiled.
+    """Compiled code follows the LoRA going on and off; columns are timed after compilation.
 
     Here it is not lowered to C++, which takes most of the time.
     """
     from diffusers import UNet2DConditionModel
 
-    cells, grid, compile_blocks = [], infer.grid, UNet2DConditionModel.compile_repeated_blocks
-    monkeypatch.setattr(infer, "grid", lambda columns, *rest: cells.append(columns) or grid(columns, *rest))
+    cells, grid, compile_blocks = [], compare.grid, UNet2DConditionModel.compile_repeated_blocks
     monkeypatch.setattr(
-        UNet2DConditionModel, "compile_repeated_blocks", lambda *a, **k: compile_blocks(*a, **k, backend="aot_eager")
+        compare, "grid", lambda columns, *rest: cells.append(columns) or grid(columns, *rest)
     )
-    steps, draw = [], infer.draw
-    monkeypatch.setattr(infer, "draw", lambda *args: steps.append(args[4]) or draw(*args))
+    monkeypatch.setattr(
+        UNet2DConditionModel,
+        "compile_repeated_blocks",
+        lambda *a, **k: compile_blocks(*a, **k, backend="aot_eager"),
+    )
+    steps, generate = [], infer.generate
+    monkeypatch.setattr(infer, "generate", lambda *args: steps.append(args[4]) or generate(*args))
     flags = ("--prompt", "a cat", "--compare", "--scheduler", "lcm", "ddim", "tcd", "--steps", 2)
     for compiled in (), ("--compile",):
         run(tiny[0], *flags, "--output", tmp_path / "grid.png", *compiled)
@@ -268,19 +338,31 @@ def test_compile_without_a_compiler(tiny, tmp_path, monkeypatch, fresh_compiler)
 
 
 def test_file_may_have_moved(tiny, tmp_path, monkeypatch):
-    """A relative base model in the header is found from the current directory and from beside infer.py."""
+    """A relative base model in the header is found here and next to infer.py."""
     folder, _ = tiny
     tensors = load_file(folder / "run" / WEIGHTS_NAME)
     save_file(tensors, tmp_path / "style.safetensors", {"base_model": "base"})
-    for change in (lambda: monkeypatch.chdir(folder), lambda: monkeypatch.setattr(infer, "HERE", folder)):
+    for change in (
+        lambda: monkeypatch.chdir(folder),
+        lambda: monkeypatch.setattr(infer, "HERE", folder),
+    ):
         monkeypatch.chdir(tmp_path)
         change()
-        run(tmp_path, "--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png", lora="style.safetensors")
+        run(
+            tmp_path,
+            "--prompt",
+            "a",
+            "--steps",
+            1,
+            "--output",
+            tmp_path / "x.png",
+            lora="style.safetensors",
+        )
         assert "Lora: style 1" in Image.open(tmp_path / "x.png").text["parameters"]
 
 
 def rename(folder, target, style):
-    """Write the LoRA without alphas under `unet.` keys; `style(layer)` picks PEFT's or the older words for a layer."""
+    """Write the LoRA without alphas under `unet.` keys; `style(layer)` is peft or old."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")
@@ -299,25 +381,50 @@ def test_other_layouts_load_completely(tiny, tmp_path, capsys, style, dtype):
     """Files in diffusers' own layouts, without a header; the comparison holds in bf16 too."""
     folder, count = tiny
     rename(folder, tmp_path / "other.safetensors", lambda layer: style)
-    flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png", "--base_model", folder / "base")
+    flags = (
+        "--prompt",
+        "a",
+        "--steps",
+        1,
+        "--output",
+        tmp_path / "x.png",
+        "--base_model",
+        folder / "base",
+    )
     run(tmp_path, *flags, "--dtype", dtype, lora="other.safetensors")
     assert f"LoRA: {count} of {count} layers loaded (rank 8, alpha 8)" in capsys.readouterr().out
 
 
 def test_defect_2_mixed_naming_loads_completely(tiny, tmp_path, capsys):
-    """Attention as lora.down/up, the rest as lora_A/B: the picture is that of the same layers in one naming."""
+    """Attention as lora.down/up, the rest as lora_A/B: the same image as in one naming."""
     folder, count = tiny
-    rename(folder, tmp_path / "mixed.safetensors", lambda layer: "old" if "attn" in layer else "peft")
+    rename(
+        folder, tmp_path / "mixed.safetensors", lambda layer: "old" if "attn" in layer else "peft"
+    )
     rename(folder, tmp_path / "one.safetensors", lambda layer: "peft")
     for name in ("mixed", "one"):
-        flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / f"{name}.png", "--base_model", folder / "base")
+        flags = (
+            "--prompt",
+            "a",
+            "--steps",
+            1,
+            "--output",
+            tmp_path / f"{name}.png",
+            "--base_model",
+            folder / "base",
+        )
         run(tmp_path, *flags, lora=f"{name}.safetensors")
     mixed, one = (line for line in capsys.readouterr().out.splitlines() if line.startswith("LoRA"))
     with safe_open(tmp_path / "mixed.safetensors", "pt") as file:
-        old, peft = (sum(word in key for key in file.keys()) for word in ("lora.down", "lora_A"))  # noqa: SIM118
+        keys = list(file.keys())
+    old, peft = (sum(word in key for key in keys) for word in ("lora.down", "lora_A"))
     assert old and peft and old + peft == count
     assert mixed.startswith(f"LoRA: {count} of {count} layers loaded")
-    assert f"{peft} as lora_A/B" in mixed and f"{old} as lora.down/up" in mixed and "Hugging Face" not in one
+    assert (
+        f"{peft} as lora_A/B" in mixed
+        and f"{old} as lora.down/up" in mixed
+        and "Hugging Face" not in one
+    )
     assert difference(tmp_path / "mixed.png", tmp_path / "one.png") == 0
 
 
@@ -336,17 +443,21 @@ def test_defect_4_wrong_scaling_stops(tiny, tmp_path, monkeypatch):
                 module.scaling = dict.fromkeys(module.scaling, 1.0)
 
     monkeypatch.setattr(UNet2DConditionModel, "add_adapter", forget)
-    with pytest.raises(SystemExit, match="error: .* 0 of .* loaded, first missing or different: unet.down_blocks"):
+    with pytest.raises(
+        SystemExit, match="error: .* 0 of .* loaded, first missing or different: unet.down_blocks"
+    ):
         run(folder, "--prompt", "a", "--output", tmp_path / "x.png")
 
 
 def test_compare(tiny, tmp_path, capsys, monkeypatch):
-    """The grid has 8 columns, headers, prompts; teacher cells are the base to the bit, LCM cells as drawn alone."""
+    """8 columns, headers, prompts; the teacher is the base to the bit, LCM cells are as alone."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     folder, _ = tiny
-    cells, grid = [], infer.grid
-    monkeypatch.setattr(infer, "grid", lambda columns, *rest: cells.extend(columns) or grid(columns, *rest))
+    cells, grid = [], compare.grid
+    monkeypatch.setattr(
+        compare, "grid", lambda columns, *rest: cells.extend(columns) or grid(columns, *rest)
+    )
     prompts = ["a cat", "a very long prompt " * 20 + "Supercalifragilisticexpialidocious" * 3]
     flags = ("--batch_size", 1, "--seed", 5)
     run(folder, "--prompt", *prompts, "--compare", "--output", tmp_path / "grid.png", *flags)
@@ -361,7 +472,9 @@ def test_compare(tiny, tmp_path, capsys, monkeypatch):
     sheet = Image.open(tmp_path / "grid.png")
     columns = json.loads(sheet.text["infer_args"])["columns"]
     assert [column["passes"] for column in columns] == [100, 2, 4, 8, 1, 2, 4, 8]
-    assert {column["guidance"] for column in columns[:4]} == {5.0} and all(column["seconds"] > 0 for column in columns)
+    assert {column["guidance"] for column in columns[:4]} == {5.0} and all(
+        column["seconds"] > 0 for column in columns
+    )
     assert sheet.width >= 9 * 128 and sheet.height >= 2 * 128
 
     def ink(*box):
@@ -373,13 +486,79 @@ def test_compare(tiny, tmp_path, capsys, monkeypatch):
 
     pipe = StableDiffusionPipeline.from_pretrained(folder / "base")
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
     generator = torch.Generator("cpu").manual_seed(5)
-    teacher = pipe("a cat", num_inference_steps=50, guidance_scale=5.0, generator=generator).images[0]
+    teacher = pipe("a cat", num_inference_steps=50, guidance_scale=5.0, generator=generator).images[
+        0
+    ]
     assert teacher.tobytes() == cells[0]["images"][0].tobytes()
     run(folder, "--prompt", "a cat", *flags, "--output", tmp_path / "lcm.png")
     cells[6]["images"][0].save(tmp_path / "cell.png")
-    assert difference(tmp_path / "lcm.png", tmp_path / "cell.png") <= 1  # there the LoRA is fused: rounding
+    assert (
+        difference(tmp_path / "lcm.png", tmp_path / "cell.png") <= 1
+    )  # there the LoRA is fused: rounding
+
+
+@pytest.mark.parametrize("program", ["infer.py --compare", "scripts/compare.py"])
+def test_the_programs_that_make_grids(tiny, tmp_path, program):
+    """Both, started by a user, are the compare module's grid: the same columns and cells."""
+    words = ["--lora", tiny[0] / "run", "--prompt", "a", "--steps", 2, "--output"]
+    start(*words, tmp_path / "here.png", "--compare", "--device", "cpu")
+    name, *flag = program.split()
+    done = run_program(sys.executable, ROOT / name, *words, tmp_path / "there.png", *flag)
+    assert done.returncode == 0 and "LCM-LoRA, 2 steps: 2 UNet passes, " in done.stdout, done.stderr
+    here, there = (Image.open(tmp_path / f"{name}.png") for name in ("here", "there"))
+    ours, theirs = (json.loads(image.text["infer_args"]) for image in (here, there))
+    for settings in ours, theirs:
+        for column in settings["columns"]:
+            del column["seconds"]
+        del settings["device"]
+    assert ours == theirs and len(ours["columns"]) == 2
+    cells = (180, here.height - 128 - 10, here.width, here.height)
+    assert here.crop(cells).tobytes() == there.crop(cells).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [("compare.py", ["--compare", "--prompt", "a"]), ("fuse_lora.py", ["--fused_output", "new"])],
+)
+def test_a_program_is_missing(tmp_path, program, words):
+    """infer.py copied alone says what it needs, in one line, and does the rest alone."""
+    shutil.copy(ROOT / "infer.py", tmp_path)
+    lora = ("--lora", tmp_path / "none.safetensors")
+    done = run_program(sys.executable, "infer.py", *lora, *words, cwd=tmp_path)
+    says = f"{words[0]} needs scripts/{program} beside infer.py: copy it there too"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {says}\n")
+    done = run_program(sys.executable, "infer.py", *lora, "--prompt", "a", cwd=tmp_path)
+    assert done.stderr.endswith("none.safetensors: no such file or folder\n")
+
+
+def test_help():
+    """Three lines of usage, every flag with its default and unit, and no library loaded."""
+    code = "import runpy, sys; sys.argv = ['infer.py', '--help']\n"
+    code += "try: runpy.run_path('infer.py', run_name='__main__')\n"
+    done = run_program(
+        sys.executable,
+        "-c",
+        code + "except SystemExit: print('torch' in sys.modules)",
+        COLUMNS="100",
+    )
+    usage, _, page = done.stdout.partition("\n\n")
+    assert usage.startswith("usage: infer.py --lora PATH") and len(usage.splitlines()) == 3
+    assert page.endswith("False\n")
+    for flag in vars(infer.parse_args(["--lora", "x", "--prompt", "a"])):
+        assert f"--{flag} " in page, flag
+    for part in (
+        "--height PIXELS",
+        "--batch_size IMAGES",
+        "(default: 4)",
+        "(default: lcm)",
+        "(default: lcm.png)",
+    ):
+        assert part in page, part
+    assert "default: None" not in page and "default: False" not in page
 
 
 def bad_file(kind, folder, path):
@@ -396,7 +575,11 @@ def bad_file(kind, folder, path):
     elif kind == "no layer":
         save_file({}, path)
     else:
-        path.write_bytes({"truncated": good.read_bytes()[:5000], "empty": b"", "pickle": pickle.dumps({"a": 1})}[kind])
+        path.write_bytes(
+            {"truncated": good.read_bytes()[:5000], "empty": b"", "pickle": pickle.dumps({"a": 1})}[
+                kind
+            ]
+        )
 
 
 @pytest.mark.parametrize(
@@ -407,7 +590,7 @@ def bad_file(kind, folder, path):
         ("truncated", "not a whole safetensors file"),
         ("empty", "not a whole safetensors file"),
         ("pickle", "not a whole safetensors file"),
-        ("no layer", "holds no LoRA layer"),
+        ("no layer", "contains no LoRA layer"),
         ("no base", "give --base_model"),
     ],
 )
@@ -429,8 +612,14 @@ def test_bad_file(tiny, tmp_path, kind, message):
         (["--height", "60"], "--height 60: must be a multiple of 8, e.g. 64"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--base_model", "./nowhere"], "nowhere: no such file or folder; give --base_model"),
-        (["--base_model", "nowhere.safetensors"], "nowhere.safetensors: no such file or folder; give --base_model"),
-        (["--base_config", "x"], "--base_config has no effect: base model .*base is no .safetensors file"),
+        (
+            ["--base_model", "nowhere.safetensors"],
+            "nowhere.safetensors: no such file or folder; give --base_model",
+        ),
+        (
+            ["--base_config", "x"],
+            "--base_config has no effect: base model .*base is no .safetensors file",
+        ),
         (["--lora", "nowhere"], "--lora nowhere: no such file or folder"),
         (["--lora", "."], f"--lora .: no {WEIGHTS_NAME} or .* in this folder"),
         (["--seed", "x"], "--seed"),
@@ -445,10 +634,15 @@ def test_bad_flag(tiny, tmp_path, monkeypatch, flags, message):
 
 
 def test_lora_of_another_base(tiny, tmp_path):
-    """Other channel widths: the message names family, base and the first layer that does not fit."""
+    """Other channel widths: the message names family, base and the first layer in question."""
     folder, _ = tiny
-    with pytest.raises(SystemExit, match=r"trained for sd15 .*base, it does not fit .*wide: layer unet.down_blocks_1"):
-        run(folder, "--prompt", "a", "--base_model", folder / "wide", "--output", tmp_path / "x.png")
+    with pytest.raises(
+        SystemExit,
+        match=r"trained for sd15 .*base, it does not fit .*wide: layer unet.down_blocks_1",
+    ):
+        run(
+            folder, "--prompt", "a", "--base_model", folder / "wide", "--output", tmp_path / "x.png"
+        )
     assert not (tmp_path / "x.png").exists()
 
 
@@ -457,14 +651,17 @@ LAYOUTS = {"sd15": "Stable Diffusion 1.x / 2.x", "sdxl": "SDXL", "ssd1b": "SSD-1
 
 @pytest.fixture(scope="session")
 def layouts(make_teacher):
-    """{layout: (folder, the same base in one file beside it, a LoRA of it whose header names both without their folder)}."""
+    """{layout: (folder, the same base in one file, a LoRA whose header has their names)}."""
     from diffusers import UNet2DConditionModel
 
     made = {}
     for layout in LAYOUTS:
         folder = make_teacher(layout)
         file, lora = as_single_file(folder), folder / "lora.safetensors"
-        family, settings = "sd15" if layout == "sd15" else "sdxl", json.dumps({"teacher_config": folder.name})
+        family, settings = (
+            "sd15" if layout == "sd15" else "sdxl",
+            json.dumps({"teacher_config": folder.name}),
+        )
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         make_lora(unet, lora, file.name, family=family, training_args=settings)
         made[layout] = folder, file, lora
@@ -473,14 +670,23 @@ def layouts(make_teacher):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_base_in_one_file(layouts, tmp_path, monkeypatch, layout):
-    """The file draws what the folder draws, named by flags, or by the header and found beside infer.py."""
+    """The file generates what the folder does, named by flags or by the header."""
     folder, file, lora = layouts[layout]
     flags = ("--prompt", "a cat", "--steps", 2, "--output")
     run(folder, *flags, tmp_path / "folder.png", "--base_model", folder, lora=lora.name)
-    run(folder, *flags, tmp_path / "flags.png", "--base_model", file, "--base_config", folder, lora=lora.name)
+    run(
+        folder,
+        *flags,
+        tmp_path / "flags.png",
+        "--base_model",
+        file,
+        "--base_config",
+        folder,
+        lora=lora.name,
+    )
     monkeypatch.setattr(infer, "HERE", file.parent)
     run(folder, *flags, tmp_path / "file.png", lora=lora.name)
-    # Weights that lie elsewhere in memory may be multiplied in another order: one level in 255 is rounding.
+    # Weights elsewhere in memory may be multiplied in another order: one level is rounding.
     assert difference(tmp_path / "folder.png", tmp_path / "flags.png") <= 1
     assert difference(tmp_path / "folder.png", tmp_path / "file.png") <= 1
     settings = json.loads(Image.open(tmp_path / "file.png").text["infer_args"])
@@ -488,22 +694,38 @@ def test_base_in_one_file(layouts, tmp_path, monkeypatch, layout):
 
 
 def test_tiny_vae_with_a_base_in_one_file(layouts, tmp_path, monkeypatch):
-    """The file's own VAE is not made; the picture is that of the folder."""
+    """The file's own VAE is not made; the image is that of the folder."""
     from diffusers import AutoencoderKL
 
     folder, file, lora = layouts["sd15"]
-    monkeypatch.setattr(AutoencoderKL, "__init__", lambda *args, **kwargs: pytest.fail("the VAE was made"))
+    monkeypatch.setattr(
+        AutoencoderKL, "__init__", lambda *args, **kwargs: pytest.fail("the VAE was made")
+    )
     flags = ("--prompt", "a", "--tiny_vae", make_tiny_vae(tmp_path / "vae"), "--output")
     run(folder, *flags, tmp_path / "folder.png", "--base_model", folder, lora=lora.name)
-    run(folder, *flags, tmp_path / "file.png", "--base_model", file, "--base_config", folder, lora=lora.name)
+    run(
+        folder,
+        *flags,
+        tmp_path / "file.png",
+        "--base_model",
+        file,
+        "--base_config",
+        folder,
+        lora=lora.name,
+    )
     assert difference(tmp_path / "folder.png", tmp_path / "file.png") <= 1
     wrong = make_tiny_vae(tmp_path / "wrong", factor=8)
     flags = ("--tiny_vae", wrong, "--base_model", file, "--base_config", folder)
-    refused(lora, f"--tiny_vae {wrong} is for latents of 4 channels and a side of 1/8; ", tmp_path / "x.png", *flags)
+    refused(
+        lora,
+        f"--tiny_vae {wrong} is for latents of 4 channels and a side of 1/8; ",
+        tmp_path / "x.png",
+        *flags,
+    )
 
 
 def test_layout_by_names(layouts):
-    """A LoRA without a header and a UNet in either naming tell their layout; a LoRA of a part of the layers does not."""
+    """The layout of a LoRA without a header and of a UNet; LoRAs of a part of it have none."""
     from diffusers import UNet2DConditionModel
 
     for layout, (folder, file, lora) in layouts.items():
@@ -516,32 +738,40 @@ def test_layout_by_names(layouts):
 
 
 def refused(lora, message, out, *flags):
-    """infer.py ends with one line, which holds `message`, and draws nothing."""
+    """infer.py ends with one line, which holds `message`, and generates nothing."""
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         run(lora.parent, "--prompt", "a", "--output", out, *flags, lora=lora.name)
     assert "\n" not in str(caught.value) and not out.exists()
 
 
 @pytest.mark.parametrize("one_file", [False, True], ids=["folder", "file"])
-@pytest.mark.parametrize(("lora", "base"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("sdxl", "ssd1b"), ("ssd1b", "sdxl")])
+@pytest.mark.parametrize(
+    ("lora", "base"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("sdxl", "ssd1b"), ("ssd1b", "sdxl")]
+)
 def test_lora_of_another_layout(layouts, tmp_path, lora, base, one_file):
-    """Both layouts are named; an SSD-1B LoRA has all of its layers in SDXL too, and would be loaded without a word."""
+    """Both layouts are named; an SSD-1B LoRA, all of whose layers SDXL has, would load silently."""
     ours, theirs = layouts[lora], layouts[base]
-    says = rf"was trained for the {LAYOUTS[lora]} layout \(base {ours[1].name}\); --base_model .* is of the {LAYOUTS[base]} layout"
-    refused(ours[2], f"lora.safetensors {says}$", tmp_path / "x.png", "--base_model", theirs[one_file])
+    says = rf"was trained for the {LAYOUTS[lora]} layout \(base {ours[1].name}\); "
+    says += f"--base_model .* has the {LAYOUTS[base]} layout"
+    refused(
+        ours[2], f"lora.safetensors {says}$", tmp_path / "x.png", "--base_model", theirs[one_file]
+    )
 
 
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ("cond_stage_model", "it holds no text encoder"),
+        ("cond_stage_model", "cannot be opened .*CLIPTextModel.*; its configs are those of"),
         ("first_stage_model", "cannot be opened .*AutoencoderKL.*; its configs are those of"),
         ("model.diffusion_model.out.", "cannot be opened .*; its configs are those of"),
-        ("cond_stage_model.transformer.text_model.final", "does not hold just the .*; its configs are those of"),
+        (
+            "cond_stage_model.transformer.text_model.final",
+            "its tensors do not match its configs; its configs are those of",
+        ),
     ],
 )
 def test_incomplete_base_in_one_file(layouts, tmp_path, start, message):
-    """Nothing is drawn with parts that are random or empty for want of tensors in the file."""
+    """Nothing is generated with parts that are random or empty for want of tensors in the file."""
     folder, file, lora = layouts["sd15"]
     tensors = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(start)}
     save_file(tensors, tmp_path / "part.safetensors")
@@ -555,21 +785,52 @@ def test_bad_base_in_one_file(layouts, tmp_path):
     (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": 1}))
     (tmp_path / "x.safetensors").write_bytes(file.read_bytes()[:5000])
     save_file(load_file(lora), tmp_path / "bare.safetensors")
-    advice = "--base_config names another"
+    advice = "--base_config names others"
     for one, message, *flags in (
         (lora, "x.ckpt: .* pickled weights are not read", "--base_model", tmp_path / "x.ckpt"),
-        (lora, "x.safetensors: not a whole safetensors file", "--base_model", tmp_path / "x.safetensors"),
-        (lora, "--variant has no effect: .* is one file", "--base_model", file, "--variant", "fp16"),
-        (lora, f"those of {folder.name}; {advice}", "--base_model", file),  # what the header names is not here
-        (lora, f"those of /no/such/folder; {advice}", "--base_model", file, "--base_config", "/no/such/folder"),
-        (tmp_path / "bare.safetensors", f"those of the hub; {advice}", "--base_model", file),
-        (xl_lora, f"not hold just the .*; {advice}", "--base_model", xl_file, "--base_config", ssd1b),
+        (
+            lora,
+            "x.safetensors: not a whole safetensors file",
+            "--base_model",
+            tmp_path / "x.safetensors",
+        ),
+        (
+            lora,
+            "--variant has no effect: .* is one file",
+            "--base_model",
+            file,
+            "--variant",
+            "fp16",
+        ),
+        (
+            lora,
+            f"those of {folder.name}; {advice}",
+            "--base_model",
+            file,
+        ),  # what the header names is not here
+        (
+            lora,
+            f"those of /no/such/folder; {advice}",
+            "--base_model",
+            file,
+            "--base_config",
+            "/no/such/folder",
+        ),
+        (tmp_path / "bare.safetensors", f"those of the Hub; {advice}", "--base_model", file),
+        (
+            xl_lora,
+            f"its tensors do not match its configs; .*{advice}",
+            "--base_model",
+            xl_file,
+            "--base_config",
+            ssd1b,
+        ),
     ):
         refused(one, message, tmp_path / "x.png", *flags)
 
 
 def test_warnings(tiny, tmp_path, capsys):
-    """High guidance, and a negative prompt without guidance, are spoken of; otherwise stderr is empty."""
+    """High guidance, and a negative prompt without it, are warned of; else stderr is empty."""
     folder, _ = tiny
     flags = ("--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png")
     run(folder, *flags)

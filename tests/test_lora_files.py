@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from single_file import unet_name
 
 infer = load_script("infer.py")
-infer.import_quietly()
 PARTS = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj"
 ).split()
@@ -48,9 +47,16 @@ def randomise(unet, seed):
 
 def train(trainer, teacher, folder, seed=0, rank=4, alpha=2, targets=PARTS):
     """A student with random LoRA weights, as the trainer would leave and save it: the UNet."""
-    flags = {"pretrained_teacher_model": teacher, "train_data_dir": ROOT, "output_dir": folder, "lora_rank": rank}
+    flags = {
+        "pretrained_teacher_model": teacher,
+        "train_data_dir": ROOT,
+        "output_dir": folder,
+        "lora_rank": rank,
+    }
     flags |= {"lora_alpha": alpha, "lora_target_modules": ",".join(targets)}
-    args = trainer.parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    args = trainer.parse_args(
+        [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    )
     pipe = open_pipe(teacher)
     student = trainer.attach_lora(trainer.share_weights(pipe.unet), args)
     randomise(student, seed)
@@ -63,8 +69,13 @@ def forward(unet):
     """The UNet's output on fixed inputs."""
     random = torch.Generator().manual_seed(0)
     width, dtype = unet.config.cross_attention_dim, unet.dtype
-    z, c = (torch.randn(shape, generator=random).to(dtype) for shape in ((2, 4, 8, 8), (2, 16, width)))
-    added = {"text_embeds": torch.randn(2, 32, generator=random).to(dtype), "time_ids": torch.ones(2, 6, dtype=dtype)}
+    z, c = (
+        torch.randn(shape, generator=random).to(dtype) for shape in ((2, 4, 8, 8), (2, 16, width))
+    )
+    added = {
+        "text_embeds": torch.randn(2, 32, generator=random).to(dtype),
+        "time_ids": torch.ones(2, 6, dtype=dtype),
+    }
     added = added if unet.config.addition_embed_type else None
     return unet(z, torch.tensor([999, 19]), c, added_cond_kwargs=added).sample
 
@@ -75,7 +86,9 @@ def load(pipe, *paths, weights=None):
     for index, path in enumerate(paths):
         adapter = f"style_{index - 1}" if index else infer.ADAPTER
         infer.attach_lora(pipe, adapter, *infer.open_lora(infer.find_lora(path)), "base")
-    args = argparse.Namespace(lcm_weight=weights[0], style_lora=[("x", weight) for weight in weights[1:]])
+    args = argparse.Namespace(
+        lcm_weight=weights[0], style_lora=[("x", weight) for weight in weights[1:]]
+    )
     infer.set_loras(pipe, args)
     return pipe.unet
 
@@ -103,19 +116,29 @@ def test_file_to_forward_equals_the_student(layout, make_teacher, tmp_path):
     """Random ranks, alphas and targets; kohya's, diffusers' and PEFT's naming, PEFT's folder and a whole output folder."""
     teacher, trainer = make_teacher(layout), load_script(f"train_lcm_lora_{layout}.py")
     for seed in range({"sd15": 4, "sdxl": 2}[layout]):
-        draw = random.Random(seed)
-        rank, alpha = draw.randint(1, 9), draw.randint(1, 80) / 4
-        targets = draw.sample(PARTS, draw.randint(1, len(PARTS)))
+        rng = random.Random(seed)
+        rank, alpha = rng.randint(1, 9), rng.randint(1, 80) / 4
+        targets = rng.sample(PARTS, rng.randint(1, len(PARTS)))
         out = tmp_path / str(seed)
         student = train(trainer, teacher, out, seed, rank, alpha, targets)
         in_diffusers_naming(student, out / "diffusers")
         (out / "bare").mkdir()
-        save_file(load_file(out / "unet" / infer.PEFT_NAME), out / "bare" / "x.safetensors")  # no alpha: 1 x rank
+        save_file(
+            load_file(out / "unet" / infer.PEFT_NAME), out / "bare" / "x.safetensors"
+        )  # no alpha: 1 x rank
         expected, base = forward(student), forward(open_pipe(teacher).unet)
         assert (expected - base).abs().max() > 1e-3
-        for path in (out / LORA, out, out / "unet", out / "unet" / infer.PEFT_NAME, out / "diffusers"):
+        for path in (
+            out / LORA,
+            out,
+            out / "unet",
+            out / "unet" / infer.PEFT_NAME,
+            out / "diffusers",
+        ):
             unet = load(open_pipe(teacher), path)
-            assert count(unet) == count(student) and torch.allclose(forward(unet), expected, atol=1e-6), (seed, path)
+            assert count(unet) == count(student) and torch.allclose(
+                forward(unet), expected, atol=1e-6
+            ), (seed, path)
         unet = load(open_pipe(teacher), out / "bare" / "x.safetensors", weights=[alpha / rank])
         assert torch.allclose(forward(unet), expected, atol=1e-6)
 
@@ -124,12 +147,19 @@ def test_peft_folder_with_patterns(teacher, tmp_path):
     """Ranks and alphas of their own for some layers, and rank-stabilised scaling, from PEFT's own folder."""
     for rslora in (False, True):
         unet = open_pipe(teacher).unet
-        settings = {"rank_pattern": {"conv1": 3, r".*attn2\.to_k": 6}, "alpha_pattern": {"conv1": 5, "to_q": 0.5}}
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=PARTS, use_rslora=rslora, **settings)
+        settings = {
+            "rank_pattern": {"conv1": 3, r".*attn2\.to_k": 6},
+            "alpha_pattern": {"conv1": 5, "to_q": 0.5},
+        }
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=PARTS, use_rslora=rslora, **settings
+        )
         model = peft.get_peft_model(unet, config)
         randomise(model, 0)
         model.save_pretrained(tmp_path / str(rslora))
-        scalings = {layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)}
+        scalings = {
+            layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)
+        }
         assert len(scalings) == 4
         ours = load(open_pipe(teacher), tmp_path / str(rslora))
         assert torch.allclose(forward(ours), forward(model.base_model.model), atol=1e-6)
@@ -143,9 +173,15 @@ def test_weights_scale_exactly_and_add_linearly(sd15, teacher, tmp_path):
 
     def updates(weights):
         unet = load(open_pipe(teacher, torch.float64), *paths, weights=weights)
-        layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)}
+        layers = {
+            name: layer for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)
+        }
         return [
-            {name: layer.get_delta_weight(key).detach() for name, layer in layers.items() if key in layer.scaling}
+            {
+                name: layer.get_delta_weight(key).detach()
+                for name, layer in layers.items()
+                if key in layer.scaling
+            }
             for key in ("lcm", "style_0")
         ]
 
@@ -155,7 +191,10 @@ def test_weights_scale_exactly_and_add_linearly(sd15, teacher, tmp_path):
     assert all(torch.equal(scaled_lcm[name], 2 * lcm[name]) for name in lcm)
     assert all(torch.equal(scaled_style[name], 0.5 * style[name]) for name in style)
 
-    pipe, base = open_pipe(teacher, torch.float64), open_pipe(teacher, torch.float64).unet.state_dict()
+    pipe, base = (
+        open_pipe(teacher, torch.float64),
+        open_pipe(teacher, torch.float64).unet.state_dict(),
+    )
     separate = forward(load(pipe, *paths, weights=[2, 0.5]))
     infer.fuse(pipe)
     assert count(pipe.unet) == 0 and torch.allclose(forward(pipe.unet), separate, atol=1e-12)
@@ -175,12 +214,16 @@ def test_lcm_off_leaves_the_styles_on(sd15, teacher, tmp_path):
     both = forward(pipe.unet)
     infer.set_loras(pipe, args, lcm=False)
     alone = forward(load(open_pipe(teacher), tmp_path / "1", weights=[0.8]))
-    assert torch.allclose(forward(pipe.unet), alone, atol=1e-6) and not torch.allclose(both, alone, atol=1e-3)
+    assert torch.allclose(forward(pipe.unet), alone, atol=1e-6) and not torch.allclose(
+        both, alone, atol=1e-3
+    )
     args.style_lora = []
     infer.set_loras(pipe, args, lcm=False)
     assert torch.equal(forward(pipe.unet), forward(open_pipe(teacher).unet))
     infer.set_loras(pipe, args)
-    assert torch.allclose(forward(pipe.unet), forward(load(open_pipe(teacher), tmp_path / "0")), atol=1e-6)
+    assert torch.allclose(
+        forward(pipe.unet), forward(load(open_pipe(teacher), tmp_path / "0")), atol=1e-6
+    )
 
 
 def test_defect_2_mixed_naming(sdxl, xl_teacher, tmp_path, capsys):
@@ -206,7 +249,10 @@ def test_defect_2_mixed_naming(sdxl, xl_teacher, tmp_path, capsys):
 def test_defect_1_prefix(sd15, teacher, tmp_path, capsys):
     """A file as Hugging Face's tar-shard scripts write it: diffusers refuses it, infer.py loads all and says so."""
     student = train(sd15, teacher, tmp_path, rank=4, alpha=4)
-    state = {f"base_model.model.{key}": tensor for key, tensor in get_peft_model_state_dict(student).items()}
+    state = {
+        f"base_model.model.{key}": tensor
+        for key, tensor in get_peft_model_state_dict(student).items()
+    }
     StableDiffusionPipeline.save_lora_weights(tmp_path / "hf", state)
     pipe = open_pipe(teacher)
     with pytest.raises(ValueError):
@@ -220,24 +266,37 @@ def test_defect_22_missing_prefix(sd15, teacher, tmp_path):
     """A PEFT folder without PEFT's prefix: PEFT changes nothing, infer.py loads all."""
     student = train(sd15, teacher, tmp_path)
     file = tmp_path / "unet" / infer.PEFT_NAME
-    save_file({key.removeprefix("base_model.model."): tensor for key, tensor in load_file(file).items()}, file)
+    save_file(
+        {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(file).items()},
+        file,
+    )
     with pytest.warns(UserWarning, match="missing adapter keys"):
         model = peft.PeftModel.from_pretrained(open_pipe(teacher).unet, tmp_path / "unet")
     assert torch.equal(forward(model.base_model.model), forward(open_pipe(teacher).unet))
-    assert torch.allclose(forward(load(open_pipe(teacher), tmp_path / "unet")), forward(student), atol=1e-6)
+    assert torch.allclose(
+        forward(load(open_pipe(teacher), tmp_path / "unet")), forward(student), atol=1e-6
+    )
 
 
 def test_older_attention_names(sd15, teacher, tmp_path):
     """unet.X.processor.to_q_lora.down.weight, and to_out without its 0."""
     student = train(sd15, teacher, tmp_path, rank=4, alpha=4, targets=["to_q", "to_out.0"])
     names = {"to_q.lora_A": "processor.to_q_lora.down", "to_q.lora_B": "processor.to_q_lora.up"}
-    names |= {"to_out.0.lora_A": "processor.to_out_lora.down", "to_out.0.lora_B": "processor.to_out_lora.up"}
+    names |= {
+        "to_out.0.lora_A": "processor.to_out_lora.down",
+        "to_out.0.lora_B": "processor.to_out_lora.up",
+    }
     state = get_peft_model_state_dict(student)
     for ours, theirs in names.items():
         state = {key.replace(ours, theirs): tensor for key, tensor in state.items()}
-    save_file({f"unet.{key}": tensor.clone() for key, tensor in state.items()}, tmp_path / "old.safetensors")
+    save_file(
+        {f"unet.{key}": tensor.clone() for key, tensor in state.items()},
+        tmp_path / "old.safetensors",
+    )
     unet = load(open_pipe(teacher), tmp_path / "old.safetensors")
-    assert count(unet) == count(student) and torch.allclose(forward(unet), forward(student), atol=1e-6)
+    assert count(unet) == count(student) and torch.allclose(
+        forward(unet), forward(student), atol=1e-6
+    )
 
 
 def test_original_block_names(sdxl, xl_teacher, tmp_path):
@@ -252,10 +311,14 @@ def test_original_block_names(sdxl, xl_teacher, tmp_path):
     for key, tensor in load_file(tmp_path / LORA).items():
         name, _, part = key.removeprefix("lora_unet_").partition(".")
         tensors[f"lora_unet_{names[name].replace('.', '_')}.{part}"] = tensor
-    assert any("input_blocks_3_1" in key for key in tensors) and not any("down_blocks" in key for key in tensors)
+    assert any("input_blocks_3_1" in key for key in tensors) and not any(
+        "down_blocks" in key for key in tensors
+    )
     save_file(tensors, tmp_path / "kohya.safetensors")
     unet = load(open_pipe(xl_teacher), tmp_path / "kohya.safetensors")
-    assert count(unet) == count(student) and torch.allclose(forward(unet), forward(student), atol=1e-6)
+    assert count(unet) == count(student) and torch.allclose(
+        forward(unet), forward(student), atol=1e-6
+    )
 
 
 def test_shallow_sdxl_without_a_header(tmp_path):
@@ -265,7 +328,9 @@ def test_shallow_sdxl_without_a_header(tmp_path):
     layers = [name for name in names if name.endswith(tuple(PARTS))]
     assert infer.layout(names) == "SDXL" and infer.layout(layers) == "Stable Diffusion 1.x / 2.x"
     infer.match_layout({"lcm": ("x", layers, {})}, "base", names)
-    with pytest.raises(SystemExit, match="^error: LoRA x was trained for the Stable Diffusion 1.x / 2.x layout"):
+    with pytest.raises(
+        SystemExit, match="^error: LoRA x was trained for the Stable Diffusion 1.x / 2.x layout"
+    ):
         infer.match_layout({"lcm": ("x", layers, {"family": "sd15"})}, "base", names)
 
 
@@ -307,13 +372,17 @@ def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
     pipe, base = open_pipe(xl_teacher), open_pipe(xl_teacher)
     load(pipe, tmp_path / "style.safetensors", weights=[0.8])
     assert (
-        "LoRA: 6 of 6 layers loaded (rank 2, alpha 1, 3 in text_encoder, 3 in text_encoder_2" in capsys.readouterr().out
+        "LoRA: 6 of 6 layers loaded (rank 2, alpha 1, 3 in text_encoder, 3 in text_encoder_2"
+        in capsys.readouterr().out
     )
     infer.fuse(pipe)
     for (index, layer), (a, b) in layers.items():
         encoder = ("text_encoder", "text_encoder_2")[index]
         ours, theirs = (
-            {name.removeprefix("text_model."): tensor for name, tensor in getattr(p, encoder).state_dict().items()}
+            {
+                name.removeprefix("text_model."): tensor
+                for name, tensor in getattr(p, encoder).state_dict().items()
+            }
             for p in (pipe, base)
         )
         expected = theirs[f"{layer}.weight"] + 0.8 * 0.5 * b @ a
@@ -321,8 +390,8 @@ def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
     assert torch.equal(pipe.unet.conv_in.weight, base.unet.conv_in.weight)
 
 
-def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
-    """Several LoRAs from the command line, a line for each; the settings in the picture name all of them."""
+def test_style_loras_are_used(sd15, teacher, tmp_path, capsys):
+    """Several LoRAs from the command line, a line for each; the settings in the image name all of them."""
     for index in range(3):
         train(sd15, teacher, tmp_path / f"run{index}", index, targets=PARTS[: 4 + index])
     text, layers = text_tensors("kohya")
@@ -332,13 +401,28 @@ def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
         tmp_path / "style.safetensors",
     )
 
-    def draw(name, *flags):
-        infer.main(["--lora", str(tmp_path / "run0"), "--prompt", "a", "--output", str(tmp_path / name), *flags])
+    def generate(name, *flags):
+        infer.main(
+            [
+                "--lora",
+                str(tmp_path / "run0"),
+                "--prompt",
+                "a",
+                "--output",
+                str(tmp_path / name),
+                *flags,
+            ]
+        )
         return Image.open(tmp_path / name)
 
-    plain = draw("plain.png")
-    styled = draw(
-        "styled.png", "--style_lora", f"{tmp_path}/style.safetensors", f"{tmp_path}/run2:0.5", "--lcm_weight", "0.9"
+    plain = generate("plain.png")
+    styled = generate(
+        "styled.png",
+        "--style_lora",
+        f"{tmp_path}/style.safetensors",
+        f"{tmp_path}/run2:0.5",
+        "--lcm_weight",
+        "0.9",
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if "layers loaded" in line] == [
@@ -346,10 +430,15 @@ def test_style_loras_are_drawn(sd15, teacher, tmp_path, capsys):
     ]  # fmt: skip
     assert "3 in text_encoder" in next(line for line in lines if "Style LoRA style" in line)
     assert 'Lora: "run0 0.9, style 0.8, run2 0.5"' in styled.text["parameters"]
-    assert json.loads(styled.text["infer_args"])["style_lora"][1] == [str(tmp_path / "run2" / LORA), 0.5]
+    assert json.loads(styled.text["infer_args"])["style_lora"][1] == [
+        str(tmp_path / "run2" / LORA),
+        0.5,
+    ]
     assert plain.tobytes() != styled.tobytes()
-    with pytest.raises(SystemExit, match=r"^error: .*style_lora: .*20.* is not float from -10 to 10"):
-        draw("x.png", "--style_lora", f"{tmp_path}/run2:20")
+    with pytest.raises(
+        SystemExit, match=r"^error: .*style_lora: .*20.* is not float from -10 to 10"
+    ):
+        generate("x.png", "--style_lora", f"{tmp_path}/run2:20")
     assert not (tmp_path / "x.png").exists()
 
 
@@ -372,7 +461,19 @@ def test_weight_after_the_last_colon(tmp_path, monkeypatch):
     }.items():
         assert read(text) == expected
     args = infer.parse_args(
-        ["--lora", "l", "--prompt", "a", "--lora_scale", "0.5", "--style_lora", "a", "b:2", "--style_lora", "c"]
+        [
+            "--lora",
+            "l",
+            "--prompt",
+            "a",
+            "--lora_scale",
+            "0.5",
+            "--style_lora",
+            "a",
+            "b:2",
+            "--style_lora",
+            "c",
+        ]
     )
     assert args.lcm_weight == 0.5 and args.style_lora == [("a", 0.8), ("b", 2), ("c", 0.8)]
 
@@ -386,7 +487,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "holds no LoRA layer"),
+        ({}, "contains no LoRA layer"),
         (GOOD | {"lora_unet_conv_in.lora_up.weight": torch.full((32, 2, 1, 1), torch.nan)}, "1 of 2 tensors hold NaN"),
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 4)}, "layer unet.conv_in has no up matrix"),
         (GOOD | {"unet.conv_out.bias": torch.ones(2)}, "cannot read unet.conv_out.bias"),
@@ -394,7 +495,7 @@ GOOD = {
         (GOOD | {"lora_unet_conv_in.lokr_w1": torch.ones(2)}, "belongs to a LoKr"),
         (GOOD | {"lora_unet_conv_in.dora_scale": torch.ones(2)}, "belongs to a DoRA"),
         (GOOD | {"lora_unet_conv_in.lora_mid.weight": torch.ones(2)}, "belongs to a LoCon with a core tensor"),
-        (GOOD | {"lora_unet_conv_in.alpha": torch.ones(2)}, r"conv_in.alpha is no number but of shape \[2\]"),
+        (GOOD | {"lora_unet_conv_in.alpha": torch.ones(2)}, r"conv_in.alpha is not a number but has the shape \[2\]"),
         (GOOD | {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, "conv_in.lora_A.* is in the file twice"),
         (GOOD | {"lora_unet_conv_in.lora_up.weight": torch.ones(32, 3, 1, 1)}, "layer unet.conv_in do not fit together"),
     ],
@@ -409,10 +510,20 @@ def test_bad_tensors(tmp_path, flag, tensors, message):
 
 
 def refused(files, message, folder):
-    """infer.py ends with one line on stderr that holds `message`, and draws nothing."""
+    """infer.py ends with one line on stderr that holds `message`, and generates nothing."""
     flags = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
-        infer.main([*flags, "--prompt", "a", "--base_model", "/no/such/base", "--output", str(folder / "x.png")])
+        infer.main(
+            [
+                *flags,
+                "--prompt",
+                "a",
+                "--base_model",
+                "/no/such/base",
+                "--output",
+                str(folder / "x.png"),
+            ]
+        )
     assert "\n" not in str(caught.value) and not (folder / "x.png").exists()
 
 
@@ -429,25 +540,39 @@ def test_bad_files(tmp_path):
         (tmp_path / name).write_bytes(content)
         refused({"lora": tmp_path / name}, f"LoRA .*{name}: not a whole safetensors file", tmp_path)
         refused(
-            {"lora": tmp_path / "good.safetensors", "style_lora": tmp_path / name}, f"{name}: not a whole", tmp_path
+            {"lora": tmp_path / "good.safetensors", "style_lora": tmp_path / name},
+            f"{name}: not a whole",
+            tmp_path,
         )
     for ending in ("pt", "bin", "ckpt", "txt"):
         (tmp_path / f"x.{ending}").write_bytes(pickle.dumps({"a": 1}))
         refused(
-            {"lora": tmp_path / f"x.{ending}"}, rf"--lora .*x.{ending}: must be a .safetensors file.*pickled", tmp_path
+            {"lora": tmp_path / f"x.{ending}"},
+            rf"--lora .*x.{ending}: must be a .safetensors file.*pickled",
+            tmp_path,
         )
     (tmp_path / "empty").mkdir()
-    refused({"lora": tmp_path / "empty"}, f"--lora .*empty: no {LORA} or {infer.PEFT_NAME} in this folder$", tmp_path)
+    refused(
+        {"lora": tmp_path / "empty"},
+        f"--lora .*empty: no {LORA} or {infer.PEFT_NAME} in this folder$",
+        tmp_path,
+    )
     (tmp_path / "many" / "one").mkdir(parents=True)
     for name in ("b.safetensors", f"one/{LORA}"):
         save_file(GOOD, tmp_path / "many" / name)
-    refused({"lora": tmp_path / "many"}, f"in this folder, but b.safetensors, one/{LORA}$", tmp_path)
+    refused(
+        {"lora": tmp_path / "many"}, f"in this folder, but b.safetensors, one/{LORA}$", tmp_path
+    )
     files = {"lora": tmp_path / "good.safetensors", "style_lora": tmp_path / "nowhere"}
     refused(files, "--style_lora .*nowhere: no such file or folder", tmp_path)
     for text in ("{", "[1]"):
         save_file(GOOD, tmp_path / infer.PEFT_NAME)
         (tmp_path / "adapter_config.json").write_text(text)
-        refused({"lora": tmp_path / infer.PEFT_NAME}, "adapter_config.json beside it cannot be read", tmp_path)
+        refused(
+            {"lora": tmp_path / infer.PEFT_NAME},
+            "adapter_config.json beside it cannot be read",
+            tmp_path,
+        )
 
 
 def test_layers_of_no_module(teacher, tmp_path):
@@ -455,7 +580,9 @@ def test_layers_of_no_module(teacher, tmp_path):
     unknown = {key.replace("conv_in", "foo"): tensor for key, tensor in GOOD.items()}
     names = ("lora_unet_time_embedding_linear_1", "unet.time_embedding.linear_1")
     shapes = {"down": (2, 32), "up": (128, 2)}
-    twice = {f"{name}.lora_{part}.weight": torch.ones(shapes[part]) for name in names for part in shapes}
+    twice = {
+        f"{name}.lora_{part}.weight": torch.ones(shapes[part]) for name in names for part in shapes
+    }
     for tensors, message in (
         (unknown, "layer unet.foo has no counterpart there"),
         (twice, "layer unet.time_embedding.linear_1 is in the file twice, under two names"),

@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py: every kind of source, every filter, both kinds of shards, and what it says of bad input."""
+"""scripts/prepare_data.py: each kind of source, filter and shard, and its messages on bad input."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def prepare(program, tmp_path, capsys):
 
 @pytest.fixture
 def refused(program, tmp_path):
-    """refused(source, flag=value, ...) -> the one line it ends with, nothing having been written."""
+    """refused(source, flag=value, ...) -> the one line it ends with; nothing was written."""
 
     def refused(source, **flags):
         before = sorted(tmp_path.rglob("*"))
@@ -51,26 +51,34 @@ def refused(program, tmp_path):
 
 @pytest.fixture
 def trained(sd15, tmp_path):
-    """trained(folder, flag=value, ...) -> [(bytes, caption)] as the SD 1.5 trainer reads that folder."""
+    """trained(folder, flag=value, ...) -> [(bytes, caption)] as the SD 1.5 trainer reads it."""
 
     def trained(folder, **flags):
-        flags = {"dataset_name": folder, "pretrained_teacher_model": "none", "cache_dir": tmp_path / "cache"} | flags
+        flags = {
+            "dataset_name": folder,
+            "pretrained_teacher_model": "none",
+            "cache_dir": tmp_path / "cache",
+        } | flags
         args = sd15.parse_args(command_line(flags))
-        rows = list(sd15.load_records(args))
-        pictures = [sd15.image_of(row, args) for row in rows]
-        pictures = [p["bytes"] or open(p["path"], "rb").read() for p in pictures]
-        return list(zip(pictures, [sd15.captions_of(row, "a row", args)[0] for row in rows]))
+        records = [sd15.to_record(row, 0, args) for row in sd15.load_records(args)]
+        images = [record["image"] for record in records]
+        images = [image["bytes"] or open(image["path"], "rb").read() for image in images]
+        return [(image, record["captions"][0]) for image, record in zip(images, records)]
 
     return trained
 
 
 def captions_of(folder):
     """The captions in parquet shards; lists too."""
-    return [caption for file in sorted(folder.glob("*.parquet")) for caption in read_table(file)["text"].to_pylist()]
+    return [
+        caption
+        for file in sorted(folder.glob("*.parquet"))
+        for caption in read_table(file)["text"].to_pylist()
+    ]
 
 
-def picture(size=(12, 10), colour=RED, kind="PNG"):
-    """The bytes of a picture file."""
+def image(size=(12, 10), colour=RED, kind="PNG"):
+    """The bytes of a image file."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, kind)
     return file.getvalue()
@@ -87,14 +95,19 @@ def write(path, content):
 
 @pytest.fixture
 def sizes(tmp_path):
-    """A folder of pictures of four shapes and of two broken ones, all captioned."""
+    """A folder of images of four shapes and of two broken ones, all captioned."""
     folder = tmp_path / "sizes"
-    for name, size in {"small": (8, 8), "square": (20, 20), "wide": (60, 20), "large": (90, 80)}.items():
-        write(folder / f"{name}.png", picture(size))
+    for name, size in {
+        "small": (8, 8),
+        "square": (20, 20),
+        "wide": (60, 20),
+        "large": (90, 80),
+    }.items():
+        write(folder / f"{name}.png", image(size))
     cut = Image.effect_noise((32, 32), 50)
     cut.save(folder / "cut.jpg")
     write(folder / "cut.jpg", (folder / "cut.jpg").read_bytes()[:-300])
-    write(folder / "text.png", b"no picture at all")
+    write(folder / "text.png", b"no image at all")
     for path in list(folder.iterdir()):
         write(path.with_suffix(".txt"), path.stem)
     return folder
@@ -104,47 +117,56 @@ def sizes(tmp_path):
 
 
 def test_kohya_folder(prepare, trained, tmp_path):
-    """a.png + a.txt or a.caption, in repeat folders: the trainer reads the same bytes and captions, by path."""
-    source, red, blue = tmp_path / "mine", picture(), picture(colour=BLUE, kind="JPEG")
+    """a.png + a.txt or a.caption, in repeat folders: the trainer reads the same bytes, by path."""
+    source, red, blue = tmp_path / "mine", image(), image(colour=BLUE, kind="JPEG")
     write(source / "10_cats" / "b.png", red)
     write(source / "10_cats" / "b.txt", "\ufeffa cat,\nin bed\n")
     write(source / "2_dogs" / "deep" / "a.v2.JPG", blue)
     write(source / "2_dogs" / "deep" / "a.v2.caption", "ein Hündchen")
     write(source / "none.png", red)
-    write(source / "odd.png", red)
-    write(source / "odd.txt", b"\xff\xfe\x00")
+    write(source / "latin.png", red)
+    write(source / "latin.txt", b"\xff\xfe\x00")
     write(source / "blank.png", red)
     write(source / "blank.txt", " \n")
     write(source / ".hidden" / "c.png", red)
     out = prepare(source)
     assert trained(out) == [(red, "a cat,\nin bed"), (blue, "ein Hündchen")]
-    assert "10_cats: the repeats in folder names are ignored" in prepare.said
+    assert "10_cats: repeats in folder names are ignored" in prepare.said
     assert f"2 of 5 records written to {out}, parquet files: 1" in prepare.said
     assert "2 left out: no caption (--prompt gives one): blank.png, none.png\n" in prepare.said
-    assert "1 left out: caption is no text: odd.png\n" in prepare.said
+    assert "1 left out: caption is not text: latin.png\n" in prepare.said
     (file,) = out.iterdir()
-    rows = datasets.Dataset.from_parquet(str(file)).cast_column("image", datasets.Image(decode=False))
+    rows = datasets.Dataset.from_parquet(str(file)).cast_column(
+        "image", datasets.Image(decode=False)
+    )
     assert [row["image"]["path"] for row in rows] == ["10_cats/b.png", "2_dogs/deep/a.v2.JPG"]
 
 
 def test_folder_without_captions(prepare, trained, tmp_path):
-    """--prompt is the caption of all pictures that have none; it may be empty."""
+    """--prompt is the caption of all images that have none; it may be empty."""
     for name in ("b", "a"):
-        write(tmp_path / "mine" / f"{name}.png", picture((10, ord(name))))
+        write(tmp_path / "mine" / f"{name}.png", image((10, ord(name))))
     write(tmp_path / "mine" / "b.txt", "its own")
-    pictures = [picture((10, ord(name))) for name in "ab"]
-    assert trained(prepare(tmp_path / "mine", prompt="a sks dog")) == list(zip(pictures, ["a sks dog", "its own"]))
+    images = [image((10, ord(name))) for name in "ab"]
+    assert trained(prepare(tmp_path / "mine", prompt="a red bowl")) == list(
+        zip(images, ["a red bowl", "its own"])
+    )
     empty = prepare(tmp_path / "mine", prompt="", output=tmp_path / "empty")
-    assert trained(empty) == list(zip(pictures, ["", "its own"]))
+    assert trained(empty) == list(zip(images, ["", "its own"]))
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_table_of_paths(prepare, trained, tmp_path, ending):
-    """Paths are relative to the table, or absolute; a missing file and a missing caption are left out by name."""
-    red, blue = picture(), picture(colour=BLUE, kind="WEBP")
+    """Paths relative to the table, or absolute; a missing file or caption is left out by name."""
+    red, blue = image(), image(colour=BLUE, kind="WEBP")
     write(tmp_path / "data" / "pics" / "a.png", red)
     far = write(tmp_path / "far.webp", blue)
-    rows = [("pics/a.png", "red, round"), (str(far), "blue"), ("pics/gone.png", "gone"), ("pics/a.png", None)]
+    rows = [
+        ("pics/a.png", "red, round"),
+        (str(far), "blue"),
+        ("pics/gone.png", "gone"),
+        ("pics/a.png", None),
+    ]
     table = tmp_path / "data" / f"list.{ending}"
     if ending == "jsonl":
         write(table, [{"path": path, "caption": caption} for path, caption in rows])
@@ -154,32 +176,36 @@ def test_table_of_paths(prepare, trained, tmp_path, ending):
         data = datasets.Dataset.from_dict(dict(zip(("path", "caption"), zip(*rows))))
         data.to_csv(table, sep="," if ending == "csv" else "\t")
     assert trained(prepare(table)) == [(red, "red, round"), (blue, "blue")]
-    assert "1 left out: picture file cannot be opened: pics/gone.png\n" in prepare.said
+    assert "1 left out: image file cannot be opened: pics/gone.png\n" in prepare.said
     assert "1 left out: no caption (--prompt gives one): pics/a.png\n" in prepare.said
 
 
 @pytest.mark.parametrize("decoded", [True, False])
 def test_table_of_bytes(prepare, trained, tmp_path, decoded):
-    """A parquet column of pictures, or of bare bytes, under any name."""
-    pictures = [picture(), b"", picture(colour=BLUE)]
+    """A parquet column of images, or of bare bytes, under any name."""
+    images = [image(), b"", image(colour=BLUE)]
     kind = datasets.Image() if decoded else datasets.Value("binary")
     features = datasets.Features({"photo": kind, "words": datasets.Value("string")})
-    rows = [{"bytes": one, "path": None} for one in pictures] if decoded else pictures
-    data = datasets.Dataset.from_dict({"photo": rows, "words": ["red", "none", "blue"]}, features=features)
+    rows = [{"bytes": one, "path": None} for one in images] if decoded else images
+    data = datasets.Dataset.from_dict(
+        {"photo": rows, "words": ["red", "none", "blue"]}, features=features
+    )
     data.to_parquet(tmp_path / "table.parquet")
     out = prepare(tmp_path / "table.parquet", image_column="photo", caption_column="words")
-    assert trained(out) == [(pictures[0], "red"), (pictures[2], "blue")]
-    assert "1 left out: no picture, or an empty one: row 1\n" in prepare.said
+    assert trained(out) == [(images[0], "red"), (images[2], "blue")]
+    assert "1 left out: no image, or an empty one: row 1\n" in prepare.said
 
 
 def test_folder_with_metadata(prepare, trained, images):
-    """The same pictures, captions and order as the trainer reads from the folder itself."""
+    """The same images, captions and order as the trainer reads from the folder itself."""
     assert trained(prepare(images)) == trained(None, train_data_dir=images)
 
 
 def test_what_datasets_opens(prepare, trained, images, tmp_path):
-    """A folder written by save_to_disk, one of parquet files, and this program's own shards of both kinds."""
-    data = datasets.load_dataset("imagefolder", data_dir=str(images), split="train", cache_dir=str(tmp_path / "c"))
+    """A folder written by save_to_disk, a parquet folder, this program's shards of both kinds."""
+    data = datasets.load_dataset(
+        "imagefolder", data_dir=str(images), split="train", cache_dir=str(tmp_path / "c")
+    )
     expected = trained(None, train_data_dir=images)
     data.save_to_disk(tmp_path / "saved")
     assert trained(prepare(tmp_path / "saved")) == expected
@@ -193,13 +219,17 @@ def test_what_datasets_opens(prepare, trained, images, tmp_path):
 
 def make_tar(path, samples):
     """A tar file of samples {ending: bytes}."""
-    files = {f"{i:03}.{ending}": data for i, sample in enumerate(samples) for ending, data in sample.items()}
+    files = {
+        f"{i:03}.{ending}": data
+        for i, sample in enumerate(samples)
+        for ending, data in sample.items()
+    }
     return write_tar(path, files)
 
 
 def test_tar_shards_of_others(prepare, trained, tmp_path):
-    """Pictures of several kinds, samples with other fields, json of other types; statistics beside the shards."""
-    red, blue = picture(kind="JPEG"), picture(colour=BLUE)
+    """Images of several kinds, other fields, json of other types, a file of statistics."""
+    red, blue = image(kind="JPEG"), image(colour=BLUE)
     samples = [
         {"jpg": red, "txt": b"red", "json": b'{"score": 1, "caption": "other"}'},
         {"txt": b"nothing", "json": b'{"score": 1}'},
@@ -211,7 +241,7 @@ def test_tar_shards_of_others(prepare, trained, tmp_path):
     write(tmp_path / "shards" / "00000_stats.json", '{"count": 3}')
     out = prepare(tmp_path / "shards")
     assert trained(out) == [(red, "red"), (blue, "blue"), (blue, "blue"), (red, "red")]
-    assert "2 left out: no picture, or an empty one: row 1, row 4\n" in prepare.said
+    assert "2 left out: no image, or an empty one: row 1, row 4\n" in prepare.said
 
 
 # ---- several captions
@@ -219,20 +249,26 @@ def test_tar_shards_of_others(prepare, trained, tmp_path):
 
 @pytest.mark.parametrize("to", ["parquet", "tar"])
 def test_lines_are_captions(prepare, tmp_path, to):
-    """--captions_per_line: a list for every picture, of one line as well."""
-    write(tmp_path / "mine" / "a.png", picture())
+    """--captions_per_line: a list for every image, of one line as well."""
+    write(tmp_path / "mine" / "a.png", image())
     write(tmp_path / "mine" / "a.txt", "a cat\n\n a tabby, “asleep” \n")
-    write(tmp_path / "mine" / "b.png", picture())
+    write(tmp_path / "mine" / "b.png", image())
     write(tmp_path / "mine" / "b.txt", "a dog")
     out = prepare(tmp_path / "mine", captions_per_line=True, to=to)
-    captions = captions_of(out) if to == "parquet" else [row["json"]["text"] for row in read_tars(out)]
+    captions = (
+        captions_of(out) if to == "parquet" else [row["json"]["text"] for row in read_tars(out)]
+    )
     assert captions == [["a cat", "a tabby, “asleep”"], ["a dog"]]
 
 
 def test_columns_of_captions(prepare, tmp_path):
-    """Several columns, a list column, or both; a list that is missing gets the prompt; a tar keeps the lists."""
-    write(tmp_path / "data" / "a.png", picture())
-    rows = [{"short": None, "long": None}, {"short": "a", "long": ["b", "c"]}, {"short": None, "long": ["d"]}]
+    """Several columns, a list column, or both; a missing list gets the prompt; tars keep lists."""
+    write(tmp_path / "data" / "a.png", image())
+    rows = [
+        {"short": None, "long": None},
+        {"short": "a", "long": ["b", "c"]},
+        {"short": None, "long": ["d"]},
+    ]
     table = write(tmp_path / "data" / "list.jsonl", [{"image": "a.png"} | row for row in rows])
     out = prepare(table, caption_column=["short", "long"], prompt="p")
     assert captions_of(out) == [["p"], ["a", "b", "c"], ["d"]]
@@ -245,11 +281,13 @@ def test_columns_of_captions(prepare, tmp_path):
 
 def test_caption_that_is_no_text(prepare, trained, tmp_path):
     """A number in the caption column is left out and named."""
-    write(tmp_path / "a.png", picture())
+    write(tmp_path / "a.png", image())
     table = write(tmp_path / "l.jsonl", [{"image": "a.png", "text": 7}])
     out = prepare(table, prompt="p", caption_column="image")
-    assert trained(out) == [(picture(), "a.png")]
-    with pytest.raises(SystemExit, match=r"0 of 1 records accepted; 1 left out: caption is no text: a\.png$"):
+    assert trained(out) == [(image(), "a.png")]
+    with pytest.raises(
+        SystemExit, match=r"0 of 1 records accepted; 1 left out: caption is not text: a\.png$"
+    ):
         prepare(table, output=tmp_path / "none")
 
 
@@ -262,9 +300,21 @@ def test_caption_that_is_no_text(prepare, trained, tmp_path):
         ({}, "cut large small square text wide", None),
         ({"min_side": 20}, "cut large square wide", "1 left out: --min_side 20: small.png"),
         ({"max_side": 80}, "cut small square wide", "1 left out: --max_side 80: large.png"),
-        ({"max_aspect_ratio": 1.5}, "cut large small square", "1 left out: --max_aspect_ratio 1.5: wide.png"),
-        ({"drop_unreadable": True}, "large small square wide", "2 left out: --drop_unreadable: cut.jpg, text.png"),
-        ({"min_side": 1}, "cut large small square wide", "1 left out: size cannot be read: text.png"),
+        (
+            {"max_aspect_ratio": 1.5},
+            "cut large small square",
+            "1 left out: --max_aspect_ratio 1.5: wide.png",
+        ),
+        (
+            {"drop_unreadable": True},
+            "large small square wide",
+            "2 left out: --drop_unreadable: cut.jpg, text.png",
+        ),
+        (
+            {"min_side": 1},
+            "cut large small square wide",
+            "1 left out: size cannot be read: text.png",
+        ),
         ({"min_side": 1}, "cut large small square wide", "0 left out: --min_side 1"),
         (
             {"min_side": 20, "max_side": 60, "drop_unreadable": True},
@@ -292,21 +342,26 @@ def test_filters(prepare, trained, sizes, flags, kept, said):
 )
 @pytest.mark.parametrize("kind", ["jsonl", "tar"])
 def test_filter_by_score(prepare, trained, tmp_path, kind, conditions, kept):
-    """A column of a table, or a field of a tar shard's key.json; a missing score is left out by every condition."""
-    rows = [{"text": text, "score": score} for text, score in (("a", 2), ("b", 5), ("c", 7.5), ("d", None))]
+    """A column of a table, or a field of key.json; a missing score is left out by any condition."""
+    rows = [
+        {"text": text, "score": score}
+        for text, score in (("a", 2), ("b", 5), ("c", 7.5), ("d", None))
+    ]
     if kind == "jsonl":
-        write(tmp_path / "a.png", picture())
+        write(tmp_path / "a.png", image())
         source = write(tmp_path / "list.jsonl", [row | {"image": "a.png"} for row in rows])
     else:
-        samples = [{"jpg": picture(), "json": json.dumps(row).encode()} for row in rows]
+        samples = [{"jpg": image(), "json": json.dumps(row).encode()} for row in rows]
         source = make_tar(tmp_path / "shard.tar", samples)
     out = prepare(source, filter=conditions)
     assert [caption for _, caption in trained(out)] == kept.split()
-    assert all(f" left out: --filter {one.replace(' ', '')}: " in prepare.said for one in conditions)
+    assert all(
+        f" left out: --filter {one.replace(' ', '')}: " in prepare.said for one in conditions
+    )
 
 
 def test_nothing_is_decoded_without_need(prepare, sizes, monkeypatch):
-    """Without a filter no picture is opened; a filter of sizes reads headers only; --drop_unreadable decodes."""
+    """No filter opens no image; a filter of sizes reads headers only; --drop_unreadable decodes."""
 
     def forbidden(*_):
         raise AssertionError("decoded")
@@ -327,7 +382,7 @@ def test_nothing_is_decoded_without_need(prepare, sizes, monkeypatch):
 
 
 def read_tars(folder):
-    """Rows of a folder of tar shards as `datasets` reads them, pictures undecoded."""
+    """Rows of a folder of tar shards as `datasets` reads them, images undecoded."""
     data = datasets.load_dataset("webdataset", data_dir=str(folder), split="train", streaming=True)
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):
@@ -337,12 +392,15 @@ def read_tars(folder):
 
 @pytest.mark.parametrize("first,ending", [("PNG", "png"), ("JPEG", "jpeg"), ("GIF", "jpg")])
 def test_tar_shards(prepare, trained, tmp_path, first, ending):
-    """key.<ending of the first picture> + key.txt: `datasets` and the trainer read each picture, byte for byte."""
-    pictures = [picture(colour=colour, kind=kind) for colour, kind in ((RED, first), (BLUE, "JPEG"), (GREEN, "PNG"))]
-    for i, (data, kind) in enumerate(zip(pictures, (first, "jpeg", "png"))):
+    """key.<ending of the first image> + key.txt: `datasets` and the trainer read the same bytes."""
+    images = [
+        image(colour=colour, kind=kind)
+        for colour, kind in ((RED, first), (BLUE, "JPEG"), (GREEN, "PNG"))
+    ]
+    for i, (data, kind) in enumerate(zip(images, (first, "jpeg", "png"))):
         write(tmp_path / "mine" / f"{i}.{kind.lower()}", data)
         write(tmp_path / "mine" / f"{i}.txt", f"number {i}")
-    expected = [(data, f"number {i}") for i, data in enumerate(pictures)]
+    expected = [(data, f"number {i}") for i, data in enumerate(images)]
     out = prepare(tmp_path / "mine", to="tar")
     assert [(row[ending]["bytes"], row["txt"]) for row in read_tars(out)] == expected
     assert trained(out, image_column=ending, caption_column="txt") == expected
@@ -355,30 +413,33 @@ def test_shards(prepare, trained, tmp_path, to):
     """--shard_mb cuts without changing content or order; a second run writes the same bytes."""
     source = tmp_path / "mine"
     for i in range(12):
-        write(source / f"{i:02}.png", picture((20, 10 + i)) + bytes(1000))
+        write(source / f"{i:02}.png", image((20, 10 + i)) + bytes(1000))
         write(source / f"{i:02}.txt", f"number {i}")
     columns = {} if to == "parquet" else {"image_column": "png", "caption_column": "txt"}
     one, many, again = (
-        prepare(source, to=to, shard_mb=mb, output=tmp_path / str(i)) for i, mb in enumerate((500, 0.004, 0.004))
+        prepare(source, to=to, shard_mb=mb, output=tmp_path / str(i))
+        for i, mb in enumerate((500, 0.004, 0.004))
     )
     assert f"{to} files: {len(list(many.iterdir()))}\n" in prepare.said
     assert len(list(one.iterdir())) == 1 and 3 <= len(list(many.iterdir())) <= 5
     assert trained(many, **columns) == trained(one, **columns)
     assert [caption for _, caption in trained(one, **columns)] == [f"number {i}" for i in range(12)]
     files = sorted(path.name for path in many.iterdir())
-    assert [(again / name).read_bytes() for name in files] == [(many / name).read_bytes() for name in files]
+    assert [(again / name).read_bytes() for name in files] == [
+        (many / name).read_bytes() for name in files
+    ]
     assert sum(path.stat().st_size for path in many.iterdir()) > 12_000
 
 
 @pytest.mark.parametrize("to", ["parquet", "tar"])
 def test_memory_is_bounded(program, prepare, tmp_path, monkeypatch, to):
-    """Four times as many pictures take no more memory."""
+    """Four times as many images take no more memory."""
     monkeypatch.setattr(program, "ROWS", 10)
     peaks = []
     for count in (30, 120):
         source = tmp_path / str(count)
         for i in range(count):
-            write(source / f"{i:03}.png", picture() + bytes(200_000))
+            write(source / f"{i:03}.png", image() + bytes(200_000))
         tracemalloc.start()
         prepare(source, prompt="p", to=to, output=tmp_path / f"out{count}")
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -392,26 +453,39 @@ def test_memory_is_bounded(program, prepare, tmp_path, monkeypatch, to):
 def test_zero_accepted(refused, sizes):
     """The filter that rejected most is named, with its first victims."""
     said = refused(sizes, min_side=50, max_aspect_ratio=1.05)
-    assert "0 of 6 records accepted; 4 left out: --min_side 50: cut.jpg, small.png, square.png, wide.png" in said
+    first = "cut.jpg, small.png, square.png, wide.png"
+    assert f"0 of 6 records accepted; 4 left out: --min_side 50: {first}" in said
     for path in sizes.glob("*.txt"):
         path.unlink()
-    assert "0 of 6 records accepted; 6 left out: no caption (--prompt gives one): cut.jpg, " in refused(sizes)
+    assert (
+        "0 of 6 records accepted; 6 left out: no caption (--prompt gives one): cut.jpg, "
+        in refused(sizes)
+    )
 
 
 @pytest.mark.parametrize(
     "flags,said",
     [
-        ({"filter": "aesthetic>=5"}, "--filter aesthetic: the source has no such column, only image, text"),
+        (
+            {"filter": "aesthetic>=5"},
+            "--filter aesthetic: the source has no such column, only image, text",
+        ),
         ({"filter": "aesthetic"}, "argument --filter: 'aesthetic' is no condition"),
         ({"filter": "aesthetic=5"}, "is no condition"),
-        ({"image_column": "photo"}, "--image_column photo: the source has no such column, only image, text"),
-        ({"caption_column": ["text", "long"]}, "--caption_column long: the source has no such column"),
+        (
+            {"image_column": "photo"},
+            "--image_column photo: the source has no such column, only image, text",
+        ),
+        (
+            {"caption_column": ["text", "long"]},
+            "--caption_column long: the source has no such column",
+        ),
         ({"min_side": 0}, "argument --min_side: 0 is not allowed: give 1 or more"),
         ({"max_aspect_ratio": "nan"}, "argument --max_aspect_ratio: nan is not allowed"),
         ({"shard_mb": 0}, "argument --shard_mb: 0 is not allowed"),
         ({"to": "zip"}, "argument --to: invalid choice: 'zip'"),
-        ({"output": __file__}, "it is there already; name a new folder"),
-        ({"output": f"{__file__}/out"}, "it cannot be written (File exists)"),
+        ({"output": __file__}, "already exists; choose a new folder"),
+        ({"output": f"{__file__}/out"}, "cannot be written (File exists)"),
     ],
 )
 def test_bad_flags(refused, sizes, flags, said):
@@ -422,37 +496,49 @@ def test_output_in_use(refused, prepare, sizes, tmp_path):
     """A folder with anything in it is never touched; an empty one is filled."""
     (tmp_path / "out").mkdir()
     prepare(sizes)
-    assert "it is there already" in refused(sizes)
+    assert "already exists" in refused(sizes)
 
 
 def test_bad_sources(refused, tmp_path):
     """One line for what is not there, not whole, or holds nothing that is wanted."""
-    assert "it cannot be read" in refused("no/such-dataset")
-    assert "it cannot be read" in refused(tmp_path / "gone.csv")
-    assert "it cannot be read" in refused(write(tmp_path / "a" / "list.jsonl", '{"image": "a.png", "te'))
-    assert "it cannot be read" in refused(write(tmp_path / "b" / "list.parquet", b"PAR1 not really"))
-    assert "it cannot be read" in refused(write(tmp_path / "c" / "shard.tar", b"no tar" * 200))
+    assert "cannot be read" in refused("no/such-dataset")
+    assert "cannot be read" in refused(tmp_path / "gone.csv")
+    assert "cannot be read" in refused(
+        write(tmp_path / "a" / "list.jsonl", '{"image": "a.png", "te')
+    )
+    assert "cannot be read" in refused(write(tmp_path / "b" / "list.parquet", b"PAR1 not really"))
+    assert "cannot be read" in refused(write(tmp_path / "c" / "shard.tar", b"no tar" * 200))
     (tmp_path / "d").mkdir()
-    assert "it cannot be read" in refused(tmp_path / "d")
-    assert "it holds no records" in refused(write(tmp_path / "e" / "list.csv", "image,text\n"))
+    assert "cannot be read" in refused(tmp_path / "d")
+    assert "contains no records" in refused(write(tmp_path / "e" / "list.csv", "image,text\n"))
     table = write(tmp_path / "f" / "list.csv", "photo,words\na.png,b\n")
-    assert "--image_column: name the column of the pictures, one of photo, words" in refused(table)
+    assert "--image_column: name the column of the images, one of photo, words" in refused(table)
     assert "name the column of the captions, one of photo, words, or give --prompt" in refused(
         table, image_column="photo"
     )
 
 
+@pytest.mark.parametrize("to", ["parquet", "tar"])
+def test_others_may_read_the_output(prepare, sizes, umask, to):
+    """Folder and files have the permissions that the umask gives."""
+    out = prepare(sizes, to=to)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask}
+
+
 def test_interrupted(program, sizes, tmp_path, monkeypatch):
     """What ends half way leaves nothing, neither the output nor its unfinished folder."""
-    whole = program.read_picture
+    whole = program.read_image
 
     def broken(data, path, base):
         if path == "square.png":
             raise KeyboardInterrupt
         return whole(data, path, base)
 
-    monkeypatch.setattr(program, "read_picture", broken)
+    monkeypatch.setattr(program, "read_image", broken)
     for to in ("parquet", "tar"):
         with pytest.raises(KeyboardInterrupt):
-            program.main([str(sizes), "--output", str(tmp_path / "out"), "--to", to, "--shard_mb", "0.001"])
+            program.main(
+                [str(sizes), "--output", str(tmp_path / "out"), "--to", to, "--shard_mb", "0.001"]
+            )
         assert [path.name for path in tmp_path.iterdir()] == ["sizes"]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Two nodes of eight GPUs under Slurm, for as long as it takes: sbatch scripts/accelerate/slurm.sh [arguments of the trainer]
-# Five minutes before the time limit the trainers are told to save and stop, and the job is queued again and goes on.
-# --output_dir and --cache_dir have to lie on a file system that both nodes share.
+# Two nodes of eight GPUs under Slurm, for as long as it takes:
+#     sbatch scripts/accelerate/slurm.sh [arguments of the trainer]
+# Five minutes before the time limit the trainers are told to save and stop, and the job is queued
+# again and resumes. --output_dir and --cache_dir have to be on a file system that both nodes share.
 #SBATCH --job-name=lcm-lora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -15,9 +16,11 @@ cd "${SLURM_SUBMIT_DIR:-.}" # the repository
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export FIRST=${hosts%%$'\n'*}
 stopped=
-trap 'stopped=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # to what srun started, not to this script
+# The signal goes to what srun started, not to this script.
+trap 'stopped=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
-# A launcher that SIGUSR1 ended would take its trainers with it, so it ignores the signal, which they heed.
+# A launcher that SIGUSR1 ended would take its trainers with it, so it ignores the signal, to which
+# they react.
 srun bash -c 'trap "" USR1; exec accelerate launch --config_file scripts/accelerate/two_nodes.yaml \
   --machine_rank "$SLURM_NODEID" --main_process_ip "$FIRST" "$@"' launch \
   train_lcm_lora_sdxl.py --resume_from_checkpoint latest "$@" &

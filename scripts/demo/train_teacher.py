@@ -1,18 +1,20 @@
 #!/usr/bin/env python
-"""Train a demo teacher: a small Stable Diffusion 1.5 from scratch on demo/data, or from it one of SDXL's layout.
+"""Train a demo teacher: a small SD 1.5 from scratch on demo/data, or from it one of SDXL's layout.
 
     pip install --no-deps open_clip_torch==3.3.0        # for CLIP's BPE file only
     python scripts/demo/train_teacher.py --work_dir /tmp/teacher
-    python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl --init_from demo/teacher-sd15 \
-        --vae_steps 0 --text_steps 1500 --unet_steps 2000 --unet_lr 5e-4
+    python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl \\
+        --init_from demo/teacher-sd15 --vae_steps 0 --text_steps 1500 --unet_steps 2000 \\
+        --unet_lr 5e-4
 
-Its parts, each kept in --work_dir, so that the same command goes on after a stop:
+Its parts, each kept in --work_dir, so that the same command resumes after a stop:
 1. the tokenizer: those entries of CLIP's own vocabulary that the captions need,
 2. the autoencoder: 64 x 64 x 3 pixels -> 16 x 16 x 4 latents,
 3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions.
---init_from a teacher of the other layout takes tokenizer, autoencoder and UNet from it; the new text encoders first learn
-to say what the old one says, so that the UNet understands them from the start.
-On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s: part 3 takes 70 to 150 minutes.
+--init_from a teacher of the other layout takes tokenizer, autoencoder and UNet from it; the new
+text encoders first learn to give the old one's output, so that the UNet understands them from the
+start. On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s:
+part 3 takes 70 to 150 minutes.
 The output is a diffusers folder, fp16 safetensors.
 """
 
@@ -22,6 +24,7 @@ import gzip
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -43,6 +46,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+from help_formatter import HelpFormatter
+
 ROOT = Path(__file__).resolve().parents[2]
 LATENT_STD = 1 / 0.18215  # so that the scaling factor is Stable Diffusion's
 MAX_TOKENS = 32  # the longest caption has 26
@@ -50,39 +56,49 @@ SHEET_PROMPTS = 32
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--layout", choices=["sd15", "sdxl"], default="sd15")
-    p.add_argument("--data_dir", type=Path, default=ROOT / "demo" / "data", help="folder made by build_dataset.py")
-    p.add_argument("--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run")
-    p.add_argument("--output_dir", type=Path, help="the finished teacher (default: demo/teacher-<layout>)")
-    p.add_argument("--init_from", type=Path, help="go on from this teacher, of this layout or the other")
-    p.add_argument("--vae_steps", type=int, default=3600, help="optimizer steps of the autoencoder")
-    p.add_argument("--vae_batch", type=int, default=8)
-    p.add_argument("--vae_lr", type=float, default=1e-3)
-    p.add_argument("--kl_weight", type=float, default=1e-2, help="a decoder that forgives errors in the latents")
-    p.add_argument("--se_weight", type=float, default=0.25, help="half-size latents decode to half-size pictures")
-    p.add_argument("--text_steps", type=int, default=2000, help="steps in which new text encoders imitate the old one")
-    p.add_argument("--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet")
-    p.add_argument("--unet_batch", type=int, default=32)
-    p.add_argument("--unet_lr", type=float, default=8e-4)
-    p.add_argument("--ema_decay", type=float, default=0.999)
-    p.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR loss weights (arXiv 2303.09556)")
-    p.add_argument("--save_every", type=int, default=500, help="steps between states")
-    p.add_argument("--sheet_every", type=int, default=2000, help="steps between sample sheets")
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args(argv)
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --work_dir FOLDER [flags]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
+    count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+    add("--work_dir", **folder, required=True, help="states, logs and sample sheets of the run")
+    out = "the finished teacher (default: demo/teacher-<layout>)"
+    add("--output_dir", **folder, help=out)
+    add("--layout", choices=["sd15", "sdxl"], default="sd15", help="kind of model")
+    data = ROOT / "demo" / "data"
+    add("--data_dir", **folder, default=data, help="folder made by build_dataset.py")
+    add("--init_from", **folder, help="continue from this teacher, of this layout or the other")
+    add("--vae_steps", **count, default=3600, help="optimizer steps of the autoencoder")
+    add("--vae_batch", **count, default=8, help="images in a batch of it")
+    add("--vae_lr", **real, default=1e-3, help="its learning rate")
+    add("--kl_weight", **real, default=1e-2, help="a decoder that forgives errors in the latents")
+    add("--se_weight", **real, default=0.25, help="half-size latents decode to half-size images")
+    imitate = "steps in which new text encoders imitate the old one"
+    add("--text_steps", **count, default=2000, help=imitate)
+    add("--unet_steps", **count, default=10000, help="optimizer steps of text encoder and UNet")
+    add("--unet_batch", **count, default=32, help="images in a batch of them")
+    add("--unet_lr", **real, default=8e-4, help="their learning rate")
+    add("--ema_decay", **real, default=0.999, help="of the moving average that is written")
+    add("--snr_gamma", **real, default=5.0, help="min-SNR loss weights (arXiv 2303.09556)")
+    add("--save_every", **count, default=500, help="steps between states")
+    add("--sheet_every", **count, default=2000, help="steps between sample sheets")
+    add("--seed", **count, default=0, help="everything random follows from it")
+    args = parser.parse_args(argv)
     args.output_dir = args.output_dir or ROOT / "demo" / f"teacher-{args.layout}"
     return args
 
 
-# ------------------------------------------------------------------------------------------------ the pieces
+# --------------------------------------------------------------------------------------- the pieces
 
 
 def build_tokenizer(captions, folder):
-    """CLIP's byte-pair encoding, less every merge that can never apply to the words of these captions.
+    """CLIP's byte-pair encoding, less all merges that never apply to the words of these captions.
 
-    ASCII words of these captions split exactly as in CLIP; anything else falls apart into smaller pieces, at worst bytes
-    (a typographic apostrophe, say, stays three byte tokens).
+    ASCII words of these captions split exactly as in CLIP; anything else falls apart into smaller
+    pieces, at worst bytes (a typographic apostrophe, say, stays three byte tokens).
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
@@ -90,10 +106,13 @@ def build_tokenizer(captions, folder):
     bpe = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     merges = gzip.decompress(bpe.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     text = " ".join(
-        w + "</w>" for w in sorted({w for c in captions for w in re.findall(r"\d|[^\W\d]+|[^\s\w]+", c.lower())})
+        w + "</w>"
+        for w in sorted(
+            {w for c in captions for w in re.findall(r"\d|[^\W\d]+|[^\s\w]+", c.lower())}
+        )
     )
     merges = [m for m in merges if m.replace(" ", "") in text]
-    # GPT-2's table from bytes to printable characters: the printable ones stand for themselves.
+    # GPT-2's table from bytes to printable characters: printable ones are themselves.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
@@ -101,11 +120,13 @@ def build_tokenizer(captions, folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
+    return CLIPTokenizer.from_pretrained(
+        folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
+    )
 
 
 def build_vae():
-    """Factor 4, 0.95M parameters. Few norm groups: many would rob a small network of its sense of colour."""
+    """Factor 4, 0.95M parameters. Few norm groups: with many a small network learns no colours."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -119,9 +140,13 @@ def build_vae():
 
 
 def build_text_encoders(tokenizer, layout):
-    """CLIPTextModel, two layers of width 128; for SDXL two that give 128 together, from their second of three layers."""
+    """CLIPTextModel, two layers of width 128; for SDXL two models of width 128 together.
+
+    Of theirs the second of three layers is used.
+    """
 
     def config(width, layers):
+        """The config of an encoder of this size."""
         return CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -137,7 +162,10 @@ def build_text_encoders(tokenizer, layout):
 
     if layout == "sd15":
         return {"text_encoder": CLIPTextModel(config(128, 2))}
-    return {"text_encoder": CLIPTextModel(config(48, 3)), "text_encoder_2": CLIPTextModelWithProjection(config(80, 3))}
+    return {
+        "text_encoder": CLIPTextModel(config(48, 3)),
+        "text_encoder_2": CLIPTextModelWithProjection(config(80, 3)),
+    }
 
 
 def build_unet(layout):
@@ -149,14 +177,16 @@ def build_unet(layout):
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 32,
         }
-        conditioning |= {"projection_class_embeddings_input_dim": 80 + 6 * 32}  # the pooled output and six sizes
+        conditioning |= {
+            "projection_class_embeddings_input_dim": 80 + 6 * 32
+        }  # the pooled output and six sizes
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 96, 160),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,  # the number of heads, in spite of its name, as in Stable Diffusion 1.5
+        attention_head_dim=4,  # the number of heads, in spite of its name, as in SD 1.5
         norm_num_groups=16,
         cross_attention_dim=128,
         **conditioning,
@@ -164,7 +194,7 @@ def build_unet(layout):
 
 
 def ddim_scheduler():
-    """Stable Diffusion's noise schedule; the few extra settings are those of its own scheduler file."""
+    """Stable Diffusion's noise schedule, with the extra settings of its scheduler file."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -175,8 +205,8 @@ def ddim_scheduler():
     )
 
 
-def read_pictures(data_dir, split):
-    """All pictures of a split as uint8 [N,3,64,64], and their captions."""
+def read_images(data_dir, split):
+    """All images of a split as uint8 [N,3,64,64], and their captions."""
     data = load_dataset("parquet", data_files=str(data_dir / f"{split}.parquet"), split="train")
     pixels = np.stack([np.asarray(p.convert("RGB")) for p in data["image"]])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(data["text"])
@@ -187,20 +217,24 @@ def to_unit(pixels, device):
     return pixels.to(device, torch.float32) / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------ one training run
+# --------------------------------------------------------------------------------- one training run
 
 
 class Run:
-    """What both training parts share: a cosine schedule, an EMA copy, a state to go on from, a status line."""
+    """What all training parts share: a cosine schedule, an EMA copy, a state, a status line."""
 
     def __init__(self, name, modules, lr, steps, args):
+        """A new part, or what its saved state says."""
         self.name, self.modules, self.steps, self.args = name, modules, steps, args
         self.path = args.work_dir / f"{name}_state.pt"
         self.ema = copy.deepcopy(modules).requires_grad_(False)
-        self.opt = torch.optim.AdamW(modules.parameters(), lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
+        self.opt = torch.optim.AdamW(
+            modules.parameters(), lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True
+        )
         warmup = min(200, steps // 10 + 1)
         self.lr = torch.optim.lr_scheduler.LambdaLR(
-            self.opt, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps)))
+            self.opt,
+            lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps))),
         )
         self.step = 0
         if self.path.exists():
@@ -208,7 +242,7 @@ class Run:
             for key in ("modules", "ema", "opt", "lr"):
                 getattr(self, key).load_state_dict(state[key])
             self.step = state["step"]
-            print(f"{name}: goes on after step {self.step}", flush=True)
+            print(f"{name}: resumed after step {self.step}", flush=True)
         self.clock, self.mean = time.time(), None
 
     def update(self, loss, images):
@@ -221,37 +255,44 @@ class Run:
         self.step += 1
         decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.modules.parameters()), 1 - decay)
+            torch._foreach_lerp_(
+                list(self.ema.parameters()), list(self.modules.parameters()), 1 - decay
+            )
         if self.step % 50 == 0:
             value, seconds = loss.item(), (time.time() - self.clock) / 50
             self.mean = value if self.mean is None else 0.9 * self.mean + 0.1 * value
             print(
-                f"{self.name} {self.step}/{self.steps} loss {self.mean:.4f} lr {self.lr.get_last_lr()[0]:.1e} "
-                f"{images / seconds:.0f} images/s, {seconds * (self.steps - self.step) / 60:.0f} min left",
+                f"{self.name} {self.step}/{self.steps} loss {self.mean:.4f} "
+                f"lr {self.lr.get_last_lr()[0]:.1e} {images / seconds:.0f} images/s, "
+                f"{seconds * (self.steps - self.step) / 60:.0f} min left",
                 flush=True,
             )
             self.clock = time.time()
         if self.step % self.args.save_every == 0 or self.step == self.steps:
-            state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt", "lr")} | {"step": self.step}
+            state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt", "lr")} | {
+                "step": self.step
+            }
             torch.save(state, self.path.with_suffix(".new"))
             self.path.with_suffix(".new").rename(self.path)
 
 
 def seed_step(args, step, purpose):
-    """Randomness of a step depends on the seed and the step alone, so a stopped run goes on as if it never stopped."""
-    seed = int(np.random.SeedSequence([args.seed, step, purpose]).generate_state(1, np.uint64)[0] >> 1)
+    """Randomness of a step depends on seed and step alone, so a resumed run is the same."""
+    seed = int(
+        np.random.SeedSequence([args.seed, step, purpose]).generate_state(1, np.uint64)[0] >> 1
+    )
     torch.manual_seed(seed)
 
 
 def psnr(a, b):
-    """Mean over pictures of the peak signal-to-noise ratio, dB; inputs -1..1."""
+    """Mean over images of the peak signal-to-noise ratio, dB; inputs -1..1."""
     mse = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / mse)).mean().item()
 
 
 @torch.no_grad()
 def reconstruction_psnr(vae, pixels, device):
-    """PSNR of decode(encode(x)) over all pictures."""
+    """PSNR of decode(encode(x)) over all images."""
     values = []
     for part in pixels.split(64):
         x = to_unit(part, device)
@@ -259,8 +300,8 @@ def reconstruction_psnr(vae, pixels, device):
     return sum(values) / len(pixels)
 
 
-def picture_distance(y, x):
-    """L1 and L2 on pixels, L1 on differences of neighbours (edges); a scalar, y and x [B,3,H,W] -1..1."""
+def image_distance(y, x):
+    """L1 and L2 on pixels, L1 on differences of neighbours (edges); y and x [B,3,H,W] -1..1."""
     edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
     return (y - x).abs().mean() + 0.5 * edges + (y - x).square().mean()
 
@@ -268,8 +309,9 @@ def picture_distance(y, x):
 def train_vae(vae, pixels, args, device):
     """Autoencoder with latents that a diffusion model learns fast.
 
-    The KL term adds noise to the latents, so the decoder forgives the UNet's errors. Scale equivariance (arXiv 2502.14831),
-    D(half-size E(x)) = half-size x, takes the latents' fine noise-like detail away, the hardest part to learn.
+    The KL term adds noise to the latents, so the decoder forgives the UNet's errors. Scale
+    equivariance (arXiv 2502.14831), D(half-size E(x)) = half-size x, takes the latents' fine
+    noise-like detail away, the hardest part to learn.
     """
     vae.to(device, memory_format=torch.channels_last)
     run = Run("vae", vae, args.vae_lr, args.vae_steps, args)
@@ -285,29 +327,30 @@ def train_vae(vae, pixels, args, device):
         posterior = vae.encode(x).latent_dist
         z = posterior.sample()
         kl = posterior.kl().mean() / z[0].numel()
-        loss = picture_distance(vae.decode(z).sample, x) + args.kl_weight * kl
+        loss = image_distance(vae.decode(z).sample, x) + args.kl_weight * kl
         half = vae.decode(F.avg_pool2d(z, 2)).sample
-        run.update(loss + args.se_weight * picture_distance(half, F.avg_pool2d(x, 2)), args.vae_batch)
+        run.update(loss + args.se_weight * image_distance(half, F.avg_pool2d(x, 2)), args.vae_batch)
         if run.step % args.sheet_every == 0 or run.step == run.steps:
             rows = to_unit(pixels[:: len(pixels) // SHEET_PROMPTS][:SHEET_PROMPTS], device)
             with torch.no_grad():
                 rebuilt = run.ema.decode(run.ema.encode(rows).latent_dist.mode()).sample
             pipe_sheet(torch.cat([rows, rebuilt]), args.work_dir / f"vae_{run.step:06d}.png")
-            print(f"vae: PSNR {psnr(rebuilt, rows):.2f} dB on {len(rows)} pictures", flush=True)
+            print(f"vae: PSNR {psnr(rebuilt, rows):.2f} dB on {len(rows)} images", flush=True)
     return run.ema.eval()
 
 
 def pipe_sheet(images, path):
-    """Pictures -1..1 as one PNG, 16 in a row."""
-    pictures = VaeImageProcessor().postprocess(images, output_type="pil")
-    make_image_grid(pictures, len(pictures) // 16, 16).save(path)
+    """Images -1..1 as one PNG, 16 in a row."""
+    images = VaeImageProcessor().postprocess(images, output_type="pil")
+    make_image_grid(images, len(images) // 16, 16).save(path)
 
 
 @torch.no_grad()
 def normalise_latents(vae, pixels, device, std):
-    """Give each latent channel mean 0 and standard deviation std, by folding it into the two 1 x 1 convolutions.
+    """Give each latent channel mean 0 and standard deviation std, by the two 1 x 1 convolutions.
 
-    Encoder: mean' = (mean - m) * g, logvar' = logvar + 2 log g. Decoder: it gets z / g + m back. Nothing else changes.
+    Encoder: mean' = (mean - m) * g, logvar' = logvar + 2 log g. Decoder: it gets z / g + m back.
+    Nothing else changes.
     """
     means = torch.cat([vae.encode(to_unit(p, device)).latent_dist.mean for p in pixels.split(64)])
     m, g = means.mean(dim=(0, 2, 3)), std / means.std(dim=(0, 2, 3))
@@ -323,26 +366,34 @@ def normalise_latents(vae, pixels, device, std):
 def conditions(net, ids, empty, sizes):
     """What the UNet gets beside z_t and t: (prompt [B,L,D], further conditions).
 
-    Stable Diffusion: the last hidden state. SDXL: both encoders' penultimate layers side by side, the pooled output of the
-    second, zeros for the empty caption, and the sizes (height, width, crop's top and left, its height and width).
+    Stable Diffusion: the last hidden state. SDXL: both encoders' penultimate layers side by side,
+    the pooled output of the second, zeros for the empty caption, and the sizes (height, width,
+    crop's top and left, its height and width).
     """
     if "text_encoder_2" not in net:
         return net["text_encoder"](ids).last_hidden_state, None
-    first, second = (net[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2"))
+    first, second = (
+        net[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")
+    )
     given = (ids != empty).any(dim=1).float()
     prompt = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    return prompt * given[:, None, None], {"text_embeds": second.text_embeds * given[:, None], "time_ids": sizes}
+    return prompt * given[:, None, None], {
+        "text_embeds": second.text_embeds * given[:, None],
+        "time_ids": sizes,
+    }
 
 
 def borrow(unet, other):
-    """Take the weights of another layout's UNet: all names agree, its 1 x 1 convolutions may be linear maps here."""
+    """Take the weights of another layout's UNet: 1 x 1 convolutions may be linear maps here."""
     ours = unet.state_dict()
-    unet.load_state_dict({k: v.reshape(ours[k].shape) for k, v in other.state_dict().items()}, strict=False)
+    unet.load_state_dict(
+        {k: v.reshape(ours[k].shape) for k, v in other.state_dict().items()}, strict=False
+    )
     return unet
 
 
 def train_text(encoders, other, tokenizer, captions, args, device):
-    """Two text encoders learn to say together what another teacher's one says (mean squared error over all tokens)."""
+    """Two text encoders learn another teacher's output (squared error over all tokens)."""
     ids = token_ids(tokenizer, captions, device)
     with torch.no_grad():
         said = other.to(device)(ids[:-1]).last_hidden_state
@@ -357,30 +408,44 @@ def train_text(encoders, other, tokenizer, captions, args, device):
 
 def token_ids(tokenizer, captions, device):
     """The captions and, last, the empty one, as int64 [N+1,32]."""
-    padded = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
+    padded = {
+        "padding": "max_length",
+        "truncation": True,
+        "max_length": MAX_TOKENS,
+        "return_tensors": "pt",
+    }
     return tokenizer([*captions, ""], **padded).input_ids.to(device)
 
 
 def crops(pixels):
-    """Each picture enlarged to 80 px and cut at a random place, and its sizes as SDXL is told them."""
+    """Each image enlarged to 80 px and cropped at random, and its sizes as SDXL gets them."""
     places = torch.randint(0, 17, (len(pixels), 2))
-    large = F.interpolate(pixels.float(), size=(80, 80), mode="bicubic", antialias=True).clamp(0, 255)
+    large = F.interpolate(pixels.float(), size=(80, 80), mode="bicubic", antialias=True).clamp(
+        0, 255
+    )
     cut = [p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(large, places.tolist(), strict=True)]
     sides = torch.full((len(pixels), 2), 64)
     return torch.stack(cut), torch.cat([sides, places, sides], dim=1)
 
 
 def train_unet(vae, tokenizer, net, pixels, captions, args, device):
-    """Text encoders and UNet on the cached latents; eps-prediction, min-SNR weights, 10% empty captions."""
+    """Text encoders and UNet on latents; eps-prediction, min-SNR weights, 10% empty captions."""
     seed_step(args, 0, 3)
     count, sizes = len(captions), torch.tensor([64, 64, 0, 0, 64, 64]).repeat(len(captions), 1)
-    if args.layout == "sdxl":  # the second half of the latents is crops: one picture in ten, to give sizes a meaning
+    if (
+        args.layout == "sdxl"
+    ):  # the second half of the latents is crops: one image in ten, to give sizes a meaning
         cut, cut_sizes = crops(pixels)
         pixels, sizes = torch.cat([pixels, cut]), torch.cat([sizes, cut_sizes])
     with torch.no_grad():
         posts = [vae.encode(to_unit(p, device)).latent_dist for p in pixels.split(64)]
-    mean, std = (torch.cat([getattr(p, k) for p in posts]) * vae.config.scaling_factor for k in ("mean", "std"))
-    print(f"latents: std of means {mean.std():.3f}, mean posterior std {std.mean():.3f}", flush=True)
+    mean, std = (
+        torch.cat([getattr(p, k) for p in posts]) * vae.config.scaling_factor
+        for k in ("mean", "std")
+    )
+    print(
+        f"latents: std of means {mean.std():.3f}, mean posterior std {std.mean():.3f}", flush=True
+    )
     sizes = sizes.to(device)
     ids = token_ids(tokenizer, captions, device)
     scheduler = ddim_scheduler()
@@ -388,7 +453,10 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     net = torch.nn.ModuleDict(net).requires_grad_(True).to(device)
     net["unet"].to(memory_format=torch.channels_last)
     for part in net:
-        print(f"{part}: {sum(p.numel() for p in net[part].parameters()) / 1e6:.2f}M parameters", flush=True)
+        print(
+            f"{part}: {sum(p.numel() for p in net[part].parameters()) / 1e6:.2f}M parameters",
+            flush=True,
+        )
     run = Run("unet", net, args.unet_lr, args.unet_steps, args)
     while run.step < run.steps:
         seed_step(args, run.step, 2)
@@ -397,7 +465,7 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
         noise = torch.randn(2, len(i), *mean.shape[1:]).to(device)
         z = (mean[place] + std[place] * noise[0]).contiguous(memory_format=torch.channels_last)
         i = torch.where(torch.rand(len(i)).to(device) < 0.1, count, i)
-        # One timestep from each of B equal parts of 0..999: less noise in the loss than B free draws.
+        # One timestep from each of B equal parts of 0..999: less noise than B free ones gives.
         t = (((torch.arange(len(i)) + torch.rand(len(i))) / len(i)) * 1000).long().to(device)
         a = alpha_bar[t][:, None, None, None]
         z_t = a.sqrt() * z + (1 - a).sqrt() * noise[1]
@@ -406,14 +474,19 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
             eps = net["unet"](z_t, t, prompt, added_cond_kwargs=added).sample
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=args.snr_gamma) / snr
-        run.update((weight * (eps.float() - noise[1]).square().mean(dim=(1, 2, 3))).mean(), args.unet_batch)
+        error = (eps.float() - noise[1]).square().mean(dim=(1, 2, 3))
+        run.update((weight * error).mean(), args.unet_batch)
         if run.step % args.sheet_every == 0 or run.step == run.steps:
             pipe = build_pipeline(vae, run.ema, tokenizer)
             prompts = captions[:: len(captions) // SHEET_PROMPTS][:SHEET_PROMPTS]
             images = pipe(
-                prompts, num_inference_steps=50, guidance_scale=4.0, generator=torch.Generator().manual_seed(0)
+                prompts,
+                num_inference_steps=50,
+                guidance_scale=4.0,
+                generator=torch.Generator().manual_seed(0),
             ).images
-            make_image_grid(images, len(images) // 16, 16).save(args.work_dir / f"unet_{run.step:06d}.png")
+            sheet = make_image_grid(images, len(images) // 16, 16)
+            sheet.save(args.work_dir / f"unet_{run.step:06d}.png")
             run.clock = time.time()
     return run.ema.eval()
 
@@ -431,16 +504,26 @@ def build_pipeline(vae, net, tokenizer):
     return pipe
 
 
+def apply_umask(folder):
+    """Give weights in a folder the usual permissions: they are written for their owner only."""
+    os.umask(mask := os.umask(0))
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 def main():
+    """Train the parts that are to be trained, and write the teacher."""
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pixels, captions = read_pictures(args.data_dir, "train")
-    unseen, unseen_captions = read_pictures(args.data_dir, "twemoji")
+    pixels, captions = read_images(args.data_dir, "train")
+    unseen, unseen_captions = read_images(args.data_dir, "twemoji")
     torch.manual_seed(args.seed)  # the first weights
     start = None
     if args.init_from:
-        start = DiffusionPipeline.from_pretrained(args.init_from, use_safetensors=True, dtype=torch.float32)
+        start = DiffusionPipeline.from_pretrained(
+            args.init_from, use_safetensors=True, dtype=torch.float32
+        )
         tokenizer, vae = start.tokenizer, start.vae.to(device)
         normalise_latents(vae, pixels, device, 1.0)
     else:
@@ -451,24 +534,27 @@ def main():
         net = {name: getattr(start, name) for name in net}
     elif start:
         unet = borrow(net.pop("unet"), start.unet)
-        net = train_text(net, start.text_encoder, tokenizer, captions, args, device) | {"unet": unet}
+        net = train_text(net, start.text_encoder, tokenizer, captions, args, device)
+        net["unet"] = unet
     vae = train_vae(vae, pixels, args, device) if args.vae_steps else vae.eval()
     normalise_latents(vae, pixels, device, LATENT_STD)
     print(
-        f"{len(captions)} pictures, {len(tokenizer)} tokens; vae: PSNR "
-        f"{reconstruction_psnr(vae, pixels, device):.2f} dB on the training pictures, "
+        f"{len(captions)} images, {len(tokenizer)} tokens; vae: PSNR "
+        f"{reconstruction_psnr(vae, pixels, device):.2f} dB on the training images, "
         f"{reconstruction_psnr(vae, unseen, device):.2f} dB on the unseen style",
         flush=True,
     )
     net = train_unet(vae.requires_grad_(False), tokenizer, net, pixels, captions, args, device)
     pipe = build_pipeline(vae.half(), net.half(), tokenizer)
     pipe.save_pretrained(args.output_dir)
-    for config in args.output_dir.glob("*/config.json"):  # where a part was loaded from is nobody's business
+    apply_umask(args.output_dir)
+    for config in args.output_dir.glob("*/config.json"):  # without the paths of this machine
         lines = config.read_text().splitlines(keepends=True)
         config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     for file in args.output_dir.glob("tokenizer*/tokenizer.json"):  # more than half of it is blanks
-        file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
-    # transformers opens a model in the precision its config names, diffusers in float32: let them agree.
+        data = json.loads(file.read_text())
+        file.write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    # transformers opens a model in the precision that its config names, diffusers in float32.
     for config in args.output_dir.glob("text_encoder*/config.json"):
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())

@@ -1,20 +1,24 @@
 #!/usr/bin/env python
-"""Time the trainer's own training step, on a GPU or a CPU, with random weights: nothing is downloaded.
+"""Time the trainer's own training step, on a GPU or a CPU, with random weights: no downloads.
 
-    python scripts/measure/benchmark.py                                                              # the demo's SDXL layout
-    python scripts/measure/benchmark.py --model sdxl --resolution 1024 --precision bf16 --batch 1 4 12        # for a GPU
+    python scripts/measure/benchmark.py    # the demo's SDXL layout
+    python scripts/measure/benchmark.py --model sdxl --resolution 1024 --precision bf16 \\
+        --batch 1 4 12    # for a GPU
 
---model is an official shape (sd15, sd21, ssd1b, sdxl) or a teacher folder, of which only the configs are read. A cell of the grid is a
-batch, a precision and a set of --options, `+` between the members; each runs in a process of its own. A cell and the same cell
-without one of its options stand side by side and are timed in turn: what the option buys is the median of the rounds' ratios.
+--model is an official shape (sd15, sd21, ssd1b, sdxl) or a teacher folder, of which only the
+configs are read. A cell of the grid is a batch, a precision and a set of --options, `+` between the
+members; each runs in a process of its own. A cell and the same cell without one of its options are
+timed in turn: what the option buys is the median of the rounds' ratios.
 
-images/s and seconds are of whole optimizer steps without the reading of data. TFLOP are counted, not timed: the matrix products,
-convolutions and attention of one step (teacher 2, target 1, student forward and backward; VAE and text encoders where they run),
-2 for a multiplication and its addition; what checkpointing computes again is not counted. The share is of the rate of a large square
-matrix product in the same precision, timed here. Memory is CUDA's peak of allocated tensors, on a CPU the peak of the whole process.
+images/s and seconds are of whole optimizer steps without the reading of data. TFLOP are counted,
+not timed: the matrix products, convolutions and attention of one step (teacher 2, target 1, student
+forward and backward; VAE and text encoders unless the data are encoded), 2 for a multiplication and
+its addition; what checkpointing computes again is not counted. The share is of the rate of a large
+square matrix product in the same precision, timed here. Memory is CUDA's peak of allocated tensors,
+on a CPU the peak of the whole process.
 
-Writes benchmark.csv, benchmark.md and benchmark.png into --output_dir. The exit code is 1 if a cell failed for another reason
-than memory.
+Writes benchmark.csv, benchmark.md and benchmark.png into --output_dir. The exit code is 1 if a cell
+failed for another reason than memory.
 """
 
 import argparse
@@ -24,7 +28,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -40,19 +43,23 @@ from random_training import OPTIONS, ROOT, Training, add_model_flags, fail, fake
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+from help_formatter import HelpFormatter
+
 WARM_UP = 3  # steps
 
 
-def count_flops(model, resolution, cached):
-    """Floating-point operations of a step for each picture of its batch, counted without computing anything."""
-    with fake_tensors(), sdpa_kernel(SDPBackend.MATH):  # its matrix products are those of attention, none made twice
-        training = Training(model, resolution, 1, "no", ["caches"] * cached)
+def count_flops(model, resolution, encoded):
+    """Floating-point operations of a step for each image of its batch; nothing is computed."""
+    # The matrix products of this kernel are those of attention, none made twice.
+    with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
+        training = Training(model, resolution, 1, "no", ["encoded"] * encoded)
         with FlopCounterMode(display=False) as counter:
             training.step()
     return counter.get_total_flops()
 
 
-# --------------------------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def synchronize():
@@ -61,8 +68,19 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def peak_memory():
+    """Bytes at the peak: of CUDA's tensors, whose cache is then emptied, or of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 2**10 * peak
+
+
 def serve(model, resolution, cell):
-    """The process of a cell: each line it reads is a number of steps, and is answered with seconds a step and peak memory."""
+    """The process of a cell: for each line, a number of steps, it prints their time and memory."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     training, number = Training(model, resolution, *cell), 0
     for line in sys.stdin:
@@ -72,19 +90,17 @@ def serve(model, resolution, cell):
             training.step(number := number + 1)
         synchronize()
         seconds = (time.perf_counter() - start) / int(line)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
-            torch.cuda.empty_cache()  # for the cell that is next
-        print(json.dumps({"seconds": seconds, "memory": memory / 2**30}), file=answers, flush=True)
+        answer = json.dumps({"seconds": seconds, "memory": peak_memory() / 2**30})
+        print(answer, file=answers, flush=True)
 
 
 class Cell:
     """A running cell of the grid."""
 
     def __init__(self, args, cell):
-        self.errors = tempfile.TemporaryFile("w+")
-        command = [sys.executable, __file__, "--model", args.model, "--serve", json.dumps([args.resolution, cell])]
+        """Start its process, and take some steps to warm up."""
+        self.errors, cell = tempfile.TemporaryFile("w+"), json.dumps([args.resolution, cell])
+        command = [sys.executable, __file__, "--model", args.model, "--serve", cell]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, text=True, **pipes)
         self.run(WARM_UP)
@@ -98,7 +114,8 @@ class Cell:
         code = self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines() or [f"exit status {code}"]
-        short = code == -9 or "OutOfMemoryError" in lines[-1] or "allocate memory" in lines[-1]
+        words = "OutOfMemoryError", "allocate memory"
+        short = code == -9 or any(word in lines[-1] for word in words)
         raise RuntimeError("out of memory" if short else lines[-1])
 
     def close(self):
@@ -109,7 +126,7 @@ class Cell:
 
 
 def matrix_rate(precision):
-    """Floating-point operations a second of a large square matrix product here, the best of some."""
+    """Floating-point operations a second of a large square matrix product, the best of some."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 1024 if device == "cpu" else 8192
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -125,7 +142,10 @@ def matrix_rate(precision):
 
 
 def measure(args, cells):
-    """{cell: {"error"} or {"seconds": [one a round], "memory", "gains": {option: [ratios of time, ratio of memory]}}}."""
+    """{cell: {"error"} or {"seconds": [one a round], "memory", "gains"}}.
+
+    The gains of a cell are {option: (ratios of time, ratio of memory)}.
+    """
     results, running = {}, {}
 
     def take_turns(*wanted):
@@ -143,8 +163,11 @@ def measure(args, cells):
 
     for cell in cells:
         result = results[cell] = {"seconds": [], "gains": {}}
-        partners = {option: (*cell[:2], tuple(o for o in cell[2] if o != option)) for option in cell[2]}
-        partners = {option: other for option, other in partners.items() if "seconds" in results.get(other, {})}
+        partners = {}
+        for option in cell[2]:
+            other = (*cell[:2], tuple(o for o in cell[2] if o != option))
+            if "seconds" in results.get(other, {}):
+                partners[option] = other
         for option, other in partners.items() or [(None, None)]:
             try:
                 try:
@@ -159,19 +182,27 @@ def measure(args, cells):
             if option:
                 ratios = [before["seconds"] / after["seconds"] for before, after in rounds]
                 result["gains"][option] = ratios, result["memory"] / rounds[-1][0]["memory"]
-        said = result.get("error") or f"{statistics.median(result['seconds']):.3f} s a step"
-        print(f"batch {cell[0]}, {cell[1]}, {'+'.join(cell[2]) or 'plain'}: {said}", flush=True)
+        found = result.get("error") or f"{statistics.median(result['seconds']):.3f} s a step"
+        print(f"batch {cell[0]}, {cell[1]}, {'+'.join(cell[2]) or 'plain'}: {found}", flush=True)
     while running:
         running.popitem()[1].close()
     return results
 
 
-# ------------------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 COLUMNS = {
-    "batch": "batch", "precision": "precision", "options": "options", "seconds": "s a step", "images_per_s": "images/s",
-    "tflop": "TFLOP a step", "tflops": "TFLOP/s", "share": "% of the matrix rate", "memory_gib": "peak GiB", "gains": "what it buys",
-}  # fmt: skip
+    "batch": "batch",
+    "precision": "precision",
+    "options": "options",
+    "seconds": "s a step",
+    "images_per_s": "images/s",
+    "tflop": "TFLOP a step",
+    "tflops": "TFLOP/s",
+    "share": "% of the matrix rate",
+    "memory_gib": "peak GiB",
+    "gains": "what it buys",
+}
 
 
 def table_rows(results, flops, rates):
@@ -181,46 +212,58 @@ def table_rows(results, flops, rates):
         if "error" in result:
             yield dict.fromkeys(COLUMNS, "") | row | {"gains": result["error"]}
             continue
-        seconds, work = statistics.median(result["seconds"]), batch * flops["caches" in options]
-        row |= {"seconds": f"{seconds:.4g}", "images_per_s": f"{batch / seconds:.4g}", "tflop": f"{work / 1e12:.4g}"}
-        row |= {"tflops": f"{work / seconds / 1e12:.4g}", "share": f"{100 * work / seconds / rates[precision]:.1f}"}
-        gains = (
-            f"{option}: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] times as fast, {memory:.2f} of the memory"
-            for option, (ratios, memory) in result["gains"].items()
-        )
-        yield row | {"memory_gib": f"{result['memory']:.2f}", "gains": "; ".join(gains)}
+        seconds = statistics.median(result["seconds"])
+        work = batch * flops["encoded" in options]
+        rate = work / seconds
+        gains = []
+        for option, (ratios, memory) in result["gains"].items():
+            faster = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+            gains.append(f"{option}: {faster} times as fast, {memory:.2f} of the memory")
+        yield row | {
+            "seconds": f"{seconds:.4g}",
+            "images_per_s": f"{batch / seconds:.4g}",
+            "tflop": f"{work / 1e12:.4g}",
+            "tflops": f"{rate / 1e12:.4g}",
+            "share": f"{100 * rate / rates[precision]:.1f}",
+            "memory_gib": f"{result['memory']:.2f}",
+            "gains": "; ".join(gains),
+        }
 
 
 def write_plot(rows, title, path):
     """images/s of each cell as a bar."""
     font, line, left = ImageFont.load_default(14), 24, 420
-    picture = Image.new("RGB", (1000, line * (len(rows) + 2)), "white")
-    draw, longest = ImageDraw.Draw(picture), max([float(row["images_per_s"] or 0) for row in rows] + [1e-9])
-    draw.text((10, 5), title, "black", font)
+    image = Image.new("RGB", (1000, line * (len(rows) + 2)), "white")
+    pen, longest = ImageDraw.Draw(image), max([float(row["images_per_s"] or 0) for row in rows])
+    pen.text((10, 5), title, "black", font)
     for i, row in enumerate(rows, 1):
         speed, y = float(row["images_per_s"] or 0), line * i + 5
-        width = round(480 * speed / longest)
-        draw.text(
-            (left - 10, y), f"{row['options']}, {row['precision']}, batch {row['batch']}", "black", font, anchor="ra"
-        )
-        draw.rectangle((left, y, left + width, y + line - 8), "steelblue")
-        draw.text((left + width + 8, y), row["images_per_s"] or row["gains"][:60], "black", font)
-    picture.save(path)
+        width = round(480 * speed / (longest or 1))
+        label = f"{row['options']}, {row['precision']}, batch {row['batch']}"
+        pen.text((left - 10, y), label, "black", font, anchor="ra")
+        pen.rectangle((left, y, left + width, y + line - 8), "steelblue")
+        pen.text((left + width + 8, y), row["images_per_s"] or row["gains"][:60], "black", font)
+    image.save(path)
 
 
 def write_report(args, argv, rows, rates):
     """benchmark.csv, benchmark.md and benchmark.png in the output folder; the Markdown."""
-    rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s in {precision}" for precision, rate in rates.items())
+    rates = ", ".join(
+        f"{rate / 1e12:.4g} TFLOP/s in {precision}" for precision, rate in rates.items()
+    )
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        model = next((x.split(": ")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), model)
-    machine = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    machine += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+        lines = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        model = lines[0].split(": ")[1].strip() if lines else model
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {gpu}"
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    what = "CUDA's peak of allocated tensors" if torch.cuda.is_available() else "the whole process's peak"
-    head = f"`{shlex.join(['python', 'scripts/measure/benchmark.py', *argv])}`. Commit {commit}. {machine}. {versions}. "
+    on_gpu = torch.cuda.is_available()
+    what = "CUDA's peak of allocated tensors" if on_gpu else "the whole process's peak"
+    command = shlex.join(["python", "scripts/measure/benchmark.py", *argv])
+    head = f"`{command}`. Commit {commit}. {machine}. {versions}. "
     head += f"Matrix rate: {rates}. Memory: {what}."
     lines = [
         " | ".join(COLUMNS.values()),
@@ -234,41 +277,49 @@ def write_report(args, argv, rows, rates):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    write_plot(
-        rows, f"images/s, {Path(args.model).name}, {args.resolution or 'its own'} px", args.output_dir / "benchmark.png"
-    )
+    title = f"images/s, {Path(args.model).name}, {args.resolution or 'its own'} px"
+    write_plot(rows, title, args.output_dir / "benchmark.png")
     return text
 
 
 def parse_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--model MODEL] [--resolution PIXELS] [--batch N ...] [flags]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    parser.error, add, count = fail, parser.add_argument, {"type": int, "metavar": "N"}
     add_model_flags(add)
-    add("--batch", type=int, nargs="+", default=[4], help="pictures in a batch")
-    add("--precision", choices=["no", "bf16", "fp16"], nargs="+", default=["no"])
+    add("--batch", **count, nargs="+", default=[4], help="images in a batch")
+    precisions = ["no", "bf16", "fp16"]
+    add("--precision", choices=precisions, nargs="+", default=["no"], help="of the base")
     default = [name for name in OPTIONS if name != "allow_tf32"]
-    add("--options", nargs="*", default=default, metavar="A+B", help=f"beside the plain cell; of {', '.join(OPTIONS)}")
-    add("--product", action="store_true", help="all combinations of the --options, instead of each of them")
-    add("--steps", type=int, default=2, help="optimizer steps in a round")
-    add("--rounds", type=int, default=5, help="rounds in which cells side by side take turns")
-    add("--output_dir", type=Path, default="outputs/benchmark", help="the tables and the plot")
+    cells = f"cells beside the plain one; of {', '.join(OPTIONS)}"
+    add("--options", nargs="*", default=default, metavar="A+B", help=cells)
+    add("--product", action="store_true", help="all combinations of the --options, not just each")
+    add("--steps", **count, default=2, help="optimizer steps in a round")
+    add("--rounds", **count, default=5, help="rounds in which cells side by side take turns")
+    out = "gets the tables and the plot"
+    add("--output_dir", type=Path, metavar="FOLDER", default="outputs/benchmark", help=out)
     add("--serve", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if min(args.steps, args.rounds, *args.batch, args.resolution or 1) < 1:
         fail("--steps, --rounds, --batch and --resolution must be 1 or more")
     sets = [option.split("+") for option in args.options]
     if unknown := {name for names in sets for name in names} - OPTIONS.keys():
-        fail(
-            f"--options {' '.join(sorted(unknown))}: give some of {', '.join(OPTIONS)}, with + between those of one cell"
-        )
+        known = f"{', '.join(OPTIONS)}, with + between those of one cell"
+        fail(f"--options {' '.join(sorted(unknown))}: give some of {known}")
     if args.product:
-        sets = [sum(some, []) for n in range(len(sets) + 1) for some in itertools.combinations(sets, n)]
+        counts = range(len(sets) + 1)
+        sets = [sum(some, []) for n in counts for some in itertools.combinations(sets, n)]
         sets = [names for names in sets if not {"nf4", "int8"} <= {*names}]
     if clash := [names for names in sets if {"nf4", "int8"} <= {*names}]:
-        fail(f"--options {'+'.join(clash[0])}: the base is in 4 bits or in 8; give one of nf4 and int8")
+        advice = "the base is in 4 bits or in 8; give one of nf4 and int8"
+        fail(f"--options {'+'.join(clash[0])}: {advice}")
     # The fewest first, so that what a cell is compared with is there before it
-    args.sets = sorted(dict.fromkeys(tuple(o for o in OPTIONS if o in names) for names in [[], *sets]), key=len)
+    sets = [tuple(option for option in OPTIONS if option in names) for names in [[], *sets]]
+    args.sets = sorted(dict.fromkeys(sets), key=len)
     return args
 
 
@@ -279,13 +330,16 @@ def main(argv=None):
         resolution, cell = json.loads(args.serve)
         return serve(args.model, resolution, cell)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    flops = {cached: count_flops(args.model, args.resolution, cached) for cached in {"caches" in s for s in args.sets}}
+    kinds = {"encoded" in options for options in args.sets}
+    flops = {encoded: count_flops(args.model, args.resolution, encoded) for encoded in kinds}
     results = measure(args, [*itertools.product(args.batch, args.precision, args.sets)])
-    rates = {cell[1]: 0 for cell, result in results.items() if "error" not in result}  # others may be no precision here
-    rates = {precision: matrix_rate(precision) for precision in rates}
+    # Others may be no precision of this machine.
+    measured = dict.fromkeys(cell[1] for cell, result in results.items() if "error" not in result)
+    rates = {precision: matrix_rate(precision) for precision in measured}
     rows = [*table_rows(results, flops, rates)]
     print(write_report(args, sys.argv[1:] if argv is None else argv, rows, rates))
-    return int(any(result.get("error", "out of memory") != "out of memory" for result in results.values()))
+    errors = {result["error"] for result in results.values() if "error" in result}
+    return int(bool(errors - {"out of memory"}))
 
 
 if __name__ == "__main__":

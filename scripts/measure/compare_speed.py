@@ -1,16 +1,20 @@
 #!/usr/bin/env python
-"""Steps per second of our trainer with caches and without and, where one is given, of another trainer, side by side.
+"""Steps per second of our trainer, with encoded data and without, and of another one, side by side.
 
-    python scripts/measure/compare_speed.py --family sd15 --lora_rank 8                     # what caches gain on the demo
-    python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py      # beside a script with Hugging Face's flags
-    python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py --teacher SDXL --dataset_name PICTURES \\
-        --resolution 1024 --batch 1 4 12 --mixed_precision bf16 --gradient_checkpointing --least 2 2    # on a GPU
+    python scripts/measure/compare_speed.py --family sd15 --lora_rank 8    # on the demo's data
+    python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py
+    python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py \\
+        --teacher SDXL --dataset_name IMAGES --resolution 1024 --batch 1 4 12 \\
+        --mixed_precision bf16 --gradient_checkpointing --least 2 2    # on a GPU
 
-Each program is run as it is, on the same teacher, pictures, batch and rank, and its steps are read from its progress bar. A round lets
-the reference, ours, and ours with caches (filled before) run in turn for some seconds each, so that a machine whose speed changes from
-minute to minute changes it for all of them: between their turns they are stopped (SIGSTOP), or on a GPU, whose memory is for one at a
-time, ended. The gains of a round are over the first program. Peak GPU memory is the most that the driver reports while one runs. Exit
-code 0 if the median gains of the best batch are at least --least.
+The reference is a script with Hugging Face's flags. Each program is run as it is, on the same
+teacher, images, batch and rank, and its steps are read from its progress bar.
+scripts/encode_data.py encodes the images once. A round lets the reference, ours, and ours with
+encoded data run in turn for some seconds each, so that a machine whose speed changes from minute to
+minute changes it for all of them: between their turns they are stopped (SIGSTOP), or on a GPU,
+whose memory is for one at a time, ended. The gains of a round are over the first program. Peak GPU
+memory is the most that the driver reports while one runs. Exit code 0 if the median gains of the
+best batch are at least --least.
 """
 
 import argparse
@@ -28,28 +32,37 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+from help_formatter import HelpFormatter
+
+ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 9999999  # steps that no run reaches; the progress bar is known by it
-CACHES = ["--cache_latents", "--cache_text_embeddings"]
 
 
 def parse_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--reference", type=Path, help="the other trainer")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--reference TRAINER] [flags]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    add, count = parser.add_argument, {"type": int, "metavar": "N"}
+    add("--reference", type=Path, metavar="TRAINER", help="the other trainer")
     add("--family", choices=["sd15", "sdxl"], default="sdxl", help="our trainer")
-    add("--teacher", help="of its layout (default: the demo's)")
-    add("--dataset_name", default=ROOT / "demo/data")
-    add("--resolution", type=int, default=64)
-    add("--batch", type=int, nargs="+", default=[16])
-    add("--lora_rank", type=int, default=64)
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
-    add("--gradient_checkpointing", action="store_true")
+    add("--teacher", help="a model of its layout (default: the demo's)")
+    add("--dataset_name", default=ROOT / "demo/data", help="images and captions")
+    add("--resolution", type=int, metavar="PIXELS", default=64, help="side of the images")
+    add("--batch", **count, nargs="+", default=[16], help="images in a batch")
+    add("--lora_rank", **count, default=64, help="rank of the LoRA")
+    precisions = ["no", "fp16", "bf16"]
+    add("--mixed_precision", choices=precisions, default="no", help="precision of the base")
+    add("--gradient_checkpointing", action="store_true", help="of all programs")
     add("--torch_compile", action="store_true", help="of ours")
-    add("--rounds", type=int, default=12)
-    add("--seconds", type=float, default=5, help="length of a turn, which has three steps at least")
-    add("--least", type=float, nargs="+", help="gains to reach (default: 1.25 1.6 beside a reference, else 1.3)")
+    add("--rounds", **count, default=12, help="turns of each program")
+    turn = "length of a turn, which has three steps at least"
+    add("--seconds", type=float, metavar="S", default=5, help=turn)
+    least = "gains to reach (default: 1.25 1.6 beside a reference, else 1.3)"
+    add("--least", type=float, metavar="GAIN", nargs="+", help=least)
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
     args.least = args.least or ([1.25, 1.6] if args.reference else [1.3])
@@ -65,28 +78,33 @@ def gpu_memory():
     if not shutil.which("nvidia-smi"):
         return 0.0
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
+    return (
+        int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
+        / 1024
+    )
 
 
 class Run:
-    """A trainer that runs while it is watched and is stopped between; `times` has when each step ended, `peak` the GiB."""
+    """A trainer that runs while it is watched and is stopped between.
+
+    `seen` has (steps, when the progress bar first showed so many), `peak` the GiB of GPU memory.
+    """
 
     def __init__(self, command):
-        self.command, self.times, self.peak, self.said = command, [], 0.0, ""
-        # its own process group, with whatever it starts
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        """Start it, in its own process group with whatever it starts."""
+        self.command, self.seen, self.peak, self.said = command, [(0, 0.0)], 0.0, ""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, **pipes, start_new_session=True)
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
     def read(self):
-        """Take the time whenever the progress bar shows one step more."""
+        """Take the time whenever the progress bar shows more steps."""
         while part := os.read(self.process.stdout.fileno(), 2**16):
             self.said = self.said[-3000:] + part.decode(errors="replace")
             for done in re.findall(rf"(\d+)/{TOTAL} \[", self.said[-300:]):
-                if int(done) > len(self.times):
-                    self.times += [time.perf_counter()] * (int(done) - len(self.times))
+                if int(done) > self.seen[-1][0]:
+                    self.seen.append((int(done), time.perf_counter()))
 
     def watch(self, enough):
         """Let it run until that is enough."""
@@ -96,15 +114,17 @@ class Run:
             self.peak = max(self.peak, gpu_memory())
             if self.process.poll() is not None:
                 self.reader.join()
-                raise SystemExit(f"{self.said}\n{' '.join(self.command)}\nended with {self.process.returncode}")
+                ended = f"{' '.join(self.command)}\nended with {self.process.returncode}"
+                raise SystemExit(f"{self.said}\n{ended}")
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def step_time(self, seconds):
         """Seconds a step in a turn of so many, and of three steps at least."""
-        before, start = len(self.times), time.perf_counter()
-        self.watch(lambda: time.perf_counter() - start > seconds and len(self.times) - before > 2)
-        times = self.times[before:]  # from the end of the step that it was stopped in
-        return (times[-1] - times[0]) / (len(times) - 1)
+        before, start = len(self.seen), time.perf_counter()
+        self.watch(lambda: time.perf_counter() - start > seconds and len(self.seen) - before > 2)
+        # from the end of the step that it was stopped in
+        (first, began), *_, (last, ended) = self.seen[before:]
+        return (ended - began) / (last - first)
 
     def end(self):
         """Kill it, unless it has ended by itself."""
@@ -113,27 +133,48 @@ class Run:
             self.process.wait()
 
 
-def compare(batch, args, folder):
-    """The rounds of one batch size, printed; the median gains over the first program."""
-    words = ["--pretrained_teacher_model", args.teacher, "--dataset_name", args.dataset_name, "--center_crop"]
-    words += ["--resolution", args.resolution, "--train_batch_size", batch, "--lora_rank", args.lora_rank]
-    words += ["--mixed_precision", args.mixed_precision, "--seed", 0, "--report_to", "tensorboard"]
-    words += ["--max_train_samples", max(64, 4 * batch), "--max_train_steps", TOTAL, "--validation_steps", TOTAL]
-    words += ["--checkpointing_steps", TOTAL] + ["--gradient_checkpointing"] * args.gradient_checkpointing
-    ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words, *["--torch_compile"] * args.torch_compile]
-    cached = [*ours, *CACHES, "--cache_dir", folder / "cache"]
-    fill = [sys.executable, *map(str, [*cached, "--cache_only"])]
-    fill = subprocess.run(fill, capture_output=True, text=True)
-    if fill.returncode:
-        raise SystemExit(fill.stderr[-3000:])
-    programs = {"reference": [args.reference, *words]} if args.reference else {}
-    programs |= {"ours": [*ours, "--logging_steps", 1], "ours, cached": [*cached, "--logging_steps", 1]}
-    commands = {
+def data_flags(data, batch, args):
+    """The trainers' flags of teacher and data, for a run with this batch."""
+    words = ["--pretrained_teacher_model", args.teacher, "--dataset_name", data]
+    words += ["--center_crop", "--resolution", args.resolution, "--seed", 0]
+    words += ["--max_train_samples", max(64, 4 * batch)]
+    return words + ["--mixed_precision", args.mixed_precision]
+
+
+def encode(args, folder):
+    """Let scripts/encode_data.py encode the data of all batches; the folder of encoded data."""
+    words = data_flags(args.dataset_name, max(args.batch), args)
+    command = [sys.executable, ROOT / "scripts" / "encode_data.py", "--family", args.family]
+    command = [*map(str, [*command, *words, "--output", folder])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return folder
+
+
+def programs(batch, args, encoded, folder):
+    """{name: command} of the programs to compare."""
+    words = ["--train_batch_size", batch, "--lora_rank", args.lora_rank]
+    words += ["--max_train_steps", TOTAL, "--validation_steps", TOTAL]
+    words += ["--checkpointing_steps", TOTAL, "--report_to", "tensorboard"]
+    words += ["--gradient_checkpointing"] * args.gradient_checkpointing
+    plain, encoded = (data_flags(data, batch, args) for data in (args.dataset_name, encoded))
+    found = {"reference": [args.reference, *plain, *words]} if args.reference else {}
+    ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words]
+    ours += ["--torch_compile"] * args.torch_compile
+    found |= {"ours": [*ours, *plain], "ours, encoded": [*ours, *encoded]}
+    return {
         name: [sys.executable, *map(str, [*program, "--output_dir", folder / f"{batch} {name}"])]
-        for name, program in programs.items()
+        for name, program in found.items()
     }
+
+
+def compare(batch, args, encoded, folder):
+    """The rounds of one batch size, printed; the median gains over the first program."""
+    commands = programs(batch, args, encoded, folder)
     first, *others = commands
-    heads = ["batch", *(f"{name}, s a step" for name in commands), *(f"gain: {name}" for name in others), "GPU GiB"]
+    heads = ["batch", *(f"{name}, s a step" for name in commands)]
+    heads += [*(f"gain: {name}" for name in others), "GPU GiB"]
     print(f"\n| {' | '.join(heads)} |\n" + "|---:" * len(heads) + "|", flush=True)
     one_at_a_time, gains = gpu_memory() > 0, []
     with contextlib.ExitStack() as stack:
@@ -150,21 +191,23 @@ def compare(batch, args, folder):
                 if one_at_a_time:
                     stack.close()
             gains.append([found[first] / found[name] for name in others])
-            cells = [f"{seconds:.3f}" for seconds in found.values()] + [f"{gain:.2f}" for gain in gains[-1]]
-            print(f"| {' | '.join([str(batch), *cells, ', '.join(memory)])} |", flush=True)
+            cells = [str(batch), *(f"{seconds:.3f}" for seconds in found.values())]
+            cells += [*(f"{gain:.2f}" for gain in gains[-1]), ", ".join(memory)]
+            print(f"| {' | '.join(cells)} |", flush=True)
     medians = [statistics.median(gain) for gain in zip(*gains, strict=True)]
-    said = ", ".join(f"{name} {gain:.2f} times the steps/s" for name, gain in zip(others, medians, strict=True))
-    print(f"\nbatch {batch}, median of {args.rounds}, over {first}: {said}")
+    said = [f"{name} {gain:.2f} times the steps/s" for name, gain in zip(others, medians)]
+    print(f"\nbatch {batch}, median of {args.rounds}, over {first}: {', '.join(said)}")
     return medians
 
 
 def main(argv=None):
     """Measure and report; the exit code."""
     args = parse_args(argv)
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {threads} threads, {args.teacher}")
+    machine, threads = platform.processor() or platform.machine(), os.environ.get("OMP_NUM_THREADS")
+    print(f"{machine}, {os.cpu_count()} cores, {threads or 'all'} threads, {args.teacher}")
     with tempfile.TemporaryDirectory() as folder:
-        medians = [compare(batch, args, Path(folder)) for batch in args.batch]
+        encoded = encode(args, Path(folder, "encoded"))
+        medians = [compare(batch, args, encoded, Path(folder)) for batch in args.batch]
     best = [max(gains) for gains in zip(*medians, strict=True)]
     return 0 if all(gain >= least for gain, least in zip(best, args.least, strict=True)) else 1
 

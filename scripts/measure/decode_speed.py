@@ -1,25 +1,33 @@
-"""What infer.py's --tiny_vae buys: the decoders of SD's VAE and of a TAESD in their official shapes, random weights, timed in turn.
+"""What infer.py's --tiny_vae buys: SD's VAE decoder and a TAESD's, timed in turn.
 
     python scripts/measure/decode_speed.py --resolution 512
 
-The shape of TAESD is the default one of diffusers' AutoencoderTiny.
+Both have their official shapes and random weights; that of TAESD is the default one of diffusers'
+AutoencoderTiny.
 """
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from full_size import random_module
+from official_unets import random_module
 from random_training import VAE
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+from help_formatter import HelpFormatter
 
 
 def main(argv=None):
-    """Print seconds a picture of both and the median ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolution", type=int, default=512, help="side of the picture in pixels")
-    parser.add_argument("--rounds", type=int, default=3)
+    """Print seconds an image of both and the median ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    side = "side of the image"
+    parser.add_argument("--resolution", type=int, metavar="PIXELS", default=512, help=side)
+    rounds = "measurements, after one to warm up"
+    parser.add_argument("--rounds", type=int, metavar="N", default=3, help=rounds)
     args = parser.parse_args(argv)
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: give a multiple of 8")
@@ -39,8 +47,10 @@ def main(argv=None):
             assert shape == (1, 3, side, side)
         if number:  # the first warms up
             ratios.append(seconds["vae"] / seconds["tiny"])
-            print(f"VAE {seconds['vae']:.2f} s, tiny {seconds['tiny']:.2f} s a picture of {side} px: {ratios[-1]:.1f}")
-    print(f"{torch.get_num_threads()} threads, {device}, {dtype}: {statistics.median(ratios):.1f} times as fast")
+            both = f"VAE {seconds['vae']:.2f} s, tiny {seconds['tiny']:.2f} s"
+            print(f"{both} an image of {side} px: {ratios[-1]:.1f}")
+    threads, gain = torch.get_num_threads(), statistics.median(ratios)
+    print(f"{threads} threads, {device}, {dtype}: {gain:.1f} times as fast")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 #!/usr/bin/env python
 """Peak GPU memory of a training step, computed without a GPU, by part; and what fits on which card.
 
-    python scripts/measure/memory.py --model sdxl --resolution 1024 --batch 1 --quantize_base nf4 --caches --gradient_checkpointing --use_8bit_adam
-    python scripts/measure/memory.py --table      # README's table, an hour or so
-    python scripts/measure/memory.py --real       # the demo's step with and without memory: both must say the same
+    python scripts/measure/memory.py --model sdxl --resolution 1024 --batch 1 --encoded \\
+        --quantize_base nf4 --gradient_checkpointing --use_8bit_adam
+    python scripts/measure/memory.py --table      # the documentation's table, an hour or so
+    python scripts/measure/memory.py --real       # the demo's step with memory too, to compare
 
-The trainer's own step runs on tensors that have shapes but no memory, and the bytes of all that are alive are added up at every
-operation; the largest sum counts. They are a CPU's tensors with two rules of CUDA's: autocast normalises in float32, and
-attention is a kernel that never stores the L x L matrix, as on a CPU. The host's copy of the batch is counted too.
-bitsandbytes does not run on such tensors: its layers and optimizer have stand-ins that hold as many bytes (NF4: half a byte a weight, a byte for
-64 of them, 4 for 16,384; int8: a byte a weight, 4 a row; 8-bit Adam: 2 bytes a weight, 8 for 256) and make the same temporary tensors: the layer's
+The trainer's own step runs on tensors that have shapes but no memory, and the bytes of all that are
+alive are added up at every operation; the largest sum counts. They are a CPU's tensors with two
+rules of CUDA's: autocast normalises in float32, and attention is a kernel that never stores the
+L x L matrix, as on a CPU. The host's copy of the batch is counted too.
+
+bitsandbytes does not run on such tensors: its layers and optimizer have stand-ins that hold as many
+bytes (NF4: half a byte a weight, a byte for 64 of them, 4 for 16,384; int8: a byte a weight, 4 a
+row; 8-bit Adam: 2 bytes a weight, 8 for 256) and make the same temporary tensors: the layer's
 weight in full precision; for int8 the quantized input and the kept input.
-What cannot be seen from here (CUDA's context, workspaces of its libraries) is allowed for with 0.8 GiB. A card of N GB is taken to hold
-N x 10^9 bytes; that it has 2^30 for each, 7% more, is left to fragmentation.
+
+What cannot be seen from here (CUDA's context, workspaces of its libraries) is allowed for with 0.8
+GiB. A card of N GB is taken to hold N x 10^9 bytes; that it has 2^30 for each, 7% more, is left to
+fragmentation.
 """
 
 import argparse
@@ -20,6 +26,7 @@ import contextlib
 import math
 import sys
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -28,31 +35,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+from help_formatter import HelpFormatter
+
 ALLOWANCE = int(0.8 * 2**30)
 CARDS = 8, 12, 16, 24, 48, 80  # GB
 BATCHES = 1, 2, 4, 8, 12, 16, 24, 32
 ENOUGH = 4  # a batch for which no more memory is worth saving
-COMPUTED_BATCHES = 1, 8, 32  # between them memory is at most on the straight line: it is a maximum of straight lines
+# Between these memory is at most on the straight line, as it is a maximum of straight lines.
+COMPUTED_BATCHES = 1, 8, 32
 # The table's rows, and its sets of options, the fastest first.
-TABLE = {"SD 1.5": ("sd15", 512), "SD 2.1": ("sd21", 768), "SSD-1B": ("ssd1b", 1024), "SDXL": ("sdxl", 1024)}
+TABLE = {
+    "SD 1.5": ("sd15", 512),
+    "SD 2.1": ("sd21", 768),
+    "SSD-1B": ("ssd1b", 1024),
+    "SDXL": ("sdxl", 1024),
+}
 LADDER = [
-    ("caches",),
-    ("caches", "gradient_checkpointing"),
-    ("caches", "gradient_checkpointing", "use_8bit_adam"),
-    ("caches", "gradient_checkpointing", "use_8bit_adam", "nf4"),
+    ("encoded",),
+    ("encoded", "gradient_checkpointing"),
+    ("encoded", "gradient_checkpointing", "use_8bit_adam"),
+    ("encoded", "gradient_checkpointing", "use_8bit_adam", "nf4"),
 ]
 SHORT = {"gradient_checkpointing": "gc", "use_8bit_adam": "8bit", "nf4": "nf4"}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of the tensors that operations make, from their making to their end; `peak` is the largest sum."""
+    """Adds up the bytes of the tensors that operations make, alive; `peak` is the most."""
 
     def __init__(self):
+        """With nothing alive."""
         super().__init__()
         self.live = self.peak = self.gradients = self.gradients_at_peak = 0
         self.seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count what an operation makes."""
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
@@ -81,10 +99,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Quantized(torch.autograd.Function):
-    """A quantized layer's product: the temporary tensors and what is kept for the way back are those of bitsandbytes."""
+    """A quantized layer's product, with bitsandbytes' temporary tensors, and those it keeps."""
 
     @staticmethod
     def forward(ctx, x, bias, shape, kind):
+        """The product, of no values."""
         ctx.shape, ctx.kept = shape, x if kind == "int8" else None
         if kind == "int8":
             x.half(), x.to(torch.int8)
@@ -93,6 +112,7 @@ class Quantized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradient of the input, of no values."""
         return grad @ grad.new_empty(ctx.shape), None, None, None
 
 
@@ -100,44 +120,52 @@ class QuantizedLinear(torch.nn.Linear):
     """Stands for Linear4bit and Linear8bitLt."""
 
     def __init__(self, *size, compute_dtype=None, **_):
+        """As bitsandbytes' layers are made."""
         super().__init__(*size, device="meta")
         self.compute_dtype = compute_dtype
 
     def forward(self, x):
+        """The layer's output, of no values."""
         inside = x.to(self.compute_dtype or x.dtype)
         kind = "nf4" if self.compute_dtype else "int8"
-        return Quantized.apply(inside, self.bias, (self.out_features, self.in_features), kind).to(x.dtype)
+        return Quantized.apply(inside, self.bias, (self.out_features, self.in_features), kind).to(
+            x.dtype
+        )
 
 
 def nf4_bytes(weight, *_, **__):
     """Stands for Params4bit: NF4 with its scales quantized again."""
-    return torch.nn.Parameter(
-        torch.empty(weight.numel() * 33 // 64 + 4 * -(-weight.numel() // 16384), dtype=torch.uint8), False
-    )
+    size = weight.numel() * 33 // 64 + 4 * -(-weight.numel() // 16384)
+    return torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), False)
 
 
 def int8_bytes(weight, *_, **__):
     """Stands for Int8Params with its scales."""
-    return torch.nn.Parameter(torch.empty(weight.numel() + 4 * weight.shape[0], dtype=torch.uint8), False)
+    size = weight.numel() + 4 * weight.shape[0]
+    return torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), False)
 
 
 class Adam8bit(torch.optim.Optimizer):
     """Stands for AdamW8bit: its state, float32 for the smallest weights."""
 
     def __init__(self, parameters, is_paged=False, **settings):
+        """As bitsandbytes' optimizer is made."""
         super().__init__(parameters, settings)
 
     def step(self, closure=None):
+        """Make the state at the first step; no weight changes."""
         for p in self.param_groups[0]["params"]:
             if not self.state[p]:
-                size = 8 * p.numel() if p.numel() < 4096 else 2 * p.numel() + 8 * math.ceil(p.numel() / 256)
+                count = p.numel()
+                size = 8 * count if count < 4096 else 2 * count + 8 * math.ceil(count / 256)
                 self.state[p]["both"] = torch.empty(size, dtype=torch.uint8)
 
 
 def in_float32(norm):
-    """A normalisation as CUDA's autocast has it; a CPU's leaves it in the precision of its input."""
+    """A normalisation as in CUDA's autocast; a CPU's keeps the precision of its input."""
 
     def run(x, groups, weight=None, bias=None, eps=1e-5):
+        """The normalisation."""
         if torch.is_autocast_enabled("cpu"):
             x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))
         return norm(x, groups, weight, bias, eps)
@@ -150,15 +178,13 @@ def stand_ins(cuda_rules):
     """No memory, no bitsandbytes, and perhaps CUDA's rules."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_tensors())
-        fakes = {"nn.Linear4bit": QuantizedLinear, "nn.Params4bit": nf4_bytes, "nn.Linear8bitLt": QuantizedLinear}
-        fakes |= {"nn.Int8Params": int8_bytes, "optim.AdamW8bit": Adam8bit}
+        fakes = {"nn.Linear4bit": QuantizedLinear, "nn.Params4bit": nf4_bytes}
+        fakes |= {"nn.Linear8bitLt": QuantizedLinear, "nn.Int8Params": int8_bytes}
+        fakes |= {"optim.AdamW8bit": Adam8bit}
         fakes = {f"bitsandbytes.{name}": fake for name, fake in fakes.items()}
-        functional = torch.nn.functional
-        if cuda_rules:
-            fakes |= {
-                f"torch.nn.functional.{name}": in_float32(getattr(functional, name))
-                for name in ("group_norm", "layer_norm")
-            }
+        for name in ("group_norm", "layer_norm") if cuda_rules else ():
+            norm = getattr(torch.nn.functional, name)
+            fakes[f"torch.nn.functional.{name}"] = in_float32(norm)
         for name, fake in fakes.items():
             stack.enter_context(mock.patch(name, fake))
         yield
@@ -166,7 +192,8 @@ def stand_ins(cuda_rules):
 
 def size_of(tensors):
     """Bytes of tensors, those that share memory once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values())
+    storages = [t.untyped_storage() for t in tensors if not t.is_meta]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def step_memory(model, resolution, batch, precision, options, more=(), real=False, cuda_rules=True):
@@ -181,13 +208,12 @@ def step_memory(model, resolution, batch, precision, options, more=(), real=Fals
         training.step()
         pipe = training.pipe
         parts = {"base": size_of([*pipe.unet.parameters(), *pipe.unet.buffers()])}
-        others = [
-            part for part in pipe.components.values() if isinstance(part, torch.nn.Module) and part is not pipe.unet
-        ]
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        others = [module for module in modules if module is not pipe.unet]
         parts["VAE and text encoders"] = size_of(t for part in others for t in part.parameters())
         parts["LoRA"] = size_of(training.trained)
-        states = training.optimizer.optimizer.state.values()
-        parts["optimizer state"] = size_of(t for state in states for t in state.values() if torch.is_tensor(t))
+        states = [t for s in training.optimizer.optimizer.state.values() for t in s.values()]
+        parts["optimizer state"] = size_of(t for t in states if torch.is_tensor(t))
         parts["gradients at the peak"] = counter.gradients_at_peak
         parts["activations at the peak"] = counter.peak - sum(parts.values())
         return parts | {"total": counter.peak}
@@ -201,24 +227,29 @@ def fits(size):
 
 def report(parts):
     """The parts as lines."""
-    parts = parts | {"allowance": ALLOWANCE, "total with the allowance": parts["total"] + ALLOWANCE}
-    return "\n".join(f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB" for name, size in parts.items())
+    total = parts["total"] + ALLOWANCE
+    parts = parts | {"allowance": ALLOWANCE, "total with the allowance": total}
+    return "\n".join(
+        f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB" for name, size in parts.items()
+    )
 
 
 def choose(curves, card):
-    """(options, largest batch) for a card of `card` GB, a batch of 0 where nothing fits; `curves`: {options: {batch: bytes}}.
+    """(Options, largest batch) for a card of `card` GB, from {options: {batch: bytes}}.
 
-    The fastest options that leave room for a batch of 4; where none do, those with the largest batch, the fastest first.
+    The fastest options that leave room for a batch of 4; where none do, those with the largest
+    batch, the fastest first. The batch is 0 where nothing fits.
     """
-    room = card * 1e9 - ALLOWANCE
-    best = [
-        (options, max([0, *(b for b in BATCHES if interpolate(sizes, b) <= room)])) for options, sizes in curves.items()
-    ]
-    return next((found for found in best if found[1] >= ENOUGH), max(best, key=lambda found: found[1]))
+    room, best = card * 1e9 - ALLOWANCE, []
+    for options, sizes in curves.items():
+        fitting = [batch for batch in BATCHES if interpolate(sizes, batch) <= room]
+        best.append((options, max([0, *fitting])))
+    largest = max(best, key=lambda found: found[1])
+    return next((found for found in best if found[1] >= ENOUGH), largest)
 
 
 def interpolate(sizes, batch):
-    """Bytes at a batch from those computed at some batches, on the straight line between two of them."""
+    """Bytes at a batch from those at some batches, on the straight line between two of them."""
     below, above = max(b for b in sizes if b <= batch), min(b for b in sizes if b >= batch)
     share = (batch - below) / (above - below) if above > below else 0
     return sizes[below] + share * (sizes[above] - sizes[below])
@@ -226,51 +257,67 @@ def interpolate(sizes, batch):
 
 def cell(options, batch):
     """A cell of the table, such as `4 gc nf4 (c)`."""
-    return " ".join([str(batch), *(SHORT[o] for o in options if o in SHORT), "(c)"]) if batch else "no"
+    if not batch:
+        return "no"
+    return " ".join([str(batch), *(SHORT[option] for option in options if option in SHORT), "(c)"])
 
 
 def table():
-    """README's table, in Markdown."""
+    """The table of what fits on which card, in Markdown."""
     yield "| model | " + " | ".join(f"{card} GB" for card in CARDS) + " |"
     yield "|---" * (1 + len(CARDS)) + "|"
     for name, (model, side) in TABLE.items():
         curves = {
-            options: {b: step_memory(model, side, b, "bf16", options)["total"] for b in COMPUTED_BATCHES}
+            options: {
+                b: step_memory(model, side, b, "bf16", options)["total"] for b in COMPUTED_BATCHES
+            }
             for options in LADDER
         }
-        yield f"| {name}, {side} px | " + " | ".join(cell(*choose(curves, card)) for card in CARDS) + " |"
+        cells = " | ".join(cell(*choose(curves, card)) for card in CARDS)
+        yield f"| {name}, {side} px | {cells} |"
 
 
 def main(argv=None):
     """Print what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--model MODEL] [--resolution PIXELS] [--batch N] [flags] | --table",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    parser.error, add, count = fail, parser.add_argument, {"type": int, "metavar": "N"}
     add_model_flags(add)
-    add("--batch", type=int, default=1, help="pictures in a batch")
-    add("--precision", choices=["no", "bf16"], default="bf16", help="fp16 takes what bf16 takes, but for SDXL's VAE")
-    add("--quantize_base", choices=["nf4", "int8"])
-    for option in ("caches", "gradient_checkpointing", "use_8bit_adam"):
-        add(f"--{option}", action="store_true", help=f"the trainer's {' '.join(OPTIONS[option])}")
-    add("--lora_rank", type=int, default=64)
-    add("--vae_encode_batch_size", type=int, default=8)
-    add("--table", action="store_true", help="print README's table instead")
+    add("--batch", **count, default=1, help="images in a batch")
+    precision = "fp16 takes what bf16 takes, but for SDXL's VAE"
+    add("--precision", choices=["no", "bf16"], default="bf16", help=precision)
+    add("--quantize_base", choices=["nf4", "int8"], help="the base's linear layers in 4 or 8 bits")
+    add("--encoded", action="store_true", help="data of encode_data.py: no VAE, no text encoders")
+    for option in ("gradient_checkpointing", "use_8bit_adam"):
+        add(f"--{option}", action="store_true", help="as for the trainers")
+    add("--lora_rank", **count, default=64, help="rank of the LoRA")
+    add("--vae_encode_batch_size", **count, default=8, help="images that the VAE encodes at once")
+    add("--table", action="store_true", help="print the table of cards instead")
     add("--real", action="store_true", help="take the step on a CPU too, and compare")
     args = parser.parse_args(argv)
     if min(args.batch, args.lora_rank, args.vae_encode_batch_size, args.resolution or 1) < 1:
-        fail("--batch, --resolution, --lora_rank and --vae_encode_batch_size must be 1 or more")
+        flags = "--batch, --resolution, --lora_rank and --vae_encode_batch_size"
+        fail(f"{flags} must be 1 or more")
     if args.table:
         for line in table():
             print(line, flush=True)
         return
     options = [name for name in OPTIONS if vars(args).get(name) or name == args.quantize_base]
-    more = ["--lora_rank", str(args.lora_rank), "--vae_encode_batch_size", str(args.vae_encode_batch_size)]
+    more = ["--lora_rank", str(args.lora_rank)]
+    more += ["--vae_encode_batch_size", str(args.vae_encode_batch_size)]
     cell = args.model, args.resolution, args.batch, args.precision, options, more
     if args.real:
         with mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"):
-            computed, real = (step_memory(*cell, real=real, cuda_rules=False)["total"] for real in (False, True))
-        print(
-            f"by a CPU's rules: computed {computed / 2**20:.1f} MiB, counted on real tensors {real / 2**20:.1f} MiB, {computed / real:.3f} of it"
+            computed, real = (
+                step_memory(*cell, real=real, cuda_rules=False)["total"] for real in (False, True)
+            )
+        both = (
+            f"computed {computed / 2**20:.1f} MiB, counted on real tensors {real / 2**20:.1f} MiB"
         )
+        print(f"by a CPU's rules: {both}, {computed / real:.3f} of it")
     parts = step_memory(*cell)
     print(report(parts), fits(parts["total"]), sep="\n")
 

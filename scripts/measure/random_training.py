@@ -1,4 +1,4 @@
-"""The trainers' own training step on random weights and pictures; benchmark.py and memory.py import it."""
+"""The trainers' own training step on random weights and data, for benchmark.py and memory.py."""
 
 import importlib
 import os
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, not needed here
 
 import diffusers
 import torch
@@ -20,20 +20,25 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from full_size import ROOT, SD15, UNETS, random_module
+from official_unets import SD15, UNETS, random_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the trainers
 diffusers.utils.logging.set_verbosity_error()
 
-SD21 = SD15 | {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)}
-MODELS = UNETS | {"sd21": SD21 | {"use_linear_projection": True}}
+SD21 = SD15 | {"sample_size": 96, "cross_attention_dim": 1024, "use_linear_projection": True}
+MODELS = UNETS | {"sd21": SD21 | {"attention_head_dim": (5, 10, 20, 20)}}
 VAE = {
-    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4, "layers_per_block": 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4, "sample_size": 512,
-}  # fmt: skip
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
 # Width and layers of the text encoders.
 ENCODERS = {
     "sd15": [(768, 12)],
@@ -41,9 +46,9 @@ ENCODERS = {
     "sdxl": [(768, 12), (1280, 32)],
     "ssd1b": [(768, 12), (1280, 32)],
 }
-# What can be switched on, and the trainer's flags for it.
+# What can be switched on, and the trainer's flags for it; encoded data need none.
 OPTIONS = {
-    "caches": ["--cache_latents", "--cache_text_embeddings"],
+    "encoded": [],
     "gradient_checkpointing": ["--gradient_checkpointing"],
     "torch_compile": ["--torch_compile"],
     "nf4": ["--quantize_base", "nf4"],
@@ -61,19 +66,21 @@ def fail(message):
 def check_model(name):
     """An argparse type: an official shape or a teacher folder."""
     if name not in MODELS and not Path(name, "model_index.json").is_file():
-        fail(f"--model {name}: give {', '.join(MODELS)} or a teacher folder with model_index.json")
+        options = f"{', '.join(MODELS)} or a teacher folder with model_index.json"
+        fail(f"--model {name}: give {options}")
     return name
 
 
 def add_model_flags(add):
     """The flags that say what is trained, and at which size."""
-    says = f"{', '.join(MODELS)}, or a teacher folder"
-    add("--model", type=check_model, default=str(ROOT / "demo/teacher-sdxl"), help=says)
-    add("--resolution", type=int, help="side of the pictures in pixels (default: what the teacher draws)")
+    model, shapes = str(ROOT / "demo/teacher-sdxl"), f"{', '.join(MODELS)}, or a teacher folder"
+    add("--model", type=check_model, default=model, help=shapes)
+    side = "side of the images (default: the teacher's native resolution)"
+    add("--resolution", type=int, metavar="PIXELS", help=side)
 
 
 def describe(model):
-    """(family, folder of tokenizers and scheduler, config of the UNet, of the VAE, configs of the text encoders)."""
+    """(Family, folder of tokenizers and scheduler, configs of UNet, VAE and text encoders)."""
     if model not in MODELS:
         family = "sdxl" if "XL" in DiffusionPipeline.load_config(model)["_class_name"] else "sd15"
         unet = UNet2DConditionModel.load_config(model, subfolder="unet")
@@ -84,125 +91,133 @@ def describe(model):
     family = "sdxl" if len(ENCODERS[model]) == 2 else "sd15"
     encoders = [
         CLIPTextConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
-            projection_dim=width, vocab_size=49408, max_position_embeddings=77,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            projection_dim=width,
+            vocab_size=49408,
+            max_position_embeddings=77,
         )
         for width, layers in ENCODERS[model]
-    ]  # fmt: skip
-    return family, ROOT / f"demo/teacher-{family}", MODELS[model], VAE | {"force_upcast": family == "sdxl"}, encoders
+    ]
+    vae = VAE | {"force_upcast": family == "sdxl"}
+    return family, ROOT / f"demo/teacher-{family}", MODELS[model], vae, encoders
 
 
-def random_pipe(model, dtype, device, cached):
-    """A pipeline as the trainer's load_teacher gives it, but of random weights, which need no loading."""
+def random_pipe(model, dtype, device, encoded):
+    """A pipeline like that of the trainer's load_teacher, but of random weights.
+
+    For encoded data it has no text encoders, and of the VAE only the config.
+    """
     family, folder, unet, vae, encoders = describe(model)
     parts = {"scheduler": DDIMScheduler.from_pretrained(folder, subfolder="scheduler")}
     parts["unet"] = random_module(lambda: UNet2DConditionModel.from_config(unet), dtype, device)
-    if cached:  # only the config is needed
+    if encoded:
         with torch.device("meta"):
             parts["vae"] = AutoencoderKL.from_config(vae)
     else:  # as there, SDXL's is float32 where the base is fp16
         exact = dtype == torch.float16 and family == "sdxl" and vae["force_upcast"]
-        parts["vae"] = random_module(lambda: AutoencoderKL.from_config(vae), torch.float32 if exact else dtype, device)
+        precision = torch.float32 if exact else dtype
+        parts["vae"] = random_module(lambda: AutoencoderKL.from_config(vae), precision, device)
     kinds = CLIPTextModel, CLIPTextModelWithProjection
-    for name, config, kind in zip(("text_encoder", "text_encoder_2"), encoders, kinds):
-        length = config.max_position_embeddings
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=name.replace("text_encoder", "tokenizer"))
-        tokenizer.model_max_length = length
+    for part, config, kind in zip(("text_encoder", "text_encoder_2"), encoders, kinds):
+        name = part.replace("text_encoder", "tokenizer")
+        parts[name] = tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=name)
+        tokenizer.model_max_length = config.max_position_embeddings
         config.eos_token_id = tokenizer.eos_token_id
-        parts[name.replace("text_encoder", "tokenizer")] = tokenizer
-        parts[name] = None if cached else random_module(lambda c=config, k=kind: k(c), dtype, device)
+        parts[part] = None
+        if not encoded:
+            parts[part] = random_module(lambda c=config, k=kind: k(c), dtype, device)
     if family == "sdxl":
         return StableDiffusionXLPipeline(**parts)
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    parts |= {"safety_checker": None, "feature_extractor": None}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 class Training:
-    """All that a training step needs, made by the trainer's own functions; `step` takes one, and data are random."""
+    """A trainer's Run, made by its own functions; `step` takes a step on random data."""
 
     def __init__(self, model, resolution, batch, precision, options, more=()):
+        """Of a model as --model names it, with some of OPTIONS and `more` flags of the trainer."""
         family, *_ = describe(model)
         self.trainer = trainer = importlib.import_module(f"train_lcm_lora_{family}")
-        flags = [
-            "--pretrained_teacher_model",
-            model,
-            "--train_data_dir",
-            "none",
-            "--report_to",
-            "none",
-            "--center_crop",
-        ]
-        flags += [
-            "--train_batch_size",
-            str(batch),
-            "--mixed_precision",
-            precision,
-            "--max_train_steps",
-            "1000000",
-            *more,
-        ]
-        self.args = args = trainer.parse_args(flags + [flag for option in options for flag in OPTIONS[option]])
+        flags = ["--pretrained_teacher_model", model, "--mixed_precision", precision]
+        flags += ["--train_batch_size", str(batch), "--max_train_steps", "1000000"]
+        flags += "--train_data_dir none --report_to none --center_crop".split()
+        flags += [*more, *(flag for option in options for flag in OPTIONS[option])]
+        self.args = args = trainer.parse_args(flags)
         AcceleratorState._reset_state(True)
         self.accelerator = trainer.make_accelerator(args)
         device, dtype = self.accelerator.device, trainer.DTYPES[precision]
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-        self.cached = ["vae", *trainer.TEXT_ENCODERS] if "caches" in options else []
-        self.pipe = pipe = random_pipe(model, dtype, device, self.cached)
-        self.teacher, args.resolution = pipe.unet, resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.encoded = "encoded" in options
+        self.pipe = pipe = random_pipe(model, dtype, device, self.encoded)
+        self.teacher = unet = pipe.unet
+        args.resolution = resolution or unet.config.sample_size * pipe.vae_scale_factor
         if args.resolution % pipe.vae_scale_factor:
-            fail(f"--resolution {args.resolution}: it must be a multiple of the VAE's factor, {pipe.vae_scale_factor}")
+            advice = f"it must be a multiple of the VAE's factor, {pipe.vae_scale_factor}"
+            fail(f"--resolution {args.resolution}: {advice}")
         self.schedule = trainer.NoiseSchedule(pipe.scheduler.config, device)
-        self.target = trainer.make_student(pipe, args, device, self.cached)
+        self.target = trainer.make_student(pipe, args, device)
         self.trained = [p for p in self.target.parameters() if p.requires_grad]
-        self.timesteps = trainer.ddim_timesteps(args.num_ddim_timesteps, len(self.schedule.alpha)).to(device)
+        steps = trainer.ddim_timesteps(args.num_ddim_timesteps, len(self.schedule.alpha))
+        self.timesteps = steps.to(device)
         self.batch, self.c_null = self.random_batch(batch, dtype)
-        optimizer, _ = trainer.make_optimizer(self.trained, args)
+        optimizer, self.lr_scheduler = trainer.make_optimizer(self.trained, args)
         self.student, self.optimizer = self.accelerator.prepare(self.target, optimizer)
+        self.ema = None
 
     def random_batch(self, size, dtype):
-        """(a batch as the trainer's loader gives it, the conditions of the empty prompt)."""
+        """(A batch as the trainer's loader gives it, the conditions of the empty prompt)."""
         side, device, config = self.args.resolution, self.accelerator.device, self.teacher.config
+        is_xl = config.addition_embed_type == "text_time"
         batch = {"place": list(range(size))}
-        if config.addition_embed_type == "text_time":
+        if is_xl:
             batch["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]] * size)
-        if not self.cached:
-            batch |= {"pixels": torch.rand(size, 3, side, side) * 2 - 1, "caption": ["a red apple"] * size}
+        if not self.encoded:
+            batch["pixels"] = torch.rand(size, 3, side, side) * 2 - 1
+            batch["caption"] = ["a red apple"] * size
             return batch, self.trainer.encode_captions(self.pipe, [""])
         side //= self.pipe.vae_scale_factor
         shapes = {"prompt": (self.pipe.tokenizer.model_max_length, config.cross_attention_dim)}
-        if config.addition_embed_type == "text_time":
+        if is_xl:
             sizes = 6 * config.addition_time_embed_dim
             shapes["text_embeds"] = (config.projection_class_embeddings_input_dim - sizes,)
         c = {name: torch.randn(size, *shape).to(dtype) for name, shape in shapes.items()}
-        moments = torch.randn(size, 2 * config.in_channels, side, side).to(dtype)
-        return batch | c | {"moments": moments}, {name: value[:1].to(device) for name, value in c.items()}
+        batch["moments"] = torch.randn(size, 2 * config.in_channels, side, side).to(dtype)
+        return batch | c, {name: value[:1].to(device) for name, value in c.items()}
 
     def step(self, number=0):
-        """One optimizer step: (loss, gradient norm, whether they are finite)."""
+        """One optimizer step, as the trainer's loop takes it; what it logs of it."""
         trainer, args = self.trainer, self.args
-        drawn = trainer.sample_batch(self.pipe, self.batch, self.c_null, self.timesteps, number, args)
-        loss = trainer.distillation_loss(self.teacher, self.student, self.target, *drawn, self.schedule, args)
+        batch = self.batch | {"step": [number]}
+        loss = trainer.distillation_loss(self, *trainer.sample_batch(self, batch, args), args)
         self.accelerator.backward(loss)
-        return trainer.optimizer_step(self.accelerator, self.optimizer, self.trained, [loss.detach()], args)
+        row, _, _ = trainer.optimizer_step(self, [loss.detach()], args)
+        return row
 
 
 class Fetched(TorchDispatchMode):
     """Numbers fetched from tensors that hold none are 0."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Answer for .item(); leave the rest."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0
         return func(*args, **(kwargs or {}))
 
 
 def swap(old, new):
-    """What Module.to does with tensors that have no memory, without its check for references, which stay right here."""
+    """What Module.to does with tensors without memory, less its check for references to them."""
     old.__dict__, new.__dict__ = new.__dict__, old.__dict__
     torch._C._swap_tensor_impl(old, new)
 
 
 @contextmanager
 def fake_tensors():
-    """Tensors made within are a CPU's in all but memory: they have none, and nothing is computed."""
+    """Tensors made within are a CPU's in all but memory: they have none; nothing is computed."""
     cpu = mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true")
-    with cpu, mock.patch("torch.utils.swap_tensors", swap), FakeTensorMode(allow_non_fake_inputs=True), Fetched():
+    swapped = mock.patch("torch.utils.swap_tensors", swap)
+    with cpu, swapped, FakeTensorMode(allow_non_fake_inputs=True), Fetched():
         yield

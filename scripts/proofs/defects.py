@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Shows that the tests catch the defects of today's LCM-LoRA scripts: puts each into these programs, and its test has to fail.
+"""Show that the tests catch the defects of today's LCM-LoRA scripts: with each, its test must fail.
 
-    python scripts/proofs/defects.py             # exit code 0 if every defect is caught; a quarter of an hour
+    python scripts/proofs/defects.py    # exit code 0 if each defect is caught; a quarter of an hour
     python scripts/proofs/defects.py --only 4 14
 
-A defect is a small patch of one program in a copy of the repository; the two trainers are one text where scripts/proofs/drift.py says so.
-First all these tests have to pass as the programs are. After a test stands why it failed.
+A defect is a small patch of one program in a copy of the repository; the two trainers are one text
+where scripts/proofs/drift.py says so. First all these tests have to pass as the programs are. Each
+test is followed by the reason it failed.
 """
 
 import argparse
@@ -16,22 +17,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+from help_formatter import HelpFormatter
+
+ROOT = Path(__file__).resolve().parents[2]
 SD15, SDXL = "train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"
 
-# (number, what, program, test, {text: what stands in its place})
+# (number, what, program, test, {text: its replacement})
 # fmt: off
 DEFECTS = (
     (1, "keys under unet.base_model.model", SD15,
      "tests/test_train_sd15.py::test_defect_01_keys_are_those_that_every_tool_reads",
-     {"save_file(kohya, file,": 'save_file({f"unet.{name}": w for name, w in prefixed.items()}, file,'}),
+     {"save_file(kohya, file,":
+      'save_file({f"unet.{name}": w for name, w in prefixed.items()}, file,'}),
     (2, "attention as lora.down/up, the rest as lora_A/B", SD15,
      "tests/test_train_sd15.py::test_defect_02_attention_layers_are_loaded",
      {"save_file(kohya, file,":
-      'old = {k: k.replace("lora_A", "lora.down").replace("lora_B", "lora.up") for k in prefixed if "attn" in k}\n'
-      '    kohya = {old.get(k, k).replace("base_model.model", "unet"): w for k, w in prefixed.items()}\n'
+      'old = {k: k.replace("lora_A", "lora.down").replace("lora_B", "lora.up") '
+      'for k in prefixed if "attn" in k}\n'
+      '    kohya = {old.get(k, k).replace("base_model.model", "unet"): w '
+      'for k, w in prefixed.items()}\n'
       "    save_file(kohya, file,"}),
-    (3, "validation draws the base", SD15,
+    (3, "validation generates with the base", SD15,
      "tests/test_train_sd15.py::test_defect_03_validation_draws_with_the_student",
      {"pipe.unet = target": "pipe.unet = teacher"}),
     (4, "alpha lost on save", SD15,
@@ -52,18 +59,20 @@ DEFECTS = (
       "trained = filter(lambda p: p.requires_grad, student.parameters())"}),
     (8, "LoRA in the precision of the base", SD15,
      "tests/test_train_sd15.py::test_defect_08_lora_is_float32_under_bf16",
-     {"cast_training_params(unet, dtype=torch.float32)": "cast_training_params(unet, dtype=unet.dtype)"}),
+     {"cast_training_params(unet, dtype=torch.float32)":
+      "cast_training_params(unet, dtype=unet.dtype)"}),
     (8, "LoRA in the precision of the launcher", SD15,
      "tests/test_train_sd15.py::test_defect_08_lora_is_float32_under_bf16",
      {"cast_training_params(unet, dtype=torch.float32)":
-      'cast_training_params(unet, dtype=DTYPES[os.environ.get("ACCELERATE_MIXED_PRECISION", "no")])'}),
+      'cast_training_params(unet, '
+      'dtype=DTYPES[os.environ.get("ACCELERATE_MIXED_PRECISION", "no")])'}),
     (9, "autocast without a dtype", SD15,
      "tests/test_maths.py::test_defect_09_autocast_names_its_dtype",
      {"dtype=dtype, enabled=": "enabled="}),
     (10, "sigma in bf16", SD15,
      "tests/test_maths.py::test_defect_10_noising_is_float32",
      {"(1 - alpha_bar).sqrt()": "(1 - alpha_bar.bfloat16()).sqrt()"}),
-    (11, "all ranks draw the same", SD15,
+    (11, "all ranks sample the same", SD15,
      "tests/test_maths.py::test_defect_11_no_two_samples_share_noise",
      {"default_rng([seed, step, place, ": "default_rng([seed, step, "}),
     (12, "FSDP and DeepSpeed, where only rank 0 would save", SD15,
@@ -133,8 +142,9 @@ DEFECTS = (
      {"losses.append(loss.detach())": "losses.append(torch.tensor(loss.item()))"}),
     (18, "validation builds a pipeline", SD15,
      "tests/test_defects.py::test_defect_18_every_tracker_gets_the_pictures",
-     {"    images, what = [], {": "    load_teacher(args, torch.float32)\n    images, what = [], {"}),
-    (18, "only the first tracker gets pictures", SD15,
+     {"    images, what = [], {":
+      "    load_teacher(args, torch.float32)\n    images, what = [], {"}),
+    (18, "only the first tracker gets images", SD15,
      "tests/test_defects.py::test_defect_18_every_tracker_gets_the_pictures",
      {"step=step, **layout)": "step=step, **layout)\n        break"}),
     (18, "validation prompts are hard-coded", SD15,
@@ -158,7 +168,8 @@ DEFECTS = (
      {"prepare_data.py my_pictures": "prepare_data.py $PICTURES"}),
     (22, "PEFT keys without their prefix", SD15,
      "tests/test_train_sd15.py::test_defect_22_peft_keys_have_their_prefix",
-     {"save_file(prefixed, ": 'save_file({k.removeprefix("base_model.model."): w for k, w in prefixed.items()}, '}),
+     {"save_file(prefixed, ":
+      'save_file({k.removeprefix("base_model.model."): w for k, w in prefixed.items()}, '}),
     (23, "alpha tensors are the rank", SD15,
      "tests/test_train_sd15.py::test_defect_23_alpha_tensors_are_alpha",
      {"torch.tensor(float(args.lora_alpha))": "torch.tensor(float(args.lora_rank))"}),
@@ -169,9 +180,11 @@ DEFECTS = (
 NOT_HERE = {
     5: "needs two GPUs; two processes on the CPU wrap the model in the same way",
     8: "fp16 and its gradient scaler need a GPU; bf16 is trained, by flag and by launcher",
-    9: "CUDA's choice of fp16 needs a GPU; an fp16 base is run on the CPU, whose own choice is bf16",
-    12: "the hang needs FSDP or DeepSpeed; tested is that they are refused and that no rank has random state to save",
-    16: "whether a data set is still on the network cannot be tested; tested is that a bad record is named",
+    9: "CUDA's choice of fp16 needs a GPU; an fp16 base is run on a CPU, whose own choice is bf16",
+    12: "the hang needs FSDP or DeepSpeed; tested is that they are refused and that no rank has "
+    "random state to save",
+    16: "whether a data set is still on the network cannot be tested; tested is that a bad record "
+    "is named",
     17: "memory and waiting need a GPU; the tensors, passes and calls that cost them are counted",
 }
 
@@ -180,14 +193,16 @@ def patched(text, changes):
     """The text of a program with each change made; each has to fit exactly one place."""
     for old, new in changes.items():
         if text.count(old) != 1:
-            raise SystemExit(f"scripts/proofs/defects.py: error: {old!r} occurs {text.count(old)} times, not once")
+            found = f"{old!r} occurs {text.count(old)} times, not once"
+            raise SystemExit(f"scripts/proofs/defects.py: error: {found}")
         text = text.replace(old, new)
     return text
 
 
 def run_tests(folder, *tests):
-    """pytest on these tests in a copy: (exit code, its lines of failures and errors, or all of its output)."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
+    """pytest on these tests in a copy: (exit code, its lines of failures, or all of its output)."""
+    flags = "-q --tb=no -rfE -p no:cacheprovider".split()
+    command = [sys.executable, "-m", "pytest", *flags, *tests]
     env = os.environ | {"COLUMNS": "1000", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     text = done.stdout + done.stderr
@@ -196,13 +211,13 @@ def run_tests(folder, *tests):
 
 def main(argv=None):
     """Try each defect; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="just these defects")
     only = parser.parse_args(argv).only
     chosen, missed = [defect for defect in DEFECTS if not only or defect[0] in only], 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
         for name in tracked.strip("\0").split("\0"):
             if not name.startswith("demo/"):  # large, and no test here changes it
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +226,8 @@ def main(argv=None):
 
         code, lines = run_tests(folder, *{test: None for *_, test, _ in chosen})
         if code:
-            raise SystemExit("\n".join([*lines, "scripts/proofs/defects.py: error: these tests fail without any defect"]))
+            error = "scripts/proofs/defects.py: error: these tests fail without any defect"
+            raise SystemExit("\n".join([*lines, error]))
         print("without a defect: all of these tests pass", flush=True)
         for number, what, program, test, changes in chosen:
             text = (folder / program).read_text()
@@ -223,7 +239,8 @@ def main(argv=None):
             (folder / program).write_text(text)
             missed += code != 1  # 1: tests failed; others: pytest could not run them
             verdict = f"caught by {test}" if code == 1 else f"NOT CAUGHT by {test}"
-            print(f"D{number:02} {what}: {verdict} ({lines[0].partition(' - ')[2] or lines[0]})", flush=True)
+            reason = lines[0].partition(" - ")[2] or lines[0]
+            print(f"D{number:02} {what}: {verdict} ({reason})", flush=True)
     for number, why in NOT_HERE.items():
         if not only or number in only:
             print(f"D{number:02} only in part: {why}")

@@ -12,6 +12,7 @@ import ast
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 TRAINERS = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py")
 DIFFERS = {
     "FAMILY": "the name of the layout, in the LoRA's header",
@@ -70,7 +71,7 @@ def main(argv=None):
     for name in names:
         print(f"{name} differs: --fix {' or '.join(TRAINERS)}, or give a reason in DIFFERS")
     for name in needless:
-        print(f"DIFFERS: {name} is the same in both, or not in both: take it out")
+        print(f"DIFFERS: {name} is the same in both, or not in both: remove it")
     return 1 if names or needless else 0
 
 

@@ -1,13 +1,15 @@
-"""What infer.py draws from pictures, prompt files and schedulers, in grids and fused, mostly on the demo's teachers."""
+"""What infer.py generates from images, prompt files, by schedulers, in grids and fused."""
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from conftest import run as run_program
 from PIL import Image, ImageChops, ImageDraw
-from test_infer import difference, infer, make_lora, make_tiny_vae
+from test_infer import compare, difference, infer, make_lora, make_tiny_vae, start
 
 DEMO = {family: ROOT / "demo" / f"teacher-{family}" for family in ("sd15", "sdxl")}
 NAMES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
@@ -15,7 +17,7 @@ NAMES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
-    """A folder: a random LoRA and ControlNet of each demo teacher; apple.png of 90 x 64, mask.png with a white half."""
+    """A random LoRA and ControlNet per demo teacher; apple.png (90 x 64), half-white mask.png."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("kit")
@@ -39,25 +41,37 @@ def kit(tmp_path_factory):
 
 
 def run(kit, output, *flags, family="sd15", prompt=("a cat",)):
-    """Draw on the CPU; the path of the picture."""
+    """Generate on the CPU; the path of the image."""
     prompt = ["--prompt", *prompt] if prompt else []
     output_flag = ["--output", output] if output else []
-    words = ["--lora", kit / f"{family}.safetensors", "--device", "cpu", *prompt, *output_flag, *flags]
-    infer.main([*map(str, words)])
+    words = [
+        "--lora",
+        kit / f"{family}.safetensors",
+        "--device",
+        "cpu",
+        *prompt,
+        *output_flag,
+        *flags,
+    ]
+    start(*words)
     return output
 
 
 def settings(path):
-    """What a picture says about itself."""
+    """What an image says about itself."""
     return json.loads(Image.open(path).text["infer_args"])
 
 
-def is_picture(path, size=(64, 64)):
-    """Whether a file holds an RGB picture of this size that is neither flat nor black, white or clipped all over."""
+def is_image(path, size=(64, 64)):
+    """Whether a file is an RGB image of this size, neither flat nor black, white or clipped."""
     image = Image.open(path)
     low, high = image.convert("L").getextrema()
     edges = image.convert("L").histogram()
-    return (image.size, image.mode) == (size, "RGB") and high - low > 30 and edges[0] + edges[255] < 0.9 * sum(edges)
+    return (
+        (image.size, image.mode) == (size, "RGB")
+        and high - low > 30
+        and edges[0] + edges[255] < 0.9 * sum(edges)
+    )
 
 
 def pipeline(kit, kind, family="sd15", scheduler=("LCMScheduler", {}), lora=True, **parts):
@@ -74,7 +88,7 @@ def pipeline(kit, kind, family="sd15", scheduler=("LCMScheduler", {}), lora=True
 
 
 def call(pipe, path, *args, steps=4, guidance=1.0, seed=0, **kwargs):
-    """The pipeline's picture as a file."""
+    """The pipeline's image as a file."""
     generator = torch.Generator("cpu").manual_seed(seed)
     kwargs |= {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
     pipe(*args, **kwargs).images[0].save(path)
@@ -83,9 +97,11 @@ def call(pipe, path, *args, steps=4, guidance=1.0, seed=0, **kwargs):
 
 @pytest.fixture
 def cells(monkeypatch):
-    """The columns of the grids that the test draws."""
-    seen, grid = [], infer.grid
-    monkeypatch.setattr(infer, "grid", lambda columns, *rest: seen.extend(columns) or grid(columns, *rest))
+    """The columns of the grids that the test generates."""
+    seen, grid = [], compare.grid
+    monkeypatch.setattr(
+        compare, "grid", lambda columns, *rest: seen.extend(columns) or grid(columns, *rest)
+    )
     return seen
 
 
@@ -104,9 +120,9 @@ TRAILING = {"timestep_spacing": "trailing"}
 )
 @pytest.mark.parametrize("family", DEMO)
 def test_scheduler(kit, tmp_path, family, name, theirs, eta):
-    """Each draws what diffusers draws with it and the LoRA, another picture than the base, and says its name."""
+    """Each generates what diffusers does with it and the LoRA, not the base, and is named."""
     path = run(kit, tmp_path / "x.png", "--scheduler", name, family=family)
-    assert is_picture(path)
+    assert is_image(path)
     pipe = pipeline(kit, "Pipeline", family, scheduler=theirs)
     assert difference(path, call(pipe, tmp_path / "y.png", "a cat", eta=eta)) <= 1
     pipe.disable_lora()
@@ -116,7 +132,7 @@ def test_scheduler(kit, tmp_path, family, name, theirs, eta):
 
 
 def test_original_steps_of_the_header(kit, tmp_path, cells):
-    """With 20 DDIM steps, 3 steps of lcm and tcd stand elsewhere than with 50; 21 steps are refused."""
+    """With 20 DDIM steps, 3 steps of lcm and tcd differ from those of 50; 21 steps are refused."""
     from safetensors.torch import load_file, save_file
 
     header = {"base_model": str(DEMO["sd15"]), "num_ddim_timesteps": "20"}
@@ -134,14 +150,14 @@ def test_original_steps_of_the_header(kit, tmp_path, cells):
 
 @pytest.mark.parametrize("family", DEMO)
 def test_img2img(kit, tmp_path, family, capsys):
-    """As diffusers draws it; of the picture's size; half the steps for half the strength; nearer to it when weak."""
+    """As diffusers does it, of the image's size; half the strength: half the steps, and nearer."""
     flags = ("--image", kit / "apple.png", "--strength")
     half = run(kit, tmp_path / "half.png", *flags, 0.5, family=family)
     assert capsys.readouterr().err == ""
-    assert is_picture(half, (88, 64))
+    assert is_image(half, (88, 64))
     source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
     pipe = pipeline(kit, "Img2ImgPipeline", family)
-    # A pipeline of img2img asks for an image a prompt: with one and a list of generators all would share its noise.
+    # img2img wants an image per prompt: with one image, a list of generators would share its noise.
     theirs = call(pipe, tmp_path / "theirs.png", "a cat", image=source, strength=0.5)
     assert difference(half, theirs) <= 1
     full = run(kit, tmp_path / "full.png", *flags, 1, family=family)
@@ -149,7 +165,10 @@ def test_img2img(kit, tmp_path, family, capsys):
 
     def distance(path):
         return sum(
-            i * n for i, n in enumerate(ImageChops.difference(Image.open(path), source).convert("L").histogram())
+            i * n
+            for i, n in enumerate(
+                ImageChops.difference(Image.open(path), source).convert("L").histogram()
+            )
         )
 
     assert distance(half) < distance(full)
@@ -161,8 +180,8 @@ def test_img2img(kit, tmp_path, family, capsys):
 
 
 @pytest.mark.parametrize("name", infer.SCHEDULERS)
-def test_each_scheduler_draws_over_a_picture(kit, tmp_path, name):
-    """img2img, inpainting and ControlNet with each of them: a picture of its size, another than without the LoRA."""
+def test_each_scheduler_starts_from_images(kit, tmp_path, name):
+    """img2img, inpainting, ControlNet with each: of the image's size, not as without the LoRA."""
     control = ("--controlnet", kit / "control-sd15", "--control_image", kit / "apple.png")
     for kind, flags, size in (
         ("img2img", ("--image", kit / "apple.png"), (88, 64)),
@@ -170,8 +189,10 @@ def test_each_scheduler_draws_over_a_picture(kit, tmp_path, name):
         ("controlnet", control, (64, 64)),
     ):
         path = run(kit, tmp_path / f"{kind}.png", "--scheduler", name, *flags)
-        assert is_picture(path, size)
-        base = run(kit, tmp_path / f"{kind}-base.png", "--scheduler", name, *flags, "--lcm_weight", 0)
+        assert is_image(path, size)
+        base = run(
+            kit, tmp_path / f"{kind}-base.png", "--scheduler", name, *flags, "--lcm_weight", 0
+        )
         assert difference(path, base) > 8
 
 
@@ -182,37 +203,58 @@ def test_deep_grey_and_transparency(kit, tmp_path):
     clear = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
     clear.putpixel((0, 0), (0, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
-    words = ["--lora", "x", "--prompt", "a", "--image", tmp_path / "clear.png", "--mask", tmp_path / "depth.png"]
-    pictures = infer.read_pictures(infer.parse_args([*map(str, words)]))
-    assert [pictures["mask_image"].getpixel((x, 0)) for x in range(256)] == list(range(256))
-    assert pictures["image"].getpixel((0, 0)) == (255, 255, 255) and pictures["image"].getpixel((1, 1)) == (200, 0, 0)
+    words = [
+        "--lora",
+        "x",
+        "--prompt",
+        "a",
+        "--image",
+        tmp_path / "clear.png",
+        "--mask",
+        tmp_path / "depth.png",
+    ]
+    images = infer.read_images(infer.parse_args([*map(str, words)]))
+    assert [images["mask_image"].getpixel((x, 0)) for x in range(256)] == list(range(256))
+    assert images["image"].getpixel((0, 0)) == (255, 255, 255) and images["image"].getpixel(
+        (1, 1)
+    ) == (200, 0, 0)
 
 
-def test_pictures_are_read_upright(kit, tmp_path):
-    """A camera's turned picture, a grey one and one with a palette are what their RGB copy is."""
+def test_images_are_read_upright(kit, tmp_path):
+    """A camera's turned image, a grey one and one with a palette are what their RGB copy is."""
     apple = Image.open(kit / "apple.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise to be seen
     apple.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     apple.convert("P").save(tmp_path / "palette.png")
     expected = run(kit, tmp_path / "x.png", "--image", kit / "apple.png", "--steps", 2)
-    assert difference(expected, run(kit, tmp_path / "y.png", "--image", tmp_path / "turned.png", "--steps", 2)) == 0
-    args = infer.parse_args(["--lora", "x", "--prompt", "a", "--image", str(tmp_path / "palette.png")])
-    assert infer.read_pictures(args)["image"].mode == "RGB"
+    assert (
+        difference(
+            expected, run(kit, tmp_path / "y.png", "--image", tmp_path / "turned.png", "--steps", 2)
+        )
+        == 0
+    )
+    args = infer.parse_args(
+        ["--lora", "x", "--prompt", "a", "--image", str(tmp_path / "palette.png")]
+    )
+    assert infer.read_images(args)["image"].mode == "RGB"
 
 
 @pytest.mark.parametrize("family", DEMO)
 def test_inpainting(kit, tmp_path, family, capsys):
-    """Black stays as it is, white is redrawn, and by the LoRA."""
+    """Black stays as it is, white is generated, and by the LoRA."""
     flags = ("--image", kit / "apple.png", "--mask", kit / "mask.png")
     path = run(kit, tmp_path / "x.png", *flags, family=family)
     assert capsys.readouterr().err == ""
-    assert is_picture(path, (88, 64)) and settings(path)["strength"] == 1
+    assert is_image(path, (88, 64)) and settings(path)["strength"] == 1
     base = run(kit, tmp_path / "base.png", *flags, "--lora_scale", 0, family=family)
     source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
 
     def moved(path, box, other=source):
-        return max(high for _, high in ImageChops.difference(Image.open(path), other).crop(box).getextrema())
+        return max(
+            high
+            for _, high in ImageChops.difference(Image.open(path), other).crop(box).getextrema()
+        )
 
     left, right = (0, 0, 42, 64), (46, 0, 88, 64)
     assert moved(path, left) == 0 and moved(path, right) > 8
@@ -220,11 +262,18 @@ def test_inpainting(kit, tmp_path, family, capsys):
 
 
 @pytest.mark.parametrize("family", DEMO)
-@pytest.mark.parametrize("given", [(), ("image",), ("image", "mask")], ids=["text", "img2img", "inpainting"])
+@pytest.mark.parametrize(
+    "given", [(), ("image",), ("image", "mask")], ids=["text", "img2img", "inpainting"]
+)
 def test_controlnet(kit, tmp_path, family, given):
-    """The control image steers the picture; at scale 0 it does not."""
+    """The control image steers the image; at scale 0 it does not."""
     files = {"image": kit / "apple.png", "mask": kit / "mask.png"}
-    flags = [word for name in given for word in (f"--{name}", files[name])] + ["--width", 64, "--steps", 3]
+    flags = [word for name in given for word in (f"--{name}", files[name])] + [
+        "--width",
+        64,
+        "--steps",
+        3,
+    ]
     flags += ["--batch_size", 2]
     control = ("--controlnet", kit / f"control-{family}", "--control_image", kit / "mask.png")
     prompt = ("a cat", "a dog")
@@ -232,7 +281,7 @@ def test_controlnet(kit, tmp_path, family, given):
     run(kit, tmp_path / "none.png", *flags, family=family, prompt=prompt)
     for index in range(2):
         on, none = (tmp_path / f"{name}-{index}.png" for name in ("on", "none"))
-        assert is_picture(on) and difference(on, none) > 8
+        assert is_image(on) and difference(on, none) > 8
     if family == "sd15":
         run(kit, tmp_path / "off.png", *flags, *control, "--controlnet_scale", 0, prompt=prompt)
         assert difference(tmp_path / "off-1.png", none) <= 1
@@ -243,51 +292,87 @@ def test_controlnet_that_does_not_fit(kit, tmp_path):
     """One of another layout, and a folder that holds something else, are refused with one line."""
     from diffusers import ControlNetModel
 
-    small = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 8}
+    small = {
+        "block_out_channels": (32,),
+        "down_block_types": ("DownBlock2D",),
+        "norm_num_groups": 8,
+    }
     ControlNetModel(cross_attention_dim=64, **small).save_pretrained(tmp_path / "small")
     pipe = pipeline(kit, "Pipeline", lora=False)
     for folder, message in (
-        (tmp_path / "small", "is of another layout than the base model: cross_attention_dim is 64, needed is 128"),
-        (kit / "control-sdxl", "is of another layout than the base model: addition_embed_type is text_time, needed is"),
+        (
+            tmp_path / "small",
+            "has another layout than the base model: cross_attention_dim is 64, needed is 128",
+        ),
+        (
+            kit / "control-sdxl",
+            "has another layout than the base model: addition_embed_type is text_time, needed is",
+        ),
         (DEMO["sd15"] / "unet", "its weights are not those of ControlNetModel"),
         (tmp_path / "nowhere", "cannot be opened"),
     ):
-        with pytest.raises(SystemExit, match=f"^error: --controlnet {folder}:? {message}") as caught:
+        with pytest.raises(
+            SystemExit, match=f"^error: --controlnet {folder}:? {message}"
+        ) as caught:
             infer.load_controlnet(str(folder), pipe)
         assert "\n" not in str(caught.value)
 
 
 def test_one_copy_of_the_weights(kit):
-    """The pipeline that takes pictures draws with the very modules of the one that was loaded."""
+    """The pipeline that takes images generates with the very modules of the one that was loaded."""
     pipe = pipeline(kit, "Pipeline", lora=False)
-    files = {"image": "apple.png", "mask": "mask.png", "controlnet": "control-sd15", "control_image": "mask.png"}
+    files = {
+        "image": "apple.png",
+        "mask": "mask.png",
+        "controlnet": "control-sd15",
+        "control_image": "mask.png",
+    }
     flags = [word for name, file in files.items() for word in (f"--{name}", str(kit / file))]
-    drawing = infer.with_pictures(pipe, infer.parse_args(["--lora", "x", "--prompt", "a", *flags]))
-    assert type(drawing).__name__ == "StableDiffusionControlNetInpaintPipeline"
-    assert all(getattr(drawing, name) is getattr(pipe, name) for name in ("unet", "vae", "text_encoder"))
+    generating = infer.with_images(pipe, infer.parse_args(["--lora", "x", "--prompt", "a", *flags]))
+    assert type(generating).__name__ == "StableDiffusionControlNetInpaintPipeline"
+    assert all(
+        getattr(generating, name) is getattr(pipe, name) for name in ("unet", "vae", "text_encoder")
+    )
 
 
 def test_merged_loras_leave_the_weights_of_the_base_alone(kit, tmp_path, monkeypatch):
-    """While it draws, all tensors of the process are those of the base's own parts, in their places, and small ones."""
+    """While it generates, all tensors are the base's own, in their places, and small ones."""
     import gc
 
     def memory():
-        tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+        tensors = [
+            thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
+        ]
+        return {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors
+            if t.device.type == "cpu"
+        }
 
     def parts(pipe):
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
-    seen, draw_all, fuse = {}, infer.draw_all, infer.fuse
+    seen, generate_all, fuse = {}, infer.generate_all, infer.fuse
     monkeypatch.setattr(infer, "fuse", lambda pipe: seen.update(loaded=parts(pipe)) or fuse(pipe))
     monkeypatch.setattr(
-        infer, "draw_all", lambda pipe, *rest: seen.update(parts=parts(pipe), all=memory()) or draw_all(pipe, *rest)
+        infer,
+        "generate_all",
+        lambda pipe, *rest: (
+            seen.update(parts=parts(pipe), all=memory()) or generate_all(pipe, *rest)
+        ),
     )
     gc.collect()
     before = memory()
-    run(kit, tmp_path / "x.png", "--style_lora", f"{kit / 'sd15.safetensors'}:0.1", "--lcm_weight", 0.5)
+    run(
+        kit,
+        tmp_path / "x.png",
+        "--style_lora",
+        f"{kit / 'sd15.safetensors'}:0.1",
+        "--lcm_weight",
+        0.5,
+    )
     lora = sum(seen["loaded"].values()) - sum(seen["parts"].values())
     assert (
         lora > 2e6 and seen["parts"].items() <= seen["loaded"].items()
@@ -299,9 +384,11 @@ def test_merged_loras_leave_the_weights_of_the_base_alone(kit, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("family", DEMO)
-@pytest.mark.parametrize("given", [(), ("image",), ("image", "mask")], ids=["text", "img2img", "inpainting"])
+@pytest.mark.parametrize(
+    "given", [(), ("image",), ("image", "mask")], ids=["text", "img2img", "inpainting"]
+)
 def test_tiny_vae(kit, tmp_path, monkeypatch, family, given):
-    """As diffusers draws with it, decoding and encoding; the base's VAE is not made at all."""
+    """As diffusers generates with it, decoding and encoding; the base's VAE is not made at all."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     vae = make_tiny_vae(tmp_path / "vae")
@@ -309,27 +396,37 @@ def test_tiny_vae(kit, tmp_path, monkeypatch, family, given):
     flags = [word for name in given for word in (f"--{name}", files[name])]
     full = run(kit, tmp_path / "full.png", *flags, family=family)
     with monkeypatch.context() as patch:
-        patch.setattr(AutoencoderKL, "__init__", lambda *args, **kwargs: pytest.fail("the VAE was made"))
+        patch.setattr(
+            AutoencoderKL, "__init__", lambda *args, **kwargs: pytest.fail("the VAE was made")
+        )
         path = run(kit, tmp_path / "x.png", "--tiny_vae", vae, *flags, family=family)
     assert settings(path)["tiny_vae"] == str(vae) and difference(path, full) > 8
     if given == ("image", "mask"):
         black = (0, 0, 42, 64)
         assert Image.open(path).crop(black).tobytes() == Image.open(full).crop(black).tobytes()
         return
-    pipe = pipeline(kit, "Img2ImgPipeline" if given else "Pipeline", family, vae=AutoencoderTiny.from_pretrained(vae))
+    pipe = pipeline(
+        kit,
+        "Img2ImgPipeline" if given else "Pipeline",
+        family,
+        vae=AutoencoderTiny.from_pretrained(vae),
+    )
     source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
     more = {"image": source, "strength": 0.8} if given else {}
     assert difference(path, call(pipe, tmp_path / "theirs.png", "a cat", **more)) <= 1
 
 
 def test_tiny_vae_in_fused_output(kit, tmp_path):
-    """It is saved in the VAE's place, and what is saved is a base to draw with."""
+    """It is saved in the VAE's place, and what is saved is a base to generate with."""
     flags = ("--tiny_vae", make_tiny_vae(tmp_path / "vae"))
     run(kit, None, *flags, "--fused_output", tmp_path / "fused", prompt=())
     ours = run(kit, tmp_path / "ours.png", *flags)
     fused = run(kit, tmp_path / "fused.png", "--base_model", tmp_path / "fused", "--lora_scale", 0)
     assert difference(ours, fused) <= 3
-    assert json.loads((tmp_path / "fused" / "model_index.json").read_text())["vae"][1] == "AutoencoderTiny"
+    assert (
+        json.loads((tmp_path / "fused" / "model_index.json").read_text())["vae"][1]
+        == "AutoencoderTiny"
+    )
 
 
 def test_tiny_vae_that_does_not_fit(kit, tmp_path):
@@ -340,10 +437,13 @@ def test_tiny_vae_that_does_not_fit(kit, tmp_path):
             make_tiny_vae(tmp_path / "sd3", latent_channels=16),
             f"is for latents of 16 channels and a side of 1/4; {has}",
         ),
-        (make_tiny_vae(tmp_path / "taesd", factor=8), f"is for latents of 4 channels and a side of 1/8; {has}"),
+        (
+            make_tiny_vae(tmp_path / "taesd", factor=8),
+            f"is for latents of 4 channels and a side of 1/8; {has}",
+        ),
         (DEMO["sd15"] / "vae", "its weights are not those of AutoencoderTiny"),
         (DEMO["sd15"], "cannot be opened"),
-        (tmp_path / "nowhere", "cannot be opened .*; valid are a diffusers folder or a hub id"),
+        (tmp_path / "nowhere", "cannot be opened .*; valid are a diffusers folder or a Hub id"),
     ):
         with pytest.raises(SystemExit, match=f"^error: --tiny_vae {folder}:? {message}") as caught:
             run(kit, tmp_path / "x.png", "--tiny_vae", folder)
@@ -362,10 +462,13 @@ def test_tiny_vae_is_not_read_from_pickle(kit, tmp_path):
 
 
 def test_strength_is_raised_to_one_step(kit, tmp_path, capsys):
-    """0.1 x 4 steps would draw nothing: it becomes 0.25, with a word; at every number of steps one step is taken."""
+    """0.1 x 4 steps is no step: it becomes 0.25, with a warning; one step is always taken."""
     flags = ("--image", kit / "apple.png", "--strength")
     low = run(kit, tmp_path / "low.png", *flags, 0.1)
-    assert "warning: --strength 0.1 x 4 steps is less than one step: raised to 0.25," in capsys.readouterr().err
+    assert (
+        "warning: --strength 0.1 x 4 steps is less than one step: raised to 0.25 to take one"
+        in capsys.readouterr().err
+    )
     assert settings(low)["strength"] == pytest.approx(0.25)
     assert difference(low, run(kit, tmp_path / "quarter.png", *flags, 0.25)) == 0
     assert capsys.readouterr().err == ""
@@ -375,9 +478,17 @@ def test_strength_is_raised_to_one_step(kit, tmp_path, capsys):
 
 
 def test_prompts_in_a_text_file(kit, tmp_path):
-    """Comments and blank lines are skipped; each line draws what --prompt draws."""
+    """Comments and blank lines are skipped; each line generates what --prompt generates."""
     (tmp_path / "prompts.txt").write_text("\ufeff# two\na cat\n\n  a dog \n", encoding="utf-8")
-    run(kit, tmp_path / "file.png", "--prompts_file", tmp_path / "prompts.txt", "--seed", 5, prompt=())
+    run(
+        kit,
+        tmp_path / "file.png",
+        "--prompts_file",
+        tmp_path / "prompts.txt",
+        "--seed",
+        5,
+        prompt=(),
+    )
     run(kit, tmp_path / "flag.png", "--seed", 5, prompt=("a cat", "a dog"))
     assert len(list(tmp_path.glob("file*.png"))) == 2
     for index in range(2):
@@ -385,7 +496,7 @@ def test_prompts_in_a_text_file(kit, tmp_path):
 
 
 def test_prompts_in_json_lines(kit, tmp_path):
-    """Own seeds, sizes and negative prompts, batched by size, in the order of the lines, each as if drawn alone."""
+    """Own seeds, sizes, negative prompts, in the order of the lines, each as if generated alone."""
     rows = [
         {"prompt": "a cat", "seed": 7},
         {"prompt": "a dog", "width": 96, "height": 72, "negative_prompt": "red"},
@@ -394,29 +505,49 @@ def test_prompts_in_json_lines(kit, tmp_path):
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--steps", 2, "--guidance_scale", 2)
-    run(kit, tmp_path / "x.png", "--prompts_file", tmp_path / "p.jsonl", *flags, prompt=(), family="sdxl")
+    run(
+        kit,
+        tmp_path / "x.png",
+        "--prompts_file",
+        tmp_path / "p.jsonl",
+        *flags,
+        prompt=(),
+        family="sdxl",
+    )
     for index, row in enumerate(rows):
         path = tmp_path / f"x-{index}.png"
-        assert is_picture(path, (row.get("width", 64), row.get("height", 64)))
+        assert is_image(path, (row.get("width", 64), row.get("height", 64)))
         said = settings(path)
         assert said["prompt"] == row["prompt"] and said["seed"] == row.get("seed", index)
         assert said["negative_prompt"] == row.get("negative_prompt")
     for index in 1, 2:
-        own = [word for key, value in rows[index].items() if key != "prompt" for word in (f"--{key}", value)]
+        own = [
+            word
+            for key, value in rows[index].items()
+            if key != "prompt"
+            for word in (f"--{key}", value)
+        ]
         own = own if "seed" in rows[index] else [*own, "--seed", index]
-        alone = run(kit, tmp_path / "alone.png", *flags, *own, prompt=(rows[index]["prompt"],), family="sdxl")
+        alone = run(
+            kit,
+            tmp_path / "alone.png",
+            *flags,
+            *own,
+            prompt=(rows[index]["prompt"],),
+            family="sdxl",
+        )
         assert difference(tmp_path / f"x-{index}.png", alone) <= 1
 
 
 def test_steps_list(kit, tmp_path, capsys):
-    """A picture for each number of steps, each as drawn alone, with the steps in its name and header."""
+    """An image per number of steps, each as generated alone, the steps in its name and header."""
     run(kit, tmp_path / "x.png", "--steps", 1, 3, 1, prompt=("a cat", "a dog"))
     names = {f"x-{index}-steps{steps}.png" for index in range(2) for steps in (1, 3)}
     assert {path.name for path in tmp_path.iterdir()} == names
     run(kit, tmp_path / "alone.png", "--steps", 3, prompt=("a cat", "a dog"))
     assert difference(tmp_path / "x-1-steps3.png", tmp_path / "alone-1.png") == 0
     assert settings(tmp_path / "x-0-steps1.png")["steps"] == 1
-    assert re.findall(r"(.*): \S+ s a picture \((.*)\)", capsys.readouterr().out) == [
+    assert re.findall(r"(.*): \S+ s/image \((.*)\)", capsys.readouterr().out) == [
         ("1 step", "2 of 2 timed, after a warm-up"),
         ("3 steps", "2 of 2 timed, after a warm-up"),
         ("3 steps", "no batch came after the warm-up"),
@@ -424,61 +555,108 @@ def test_steps_list(kit, tmp_path, capsys):
 
 
 def test_first_call_is_not_timed(monkeypatch, tmp_path, capsys):
-    """Of several batches the first is left out; a warm pipeline's are all counted; one alone counts, and it is said."""
+    """Of several batches the first is left out, unless the pipeline is warm; one alone counts."""
 
     def seconds(times, compiled=(), seen=(), sizes=(64, 64, 64)):
-        clock = iter([moment for i, passed in enumerate(times) for moment in (100 * i, 100 * i + passed)])
+        clock = iter(
+            [moment for i, passed in enumerate(times) for moment in (100 * i, 100 * i + passed)]
+        )
         monkeypatch.setattr(infer.time, "perf_counter", lambda: next(clock))
         args = infer.parse_args(["--lora", "x", "--prompt", "a", "--batch_size", "2", *compiled])
         jobs = [infer.Job("a", None, 0, 64, width) for width in sizes]
-        return infer.draw(pipe, args, {}, jobs, 1, 1, set(seen))[1:]
+        return infer.generate(pipe, args, {}, jobs, 1, 1, set(seen))[1:]
 
-    pipe = type("Pipe", (), {"scheduler": None, "__call__": lambda self, prompts, **kwargs: Result(prompts)})()
-    Result = type("Result", (), {"__init__": lambda self, prompts: setattr(self, "images", prompts)})
+    pipe = type(
+        "Pipe", (), {"scheduler": None, "__call__": lambda self, prompts, **kwargs: Result(prompts)}
+    )()
+    Result = type(
+        "Result", (), {"__init__": lambda self, prompts: setattr(self, "images", prompts)}
+    )
     assert seconds([10, 1]) == (1, 1)
     assert seconds([10, 3, 1], sizes=(64,) * 5) == ((3 + 1) / 3, 3)
     assert seconds([10, 2], seen=["any"]) == ((10 + 2) / 3, 3)
     assert seconds([10], sizes=(64, 64)) == (10 / 2, 0)
-    # Compiled code is for a size, and for one picture or for several.
+    # Compiled code is for a size, and for one image or for several.
     assert seconds([10, 5], ["--compile"]) == ((10 + 5) / 3, 0)
     assert seconds([10, 2, 5, 8], ["--compile"], sizes=(64,) * 5 + (96,) * 2) == (2 / 2, 2)
 
 
 @pytest.mark.parametrize("family", DEMO)
 def test_grid_of_schedulers(kit, tmp_path, cells, family):
-    """A column for each scheduler and step count: lcm and tcd with the LoRA and no guidance, the others the teacher."""
-    flags = ("--compare", "--scheduler", "euler", "lcm", "tcd", "--steps", 2, 4, "--compare_guidance", 3)
+    """A column per scheduler and step count: lcm and tcd are the LoRA, the others the teacher."""
+    flags = (
+        "--compare",
+        "--scheduler",
+        "euler",
+        "lcm",
+        "tcd",
+        "--steps",
+        2,
+        4,
+        "--compare_guidance",
+        3,
+    )
     path = run(kit, tmp_path / "grid.png", *flags, family=family, prompt=("a cat", "a dog"))
     columns = settings(path)["columns"]
-    facts = [(column["scheduler"], column["steps"], column["guidance"], column["passes"]) for column in columns]
-    assert facts == [("euler", 2, 3, 4), ("euler", 4, 3, 8), *((n, s, 1, s) for n in ("lcm", "tcd") for s in (2, 4))]
-    assert [column["group"] for column in columns[1:4]] == ["Teacher, Euler", "LCM-LoRA", "LCM-LoRA"]
+    facts = [
+        (column["scheduler"], column["steps"], column["guidance"], column["passes"])
+        for column in columns
+    ]
+    assert facts == [
+        ("euler", 2, 3, 4),
+        ("euler", 4, 3, 8),
+        *((n, s, 1, s) for n in ("lcm", "tcd") for s in (2, 4)),
+    ]
+    assert [column["group"] for column in columns[1:4]] == [
+        "Teacher, Euler",
+        "LCM-LoRA",
+        "LCM-LoRA",
+    ]
     pipe = pipeline(kit, "Pipeline", family, ("EulerDiscreteScheduler", TRAILING), lora=False)
     images = [column["images"] for column in cells]
     images[1][0].save(tmp_path / "cell.png")
-    assert difference(tmp_path / "cell.png", call(pipe, tmp_path / "teacher.png", "a cat", guidance=3.0)) <= 1
+    assert (
+        difference(
+            tmp_path / "cell.png", call(pipe, tmp_path / "teacher.png", "a cat", guidance=3.0)
+        )
+        <= 1
+    )
     run(kit, tmp_path / "lcm.png", family=family, prompt=("a cat", "a dog"))
     images[3][1].save(tmp_path / "cell.png")
     assert difference(tmp_path / "cell.png", tmp_path / "lcm-1.png") <= 1
 
 
 def test_grid_plans():
-    """What --compare draws by default, with steps alone, with a scheduler alone."""
-    fixed = [("ddim", 50), ("dpm++", 1), ("dpm++", 2), ("dpm++", 4), ("lcm", 1), ("lcm", 2), ("lcm", 4), ("lcm", 8)]
+    """What --compare generates by default, with steps alone, with a scheduler alone."""
+    fixed = [
+        ("ddim", 50),
+        ("dpm++", 1),
+        ("dpm++", 2),
+        ("dpm++", 4),
+        ("lcm", 1),
+        ("lcm", 2),
+        ("lcm", 4),
+        ("lcm", 8),
+    ]
     for flags, plan in (
         ([], fixed),
         (["--steps", "2", "1"], [("dpm++", 2), ("dpm++", 1), ("lcm", 2), ("lcm", 1)]),
         (["--scheduler", "tcd"], [("tcd", 1), ("tcd", 2), ("tcd", 4), ("tcd", 8)]),
     ):
-        assert infer.parse_args(["--lora", "x", "--prompt", "a", "--compare", *flags]).plan == plan
+        args = infer.parse_args(["--lora", "x", "--prompt", "a", "--compare", *flags])
+        assert compare.make_plan(args) == plan
 
 
 @pytest.mark.parametrize("given", ["img2img", "inpainting", "controlnet"])
-def test_grid_from_pictures(kit, tmp_path, cells, given):
-    """The pictures given come first; every cell is drawn from them; passes are those that were taken."""
+def test_grid_from_images(kit, tmp_path, cells, given):
+    """The images given come first; every cell is generated from them; passes are those taken."""
     files = {"image": kit / "apple.png"} if given != "controlnet" else {}
     files |= {"mask": kit / "mask.png"} if given == "inpainting" else {}
-    files |= {"controlnet": kit / "control-sd15", "control_image": kit / "mask.png"} if given == "controlnet" else {}
+    files |= (
+        {"controlnet": kit / "control-sd15", "control_image": kit / "mask.png"}
+        if given == "controlnet"
+        else {}
+    )
     flags = [word for name, file in files.items() for word in (f"--{name}", file)]
     flags += ["--scheduler", "dpm++", "lcm", "--steps", 4, "--compare"]
     path = run(kit, tmp_path / "grid.png", *flags, prompt=("a cat", "a dog"))
@@ -506,7 +684,7 @@ def test_grid_of_several_sizes(kit, tmp_path):
 
 @pytest.mark.parametrize("family", DEMO)
 def test_fused_output(kit, tmp_path, family, capsys):
-    """A folder that any diffusers user opens: the base with the LoRA inside, drawing what infer.py draws."""
+    """A diffusers folder: the base with the LoRA inside, generating what infer.py generates."""
     import diffusers
 
     folder = tmp_path / "new" / "fused"
@@ -514,25 +692,54 @@ def test_fused_output(kit, tmp_path, family, capsys):
     run(kit, None, *flags, family=family, prompt=())
     assert [path.name for path in folder.parent.iterdir()] == ["fused"]
     assert f"{folder}: the base model with the LoRA merged in" in capsys.readouterr().out
-    assert not [*folder.rglob("*.bin")] and len([*folder.rglob("*.safetensors")]) == (3 if family == "sd15" else 4)
+    (tmp_path / "new" / "file").touch()  # has the permissions that the umask gives
+    modes = {path.stat().st_mode for path in [*folder.rglob("*.*"), tmp_path / "new" / "file"]}
+    assert len(modes) == 1
+    assert not [*folder.rglob("*.bin")] and len([*folder.rglob("*.safetensors")]) == (
+        3 if family == "sd15" else 4
+    )
     pipe = getattr(diffusers, NAMES[family] + "Pipeline").from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe.scheduler).__name__ == "LCMScheduler" and pipe.scheduler.config.original_inference_steps == 50
+    assert (
+        type(pipe.scheduler).__name__ == "LCMScheduler"
+        and pipe.scheduler.config.original_inference_steps == 50
+    )
     assert not any("lora" in name for name in pipe.unet.state_dict())
     theirs = call(pipe, tmp_path / "theirs.png", "a cat")
     ours = run(kit, tmp_path / "ours.png", "--lora_scale", 0.5, family=family)
     assert difference(ours, theirs) <= 3
     assert difference(theirs, run(kit, tmp_path / "base.png", "--lora_scale", 0, family=family)) > 8
-    with pytest.raises(SystemExit, match=f"^error: --fused_output {folder}: must be a new or an empty folder"):
+    with pytest.raises(
+        SystemExit, match=f"^error: --fused_output {folder}: must be a new or an empty folder"
+    ):
         run(kit, None, *flags, family=family, prompt=())
 
 
+def test_the_program_that_merges(kit, tmp_path):
+    """scripts/fuse_lora.py writes the weights that infer.py --fused_output does."""
+    from safetensors.torch import load_file
+
+    lora = ("--lora", kit / "sd15.safetensors")
+    infer.main([*map(str, lora), "--fused_output", str(tmp_path / "here")])
+    program = ROOT / "scripts" / "fuse_lora.py"
+    done = run_program(sys.executable, program, *lora, "--fused_output", tmp_path / "there")
+    assert (
+        done.returncode == 0 and "there: the base model with the LoRA merged in" in done.stdout
+    ), done.stderr
+    name = "unet/diffusion_pytorch_model.safetensors"
+    here, there = (load_file(tmp_path / folder / name) for folder in ("here", "there"))
+    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+
+
 def test_fused_after_a_grid(kit, tmp_path):
-    """The grid switches the LoRA off and on; what is saved has it, in an empty folder that was there."""
+    """The grid switches the LoRA off and on; what is saved has it; the folder may exist, empty."""
     from safetensors.torch import load_file
 
     weights = []
-    for name, flags in ("plain", ()), ("grid", ("--compare", "--scheduler", "lcm", "dpm++", "--steps", 1)):
+    for name, flags in (
+        ("plain", ()),
+        ("grid", ("--compare", "--scheduler", "lcm", "dpm++", "--steps", 1)),
+    ):
         (tmp_path / name).mkdir()
         output, prompt = (tmp_path / "x.png", ("a cat",)) if flags else (None, ())
         run(kit, output, "--fused_output", tmp_path / name, *flags, prompt=prompt)
@@ -544,7 +751,7 @@ def test_fused_after_a_grid(kit, tmp_path):
 
 
 def test_style_lora_in_a_grid_and_fused_after_it(kit, tmp_path, cells):
-    """The style stays on in the teacher's columns; what is saved is what is saved without a grid, and holds both LoRAs."""
+    """The style stays on in the teacher's columns; what is saved holds both LoRAs, grid or not."""
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
 
@@ -555,7 +762,9 @@ def test_style_lora_in_a_grid_and_fused_after_it(kit, tmp_path, cells):
     run(kit, tmp_path / "grid.png", *plan, *style, "--fused_output", tmp_path / "grid")
     run(kit, tmp_path / "bare.png", *plan, "--fused_output", tmp_path / "bare")
     run(kit, None, *style, "--fused_output", tmp_path / "plain", prompt=())
-    for ours, theirs in zip(cells[:2], cells[2:]):  # with and without the style: both columns change
+    for ours, theirs in zip(
+        cells[:2], cells[2:]
+    ):  # with and without the style: both columns change
         change = ImageChops.difference(ours["images"][0], theirs["images"][0]).getextrema()
         assert max(high for _, high in change) > 8
     grid, bare, plain = (
@@ -566,8 +775,8 @@ def test_style_lora_in_a_grid_and_fused_after_it(kit, tmp_path, cells):
     assert any(not torch.equal(grid[key], bare[key]) for key in grid)
 
 
-def test_fused_without_drawing_asks_for_no_steps(kit, tmp_path):
-    """A LoRA distilled over 2 steps can be merged, though 4 steps, the default, cannot be drawn with it."""
+def test_fused_without_generating_asks_for_no_steps(kit, tmp_path):
+    """A LoRA distilled over 2 steps can be merged, though it cannot do the default 4 steps."""
     from safetensors.torch import load_file, save_file
 
     header = {"base_model": str(DEMO["sd15"]), "num_ddim_timesteps": "2"}
@@ -588,7 +797,9 @@ def test_fused_output_is_whole_or_absent(kit, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
-    with pytest.raises(SystemExit, match="^error: --fused_output .*fused: cannot be written .*No space left"):
+    with pytest.raises(
+        SystemExit, match="^error: --fused_output .*fused: cannot be written .*No space left"
+    ):
         run(kit, None, "--fused_output", tmp_path / "fused", prompt=())
     assert not list(tmp_path.iterdir())
 
@@ -596,17 +807,23 @@ def test_fused_output_is_whole_or_absent(kit, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", r"p.jsonl: it holds no prompt"),
+        ("", r"p.jsonl: it contains no prompt"),
         ('{"prompt": "a"}\n{"prompt"', "p.jsonl, line 2: not JSON"),
         ('# x\n["a"]', r'line 2: must be {"prompt": ...}'),
         ('{"seed": 1}', r'line 1: must be {"prompt": ...}'),
-        ('{"prompt": "a", "steps": 2}', "line 1: must be .*beside it only negative_prompt, seed, height, width"),
-        ('{"prompt": 3}', "line 1: prompt is 3, needed is a text"),
-        ('{"prompt": "a", "seed": "1"}', "line 1: seed is '1', needed is 0 to 4294967295"),
+        (
+            '{"prompt": "a", "steps": 2}',
+            "line 1: must be .*optionally with negative_prompt, seed, height, width",
+        ),
+        ('{"prompt": 3}', "line 1: prompt is 3, must be a text"),
+        ('{"prompt": "a", "seed": "1"}', "line 1: seed is '1', must be 0 to 4294967295"),
         ('{"prompt": "a", "seed": -1}', "line 1: seed is -1"),
         ('{"prompt": "a", "width": true}', "line 1: width is True"),
-        ('{"prompt": "a", "height": 0}', "line 1: height is 0, needed is 1 to"),
-        ('{"prompt": "a", "height": 60}', "--prompts_file: height 60: must be a multiple of 8, e.g. 64"),
+        ('{"prompt": "a", "height": 0}', "line 1: height is 0, must be 1 to"),
+        (
+            '{"prompt": "a", "height": 60}',
+            "--prompts_file: height 60: must be a multiple of 8, e.g. 64",
+        ),
     ],
 )
 def test_bad_prompts_file(kit, tmp_path, line, message):
@@ -623,35 +840,62 @@ def test_bad_prompts_file(kit, tmp_path, line, message):
         ("", "nothing to do: give --prompt, --prompts_file or --fused_output"),
         ("--prompt a --prompts_file p.txt", "--prompt and --prompts_file do not go together"),
         ("--prompts_file nowhere.txt", "--prompts_file nowhere.txt: cannot be read"),
-        ("--prompts_file picture.png", "--prompts_file picture.png: cannot be read as text"),
+        ("--prompts_file image.png", "--prompts_file image.png: cannot be read as text"),
         ("--prompt a --strength 0.5", "--strength has no effect without --image"),
-        ("--prompt a --image picture.png --strength 1.5", "--strength: '1.5' is not float from 0 to 1"),
-        ("--prompt a --mask picture.png", "--mask has no effect without --image"),
-        ("--prompt a --image nowhere.png", "--image nowhere.png: not a picture that can be read"),
-        ("--prompt a --image text.txt", "--image text.txt: not a picture that can be read"),
-        ("--prompt a --image cut.png", "--image cut.png: not a picture that can be read"),
+        (
+            "--prompt a --image image.png --strength 1.5",
+            "--strength: '1.5' is not float from 0 to 1",
+        ),
+        ("--prompt a --mask image.png", "--mask has no effect without --image"),
+        ("--prompt a --image nowhere.png", "--image nowhere.png: not a readable image"),
+        ("--prompt a --image text.txt", "--image text.txt: not a readable image"),
+        ("--prompt a --image cut.png", "--image cut.png: not a readable image"),
         ("--prompt a --controlnet x", "--controlnet has no effect without --control_image"),
-        ("--prompt a --control_image picture.png", "--control_image has no effect without --controlnet"),
-        ("--prompt a --controlnet_scale 2", "--controlnet_scale has no effect without --controlnet"),
+        (
+            "--prompt a --control_image image.png",
+            "--control_image has no effect without --controlnet",
+        ),
+        (
+            "--prompt a --controlnet_scale 2",
+            "--controlnet_scale has no effect without --controlnet",
+        ),
         ("--prompt a --scheduler lcm tcd", "--scheduler lcm tcd: several need --compare"),
         ("--prompt a --scheduler pndm", "--scheduler: invalid choice: 'pndm' .*euler"),
         ("--prompt a --steps 4 0", "--steps: '0' is not int from 1 to 1000"),
         ("--prompt a --scheduler euler --steps 1001", "--steps: '1001' is not int from 1 to 1000"),
-        ("--prompt a --compare --scheduler tcd --compare_guidance 3", "--compare_guidance has no effect without"),
-        ("--prompt a --compare --scheduler ddim --guidance_scale 2", "--guidance_scale has no effect without"),
+        (
+            "--prompt a --compare --scheduler tcd --compare_guidance 3",
+            "--compare_guidance has no effect without",
+        ),
+        (
+            "--prompt a --compare --scheduler ddim --guidance_scale 2",
+            "--guidance_scale has no effect without",
+        ),
         ("--fused_output text.txt", "--fused_output text.txt: must be a new or an empty folder"),
         ("--fused_output .", "--fused_output .: must be a new or an empty folder"),
-        ("--fused_output new --compare", "--compare has no effect without --prompt or --prompts_file"),
-        ("--fused_output new --compile", "--compile has no effect without --prompt or --prompts_file"),
-        ("--fused_output new --steps 2", "--steps has no effect without --prompt or --prompts_file"),
-        ("--fused_output new --image picture.png", "--image has no effect without --prompt or --prompts_file"),
+        (
+            "--fused_output new --compare",
+            "--compare has no effect without --prompt or --prompts_file",
+        ),
+        (
+            "--fused_output new --compile",
+            "--compile has no effect without --prompt or --prompts_file",
+        ),
+        (
+            "--fused_output new --steps 2",
+            "--steps has no effect without --prompt or --prompts_file",
+        ),
+        (
+            "--fused_output new --image image.png",
+            "--image has no effect without --prompt or --prompts_file",
+        ),
     ],
 )
 def test_bad_flag(kit, tmp_path, monkeypatch, flags, message):
     """One line, which names the flag and what would be valid, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("no picture")
-    (tmp_path / "picture.png").write_bytes((kit / "apple.png").read_bytes())
+    (tmp_path / "text.txt").write_text("no image")
+    (tmp_path / "image.png").write_bytes((kit / "apple.png").read_bytes())
     (tmp_path / "cut.png").write_bytes((kit / "apple.png").read_bytes()[:120])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
@@ -659,12 +903,18 @@ def test_bad_flag(kit, tmp_path, monkeypatch, flags, message):
     assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == before
 
 
-def test_warnings(capsys):
-    """A negative prompt in a file counts where guidance is 1, and not in a grid without a column of the LoRA."""
-    words = ["--lora", "x", "--prompt", "a", "--negative_prompt", "b"]
-    infer.read_jobs(infer.parse_args(words))
-    assert "--negative_prompt does nothing here" in capsys.readouterr().err
-    infer.read_jobs(infer.parse_args([*words, "--compare"]))
-    assert "--negative_prompt does nothing in the LCM-LoRA columns" in capsys.readouterr().err
-    infer.read_jobs(infer.parse_args([*words, "--compare", "--scheduler", "ddim"]))
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--negative_prompt does nothing here: it needs"),
+        ("--compare", "--negative_prompt does nothing in the LCM-LoRA columns: it needs"),
+        ("--compare --scheduler ddim", None),
+    ],
+)
+def test_warnings(capsys, flags, message):
+    """A negative prompt has an effect where guidance is above 1: in the teacher's columns."""
+    words = ["--lora", "x", "--prompt", "a", "--negative_prompt", "b", *flags.split()]
+    args = infer.parse_args(words)
+    plan = compare.make_plan(args) if args.compare else [("lcm", 4)]
+    infer.check_plan(args, plan, infer.read_jobs(args), 50)
+    assert re.fullmatch(f"warning: {message}.*\n" if message else "", capsys.readouterr().err)
