@@ -76,7 +76,7 @@ def test_the_source_pages_recipe():
         "lora_rank": 8,
         "lora_alpha": 8,
         "learning_rate": 1e-5,
-        "use_8bit_adam": True,
+        "optimizer": "adamw8bit",
         "adam_weight_decay": 0,
         "train_batch_size": 2,
         "gradient_accumulation_steps": 2,

@@ -1,6 +1,7 @@
-"""A run that cannot be lost: exact resume, damaged checkpoints, signals, numbers that go wrong, secrets, many processes.
+"""A run that cannot be lost: resume, damage, signals, wrong numbers, secrets, many processes.
 
-Trainers that get signals are children forked from this process, which has all libraries loaded; launchers are real ones.
+Trainers that get signals are children forked from this process, which has all libraries loaded;
+launchers are real ones.
 """
 
 import contextlib
@@ -28,14 +29,24 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from conftest import LORA, QUICK, ROOT, SMOOTH, command_line, difference, log, near, same, series
+from conftest import (
+    LORA,
+    QUICK,
+    ROOT,
+    SMOOTH,
+    command_line,
+    difference,
+    log,
+    near,
+    same,
+    series,
+)
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 RUN = {
     "max_train_steps": 6,
     "checkpointing_steps": 2,
-    "logging_steps": 1,
     "lr_scheduler": "cosine",
     "lora_target_modules": "to_q to_out.0",  # few, so that saves are quick
 }
@@ -45,7 +56,7 @@ STATE, MANIFEST, WEIGHTS = "training_state.pt", "manifest.json", "unet/adapter_m
 
 
 def on_steps(trainer, steps, act):
-    """Give the losses of these steps (calls, counted from 1) to `act` and take what it makes of them."""
+    """Give the losses of these steps (calls, from 1) to `act` and take what it makes of them."""
     real, calls = trainer.distillation_loss, itertools.count(1)
 
     def wrapped(*args):
@@ -81,7 +92,10 @@ def free_port():
 
 
 class Program(multiprocessing.get_context("fork").Process):
-    """A trainer as a process in a session of its own; `before` may change its module. Its text is in a file."""
+    """A trainer as a process in a session of its own, its text in a file.
+
+    `before` may change its module.
+    """
 
     def __init__(self, trainer, words, text, before, environment):
         super().__init__()
@@ -92,7 +106,9 @@ class Program(multiprocessing.get_context("fork").Process):
         os.setsid()
         file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (
+            open(number, "w", buffering=1, closefd=False) for number in (1, 2)
+        )
         sys.argv = [self.trainer.__file__, *self.words]
         os.environ |= self.environment
         torch.set_num_threads(1)
@@ -109,7 +125,10 @@ class Program(multiprocessing.get_context("fork").Process):
 
 @pytest.fixture
 def start(sd15, teacher, images):
-    """start(out, before=change, processes=1, flag=value, ...) -> [Program]; before(trainer) and, of many, (trainer, rank)."""
+    """start(out, before=change, processes=1, flag=value, ...) -> [Program].
+
+    before(trainer) or, of many processes, before(trainer, rank).
+    """
     started = []
 
     def start(out, before=lambda *_: None, processes=1, environment=None, words=(), **flags):
@@ -119,7 +138,12 @@ def start(sd15, teacher, images):
         for rank in range(processes):
             variables, text = dict(environment or {}), Path(f"{out}{rank or ''}.txt")
             if processes > 1:
-                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                places = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": processes,
+                    "LOCAL_WORLD_SIZE": processes,
+                }
                 variables |= {k: str(v) for k, v in places.items()}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             change = before if processes == 1 else lambda trainer, rank=rank: before(trainer, rank)
@@ -157,7 +181,9 @@ def refused(train, **flags):
 
 def contents(folder):
     """{file: its bytes}."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +212,18 @@ def finish(train, whole):
     return finish
 
 
-# ------------------------------------------------------------------------------------------------------- exact resume
+# ------------------------------------------------------------------------------------- exact resume
 
 
 @pytest.mark.parametrize("trainer", ["train", "train_xl"])
 @pytest.mark.parametrize("flags", [
     {"streaming": True, "shuffle_buffer_size": 5, "gradient_accumulation_steps": 2},
     {"streaming": True, "shuffle_buffer_size": 5, "dataloader_num_workers": 1, "random_flip": True},
-    {"max_train_samples": 10, "gradient_accumulation_steps": 2, "ema_decay": 0.9, "lr_warmup_steps": 4},
+    {"max_train_samples": 10, "gradient_accumulation_steps": 2, "ema_decay": 0.9,
+     "lr_warmup_steps": 4},
 ], ids=["streamed", "streamed by a reader", "average and warm-up"])  # fmt: skip
 def test_resumed_is_uninterrupted(request, trainer, flags):
-    """In the middle of an epoch and over its end, to the bit: the log, the LoRA, and the state for the next resume."""
+    """Inside an epoch and over its end, to the bit: log, LoRA, and state for the next resume."""
     train = request.getfixturevalue(trainer)
     flags = RUN | {"checkpointing_steps": 3} | flags
     one = train(**flags)
@@ -218,7 +245,7 @@ def test_the_log_counts_on(sd15, train, monkeypatch):
     assert [skipped for (skipped,) in series(one, "skipped")] == [0, 1, 1, 1, 1, 1]
 
 
-# -------------------------------------------------------------------------------------------------- checkpoint faults
+# -------------------------------------------------------------------------------- checkpoint faults
 
 
 def spoil(folder, fault):
@@ -262,7 +289,10 @@ def test_a_damaged_checkpoint_named_by_the_user(train, copy):
     spoil(copy / "checkpoint-4", "one bit")
     before, damaged = contents(copy), copy / "checkpoint-4"
     message = refused(train, **RUN, output_dir=copy, resume_from_checkpoint=damaged)
-    assert f"--resume_from_checkpoint {damaged}: no whole checkpoint" in message and contents(copy) == before
+    assert (
+        f"--resume_from_checkpoint {damaged}: no whole checkpoint" in message
+        and contents(copy) == before
+    )
 
 
 def test_all_are_damaged(train, copy, capsys):
@@ -278,7 +308,9 @@ def test_all_are_damaged(train, copy, capsys):
 def test_a_run_that_is_there_is_not_trained_over(train, copy):
     """The same command without --resume_from_checkpoint is refused, with the flag that goes on."""
     before = contents(copy)
-    assert "checkpoint-6; go on with --resume_from_checkpoint latest" in refused(train, **RUN, output_dir=copy)
+    assert "checkpoint-6; resume with --resume_from_checkpoint latest" in refused(
+        train, **RUN, output_dir=copy
+    )
     assert contents(copy) == before
 
 
@@ -288,26 +320,34 @@ def test_an_unwritable_folder(train, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     for folder in ["file"] + ["locked"] * (os.getuid() != 0):
         message = refused(train, output_dir=tmp_path / folder / "out")
-        assert re.search(rf"--output_dir {tmp_path}/{folder}/out: .*(NotADirectory|Permission)Error", message)
+        assert re.search(
+            rf"--output_dir {tmp_path}/{folder}/out .*(NotADirectory|Permission)Error", message
+        )
 
 
 @pytest.mark.parametrize("full", ["weights", "state"])
 def test_a_full_disk_while_a_checkpoint_is_saved(sd15, start, whole, copy, finish, full):
-    """Of files that may not grow beyond a limit. One line, no half of a checkpoint, the last good one is whole and named."""
+    """Of files that may not grow beyond a limit. One line; the last good one is whole and named."""
     for step in (4, 6):
         shutil.rmtree(copy / f"checkpoint-{step}")
     sizes = {"weights": (copy / "checkpoint-2" / LORA).stat().st_size, "state": 0}
-    limit = sizes["weights"] // 2 if full == "weights" else (copy / "checkpoint-2" / STATE).stat().st_size // 2
+    limit = (
+        sizes["weights"] // 2
+        if full == "weights"
+        else (copy / "checkpoint-2" / STATE).stat().st_size // 2
+    )
     assert full == "weights" or limit > sizes["weights"]
 
     def before(trainer):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     code, text = start(copy, before, resume_from_checkpoint="latest")[0].end()
-    line = f"error: {copy}/checkpoint-4: it cannot be saved .*the last good checkpoint: {copy}/checkpoint-2\n"
+    line = (
+        f"error: {copy}/checkpoint-4: it cannot be saved .*last good checkpoint: {copy}/checkp.*2\n"
+    )
     assert code == 1 and re.search(line, text) and "Traceback" not in text, text
     assert [path.name for path in copy.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert sd15.damage(copy / "checkpoint-2") is None
+    assert not sd15.damage(copy / "checkpoint-2")
     finish(copy)
 
 
@@ -319,13 +359,16 @@ def test_a_full_disk_at_the_end(start, copy, finish):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     code, text = start(copy, before, resume_from_checkpoint="latest")[0].end()
-    assert code == 1 and re.search(f"error: --output_dir {copy}: the LoRA cannot be saved", text), text
+    assert code == 1 and re.search(f"error: --output_dir {copy}: the LoRA cannot be saved", text), (
+        text
+    )
     assert "Traceback" not in text
     finish(copy)
 
 
 @pytest.mark.parametrize("steps", [
-    {("rename", 2): "before"}, {("rename", 2): "after"}, {("rmtree", 1): "half"}, {("flush_to_disk", 10): "before"},
+    {("rename", 2): "before"}, {("rename", 2): "after"}, {("rmtree", 1): "half"},
+    {("flush_to_disk", 10): "before"},
 ], ids=str)  # fmt: skip
 def test_one_checkpoint_is_always_whole(sd15, start, train, tmp_path, steps):
     """With --checkpoints_total_limit 1 and a kill around each rename and deletion."""
@@ -348,14 +391,16 @@ def test_one_checkpoint_is_always_whole(sd15, start, train, tmp_path, steps):
         setattr(module, name, killed)
 
     assert start(out, before, **flags)[0].end()[0] == -signal.SIGKILL
-    assert [path for path in sd15.checkpoints(out) if sd15.damage(path) is None]
+    assert [path for path in sd15.checkpoints(out) if not sd15.damage(path)]
     train(**flags, output_dir=out, resume_from_checkpoint="latest")
-    assert same(out, train(**flags)) and [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert same(out, train(**flags)) and [path.name for path in out.glob("checkpoint-*")] == [
+        "checkpoint-6"
+    ]
 
 
 @pytest.mark.parametrize("after", ["checkpoint-4.old", "checkpoint-4"])
 def test_a_checkpoint_is_replaced(start, copy, finish, after):
-    """From an earlier one: killed after either of the two renames, then once more with what that left."""
+    """From an earlier one: killed after either of the two renames, then again with what is left."""
 
     def before(trainer):
         real = Path.rename
@@ -367,7 +412,10 @@ def test_a_checkpoint_is_replaced(start, copy, finish, after):
 
         Path.rename = rename
 
-    assert start(copy, before, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0] == -signal.SIGKILL
+    assert (
+        start(copy, before, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0]
+        == -signal.SIGKILL
+    )
     left = {"checkpoint-4.old", "checkpoint-4.part" if after.endswith("old") else "checkpoint-4"}
     assert {path.name for path in copy.glob("checkpoint-4*")} == left
     assert start(copy, resume_from_checkpoint=copy / "checkpoint-2")[0].end()[0] == 0
@@ -379,14 +427,18 @@ def test_the_limit_keeps_the_checkpoint_just_saved(sd15, start, copy, finish):
     spoil(copy / "checkpoint-6", "truncated")
     shutil.rmtree(copy / "checkpoint-4")
     before = patched({1}, send(signal.SIGTERM))
-    code, _ = start(copy, before, resume_from_checkpoint="latest", checkpoints_total_limit=1)[0].end()
+    code, _ = start(copy, before, resume_from_checkpoint="latest", checkpoints_total_limit=1)[
+        0
+    ].end()
     assert code == 128 + signal.SIGTERM
-    assert [path.name for path in sd15.checkpoints(copy)] == ["checkpoint-3"] and not sd15.damage(copy / "checkpoint-3")
+    assert [path.name for path in sd15.checkpoints(copy)] == ["checkpoint-3"] and not sd15.damage(
+        copy / "checkpoint-3"
+    )
     finish(copy)
 
 
 def test_two_runs_in_one_folder(sd15, start, train, whole, tmp_path):
-    """The second is refused and changes nothing; after a SIGKILL of the first the folder is free."""
+    """The second is refused and changes nothing; after a SIGKILL of the first it is free."""
     out = tmp_path / "out"
 
     def wait(loss):
@@ -398,7 +450,7 @@ def test_two_runs_in_one_folder(sd15, start, train, whole, tmp_path):
         assert first.is_alive(), first.file.read_text()
     before = contents(out)
     message = refused(train, **RUN, output_dir=out)
-    assert f"--output_dir {out}: another run writes there" in message and contents(out) == before
+    assert f"--output_dir {out} is in use" in message and contents(out) == before
     first.kill()
     first.join()
     train(**RUN, output_dir=out)
@@ -412,16 +464,19 @@ def test_a_log_of_another_program(train, whole, tmp_path):
     assert same(tmp_path, whole) and series(tmp_path, *COLUMNS) == series(whole, *COLUMNS)
 
 
-# ------------------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------------ signals
 
 
-def stopped(sd15, program, out, step, number):
+def stopped(sd15, program, out, step, number, name=None):
     """Check the end of a program that a signal stopped; the command that it says goes on."""
     code, text = program.end()
     assert code == 128 + number, text
-    assert sd15.checkpoints(out)[-1].name == f"checkpoint-{step}" and sd15.damage(out / f"checkpoint-{step}") is None
+    assert sd15.checkpoints(out)[-1].name == f"checkpoint-{step}" and not sd15.damage(
+        out / f"checkpoint-{step}"
+    )
     assert not (out / LORA).exists()
-    said = re.search(rf"stopped by {number.name} after step {step}; this goes on: (.*)", text)
+    said = rf"stopped by {name or number.name} after step {step}; resume with: (.*)"
+    said = re.search(said, text)
     assert "Traceback" not in text and said, text
     return said[1]
 
@@ -442,7 +497,9 @@ def test_a_signal_saves_and_stops(sd15, start, train, whole, tmp_path, monkeypat
 def test_the_command_goes_on_from_the_newest(sd15, start, copy):
     """Where the run was resumed from a folder by name, too."""
     before = patched({1}, send(signal.SIGTERM))
-    (program,) = start(copy, before, resume_from_checkpoint=copy / "checkpoint-2", output_dir=copy.parent / "new")
+    (program,) = start(
+        copy, before, resume_from_checkpoint=copy / "checkpoint-2", output_dir=copy.parent / "new"
+    )
     command = stopped(sd15, program, copy.parent / "new", 3, signal.SIGTERM)
     words = shlex.split(command)
     assert sd15.parse_args(words[3:]).resume_from_checkpoint == "latest"
@@ -481,7 +538,7 @@ def test_an_error_ends_the_readers_too(start, tmp_path):
 
 
 def test_a_signal_twice(sd15, start, tmp_path):
-    """Within a second it is one signal, as a launcher passes them on; later it ends the process at once."""
+    """Within a second it is one signal, as from a launcher; later it ends the process at once."""
     out = tmp_path / "out"
     stopped(sd15, *start(out, patched({3}, send(signal.SIGTERM, 0.1))), out, 3, signal.SIGTERM)
     before = patched({2}, send(signal.SIGTERM, 1.2))
@@ -493,17 +550,18 @@ def test_a_signal_twice(sd15, start, tmp_path):
 def test_max_train_hours(sd15, start, finish, tmp_path):
     """A time that is over at the first step; the LoRA's header does not speak of it."""
     out = tmp_path / "out"
-    stopped(sd15, *start(out, max_train_hours=1e-8), out, 1, signal.SIGALRM)
+    (program,) = start(out, max_train_hours=1e-8)
+    stopped(sd15, program, out, 1, 142 - 128, "--max_train_hours")
     finish(out)
 
 
-def test_an_alarm_is_no_second_signal(sd15, monkeypatch):
-    """The time of --max_train_hours that is over while a signal's checkpoint is saved does not end the process."""
+def test_the_end_of_the_time_is_no_second_signal(sd15, monkeypatch):
+    """--max_train_hours that are over after a signal do not end the process before it has saved."""
     ended, stop = [], sd15.Stop.__new__(sd15.Stop)
     monkeypatch.setattr(os, "_exit", ended.append)
-    stop.signal, stop.since = signal.SIGTERM, time.monotonic() - 5
-    stop.note(signal.SIGALRM, None)
-    assert stop.signal == signal.SIGTERM and not ended
+    stop.number, stop.since = signal.SIGTERM, time.monotonic() - 5
+    stop.group, stop.end = None, 0.0
+    assert stop.asked() == signal.SIGTERM and not ended
     stop.note(signal.SIGINT, None)
     assert ended == [128 + signal.SIGINT]
 
@@ -520,7 +578,7 @@ def test_a_launcher_is_told_from_a_shell(monkeypatch, variable):
 
 @pytest.mark.parametrize("launched", [True, False])
 def test_the_launcher_is_gone(sd15, start, finish, tmp_path, launched):
-    """Then a trainer stops as by SIGHUP; one that a shell started goes on when the shell is gone."""
+    """Then a trainer stops as by SIGHUP; one that a shell started outlives the shell."""
     out = tmp_path / "out"
 
     def before(trainer):
@@ -566,15 +624,36 @@ def test_under_nohup_a_hang_up_is_nothing(sd15, start, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def launched(teacher, images, tmp_path_factory):
-    """launched(out, processes, flag=value, ...) -> (launcher, its trainers, file of their text), once they train."""
+    """launched(out, processes, flag=value, ...) -> (launcher, trainers, text), in training."""
     launchers = []
 
     def launched(out, processes, **flags):
-        kind = ["--multi_gpu", "--num_processes", processes] if processes > 1 else ["--cpu", "--num_processes", 1]
-        machine = ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+        kind = (
+            ["--multi_gpu", "--num_processes", processes]
+            if processes > 1
+            else ["--cpu", "--num_processes", 1]
+        )
+        machine = [
+            "--num_machines",
+            1,
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            0,
+        ]
         data = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": out}
-        words = [*machine, *kind, ROOT / "train_lcm_lora_sd15.py", *command_line(data | QUICK | flags)]
-        command, text = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)], out.with_suffix(".txt")
+        words = [
+            *machine,
+            *kind,
+            ROOT / "train_lcm_lora_sd15.py",
+            *command_line(data | QUICK | flags),
+        ]
+        command, text = (
+            [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)],
+            out.with_suffix(".txt"),
+        )
         with text.open("ab") as file:
             options = {"stdout": file, "stderr": file, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
             launchers.append(subprocess.Popen(command, start_new_session=True, **options))
@@ -587,12 +666,15 @@ def launched(teacher, images, tmp_path_factory):
     yield launched
     for launcher in launchers:
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
+            for process in [
+                *psutil.Process(launcher.pid).children(recursive=True),
+                psutil.Process(launcher.pid),
+            ]:
                 process.kill()
         launcher.wait()
 
 
-LONG = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 1}
+LONG = {"max_train_steps": 100_000, "checkpointing_steps": 100_000}
 slow = pytest.mark.slow
 
 
@@ -608,7 +690,7 @@ slow = pytest.mark.slow
     pytest.param(2, "group", signal.SIGINT, marks=slow),
 ])  # fmt: skip
 def test_a_signal_to_accelerate_launch(sd15, train, launched, tmp_path, processes, to, number):
-    """The trainers save a whole checkpoint of the last step in the log and end; it goes on as if nothing had been."""
+    """The trainers save a whole checkpoint of the log's last step and end; it goes on there."""
     out = tmp_path / "out"
     launcher, trainers, text = launched(out, processes, **LONG)
     (os.kill if to == "launcher" else os.killpg)(launcher.pid, number)
@@ -618,8 +700,11 @@ def test_a_signal_to_accelerate_launch(sd15, train, launched, tmp_path, processe
     (folder,), step = sd15.checkpoints(out), log(out)[-1]["step"]
     passed_on = processes == 2 and number in (signal.SIGTERM, signal.SIGINT) or to == "group"
     name = number.name if passed_on else "SIGHUP"
-    assert f"stopped by {name} after step {step}; this goes on: accelerate launch --num_machines 1 " in text.read_text()
-    assert folder.name == f"checkpoint-{step}" and sd15.damage(folder) is None and launcher.returncode
+    assert (
+        f"stopped by {name} after step {step}; resume with: accelerate launch --num_machines 1 "
+        in text.read_text()
+    )
+    assert folder.name == f"checkpoint-{step}" and not sd15.damage(folder) and launcher.returncode
     if processes == 1:
         flags = LONG | {"max_train_steps": step + 2}
         train(**flags, output_dir=out, resume_from_checkpoint="latest")
@@ -627,7 +712,7 @@ def test_a_signal_to_accelerate_launch(sd15, train, launched, tmp_path, processe
 
 
 def test_two_processes_stop_as_one(sd15, start, tmp_path):
-    """A signal to one of them: both end at that step with its code, and go on to the undisturbed end."""
+    """A signal to one of them: both end at that step with its code, and go on to the same end."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert [program.end()[0] for program in start(one, processes=2)] == [0, 0]
 
@@ -643,7 +728,7 @@ def test_two_processes_stop_as_one(sd15, start, tmp_path):
     assert same(one, two) and series(one, *COLUMNS) == series(two, *COLUMNS)
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def nan_gradient(loss):
@@ -653,26 +738,39 @@ def nan_gradient(loss):
 
 @pytest.mark.parametrize("spoil", [nan, nan_gradient])
 def test_a_step_that_is_not_finite_is_skipped(sd15, train, monkeypatch, capsys, spoil):
-    """Weights, moments, average and learning rate are as if it had not been; it is counted and its records are named."""
+    """Weights, moments, average and rate are as before; it is counted and its records named."""
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, {3}, spoil))
     out = train(**RUN | {"checkpointing_steps": 1}, ema_decay=0.5)
-    states = [torch.load(out / f"checkpoint-{step}" / STATE, weights_only=True) for step in (2, 3, 4)]
+    states = [
+        torch.load(out / f"checkpoint-{step}" / STATE, weights_only=True) for step in (2, 3, 4)
+    ]
     for state in states:
         state.pop("step")
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    assert difference(out / "checkpoint-2", out / "checkpoint-3") == 0 < difference(out / "checkpoint-3", out)
+    assert (
+        difference(out / "checkpoint-2", out / "checkpoint-3")
+        == 0
+        < difference(out / "checkpoint-3", out)
+    )
     rows = log(out)
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and {row["overflows"] for row in rows} == {0}
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and {
+        row["overflows"] for row in rows
+    } == {0}
     assert rows[2]["lr"] == rows[3]["lr"] > rows[4]["lr"]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "is skipped" in line]
-    assert re.search(r"warning: step 3 is skipped: loss \S+, gradient norm nan, with .*\d\d.png, .*\d\d.png", line)
+    assert re.search(
+        r"warning: step 3 is skipped: loss \S+, gradient norm nan, with .*\d\d.png, .*\d\d.png",
+        line,
+    )
 
 
 def test_ten_in_a_row_end_the_run(sd15, train, monkeypatch, tmp_path):
     """With the step, the records and advice; nothing is written as the LoRA."""
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, range(2, 12), nan))
     message = refused(train, **RUN | {"max_train_steps": 20}, output_dir=tmp_path / "out")
-    assert re.search(r"10 steps in a row were not finite, the last, 11: .*\d\d.png.*--learning_rate", message)
+    assert re.search(
+        r"10 steps in a row were not finite, .*step 11 .*.*\d\d.png.*--learning_rate", message
+    )
     assert not (tmp_path / "out" / LORA).exists()
 
 
@@ -681,7 +779,9 @@ def test_nine_in_a_row_do_not(sd15, train, monkeypatch):
     bad = {*range(2, 11), 12}
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, bad, nan))
     out = train(**RUN | {"max_train_steps": 14})
-    assert log(out)[-1]["skipped"] == 10 and all(w.isfinite().all() for w in load_file(out / LORA).values())
+    assert log(out)[-1]["skipped"] == 10 and all(
+        w.isfinite().all() for w in load_file(out / LORA).values()
+    )
 
 
 def test_nan_in_the_weights_of_a_checkpoint(sd15, train, copy):
@@ -690,7 +790,9 @@ def test_nan_in_the_weights_of_a_checkpoint(sd15, train, copy):
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = torch.nan
     save_file(tensors, path)
-    about = json.loads(manifest.read_text()) | {WEIGHTS: [path.stat().st_size, sd15.file_digest(path)]}
+    about = json.loads(manifest.read_text()) | {
+        WEIGHTS: [path.stat().st_size, sd15.file_digest(path)]
+    }
     manifest.write_text(json.dumps(about))
     message = refused(train, **RUN, output_dir=copy, resume_from_checkpoint="latest")
     assert re.search(f"--resume_from_checkpoint {path}: .*NaN or infinite", message)
@@ -701,12 +803,12 @@ def test_ranks_agree_on_what_is_not_finite(start, tmp_path):
     out = tmp_path / "out"
 
     def before(trainer, rank):
-        real = trainer.save_lora, trainer.optimizer_step
+        real = trainer.optimizer_step
 
-        def step(accelerator, optimizer, trained, *rest):
-            result = real[1](accelerator, optimizer, trained, *rest)
-            torch.save([result[2], *(w.detach() for w in trained)], tmp_path / f"weights-{rank}")
-            return result
+        def step(run, *rest):
+            row, finite, overflow = real(run, *rest)
+            torch.save([finite, *(w.detach() for w in run.trained)], tmp_path / f"weights-{rank}")
+            return row, finite, overflow
 
         trainer.optimizer_step = step
         if rank == 1:
@@ -715,7 +817,9 @@ def test_ranks_agree_on_what_is_not_finite(start, tmp_path):
     ends = [program.end() for program in start(out, before, processes=2)]
     assert [code for code, _ in ends] == [0, 0], ends
     assert [row["skipped"] for row in log(out)] == [0, 0, 1, 1, 1, 1]
-    torch.testing.assert_close(*(torch.load(tmp_path / f"weights-{rank}") for rank in (0, 1)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        *(torch.load(tmp_path / f"weights-{rank}") for rank in (0, 1)), rtol=0, atol=0
+    )
 
 
 def test_out_of_memory_names_flags(sd15, train, monkeypatch):
@@ -724,10 +828,13 @@ def test_out_of_memory_names_flags(sd15, train, monkeypatch):
 
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, {2}, fault))
     message = refused(train, **RUN)
-    flags = re.search(r"out of memory \(OutOfMemoryError: CUDA .* 2 GiB.\); less takes (.*)", message)[1]
-    needed = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", "--center_crop"]
-    named = re.findall(r"--\w+", flags)
-    assert len(named) == 5 and sd15.parse_args([*needed, named[0], "1", *named[1:]]).use_8bit_adam
+    flags = re.search(r"out of memory \(OutOfMemoryError: CUDA .* 2 GiB.\): (.*)", message)[1]
+    batch, *named = re.findall(r"--\w+", flags)
+    needed = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", batch, "1", *named]
+    args = sd15.parse_args(needed)
+    assert args.gradient_checkpointing and args.optimizer == "adamw8bit"
+    (program,) = re.findall(r"\S+\.py\b", flags)
+    assert (ROOT / program.strip("()")).is_file()
 
 
 def test_the_scaler_of_fp16_goes_on_after_a_loss_that_is_not_finite(sd15):
@@ -739,25 +846,36 @@ def test_the_scaler_of_fp16_goes_on_after_a_loss_that_is_not_finite(sd15):
         scaler.unscale_(adam)
         return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
-    optimizer = SimpleNamespace(step=lambda: (scaler.step(adam), scaler.update()), zero_grad=adam.zero_grad)
-    accelerator = SimpleNamespace(scaler=scaler, clip_grad_norm_=clip, reduce=lambda value, _: value)
-    found = []
+    def step():
+        before = scaler.get_scale()
+        scaler.step(adam), scaler.update()
+        accelerator.optimizer_step_was_skipped = scaler.get_scale() < before
+
+    optimizer = SimpleNamespace(step=step, zero_grad=adam.zero_grad)
+    accelerator = SimpleNamespace(
+        scaler=scaler, clip_grad_norm_=clip, reduce=lambda value, _: value
+    )
+    rates = []
+    schedule = SimpleNamespace(
+        get_last_lr=lambda: [0.5], step=lambda: rates.append(weight.tolist())
+    )
+    run = SimpleNamespace(accelerator=accelerator, optimizer=optimizer, lr_scheduler=schedule)
+    run.trained, run.ema, found = [weight], None, []
     for factor in (torch.nan, 1.0, torch.inf, 1.0):
         loss = weight.sum() * (1 if factor == torch.inf else factor)
         scaler.scale(loss).backward()
         weight.grad *= factor
-        found.append(
-            sd15.optimizer_step(accelerator, optimizer, [weight], [loss.detach()], SimpleNamespace(max_grad_norm=9.0))
-        )
-    assert [finite for _, _, finite in found] == [False, True, True, True]
-    assert weight.tolist() == [0, 0] and scaler.get_scale() == 2
+        args = SimpleNamespace(max_grad_norm=9.0)
+        found.append(sd15.optimizer_step(run, [loss.detach()], args)[1:])
+    assert found == [(False, False), (True, False), (True, True), (True, False)]
+    assert rates == [[0.5, 0.5], [0, 0]] and scaler.get_scale() == 2
 
 
-# ---------------------------------------------------------------------------------------------------- moving average
+# ----------------------------------------------------------------------------------- moving average
 
 
 def test_the_average_is_written(train):
-    """Of the weights after each step, the first as it is, then min(decay, (1 + t) / (10 + t)) of the old one (EMA warm-up)."""
+    """Of the weights after each step: the first, then min(decay, (1 + t) / (10 + t)) of the old."""
     flags = RUN | {"checkpointing_steps": 1, "learning_rate": 1e-2}
     out, plain = train(**flags, ema_decay=0.25), train(**flags)
     live = [load_file(out / f"checkpoint-{step}" / WEIGHTS) for step in range(1, 7)]
@@ -770,14 +888,18 @@ def test_the_average_is_written(train):
     assert max(abs(written[key] - live[-1][key]).max() for key in written) > 1e-4
     torch.testing.assert_close(load_file(plain / WEIGHTS), live[-1], rtol=0, atol=0)
     shutil.rmtree(out / "unet")
-    train(**flags, ema_decay=0.25, output_dir=out, resume_from_checkpoint="latest")  # where no step is left
+    train(
+        **flags, ema_decay=0.25, output_dir=out, resume_from_checkpoint="latest"
+    )  # where no step is left
     torch.testing.assert_close(load_file(out / WEIGHTS), written, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ secrets and pickles
+# ------------------------------------------------------------------------------ secrets and pickles
 
-SECRETS = {"HF_TOKEN": "hf_PlantedInTheEnvironmentForTest", "WANDB_API_KEY": "0123456789planted" + 23 * "0"}
-GIVEN = "hf_PlantedOnTheCommandLineForTests"
+SECRETS = {
+    "HF_TOKEN": "hf_PlantedInTheEnvironmentForTest",
+    "WANDB_API_KEY": "0123456789planted" + 23 * "0",
+}
 
 
 @pytest.mark.parametrize("ending", ["finished", "stopped", "failed"])
@@ -789,21 +911,21 @@ def test_no_secret_is_written(start, tmp_path, ending):
         os.chdir(tmp_path)
         HfApi.create_repo = lambda self, name, **_: SimpleNamespace(repo_id=f"someone/{name}")
         HfApi.upload_folder = lambda self, **_: None
-        act = {"finished": lambda loss: loss, "stopped": send(signal.SIGTERM), "failed": lambda loss: 1 / 0}[ending]
+        act = {
+            "finished": lambda loss: loss,
+            "stopped": send(signal.SIGTERM),
+            "failed": lambda loss: 1 / 0,
+        }[ending]
         patched({3}, act)(trainer)
 
-    flags = {"push_to_hub": True, "hub_token": GIVEN, "report_to": "all" if ending == "stopped" else "tensorboard"}
-    flags |= {"cache_text_embeddings": True, "cache_latents": True, "center_crop": True, "cache_dir": cache}
+    trackers = "all" if ending == "stopped" else "tensorboard"
+    flags = {"push_to_hub": True, "report_to": trackers, "cache_dir": cache}
     code, text = start(out, before, environment=SECRETS, **flags)[0].end()
     assert code == {"finished": 0, "stopped": 128 + signal.SIGTERM, "failed": 1}[ending], text
     files = contents(tmp_path)
-    assert (
-        len(files) > 8
-        and any(path.parts[0] == "cache" for path in files)
-        and (ending != "stopped")
-        or "--hub_token" in text
-    )
-    for secret in [GIVEN, *SECRETS.values()]:
+    assert len(files) > 8 and any(path.parts[0] == "cache" for path in files)
+    assert (ending == "stopped") == ("resume with: " in text and "--push_to_hub" in text)
+    for secret in SECRETS.values():
         assert [str(path) for path, data in files.items() if secret.encode() in data] == []
 
 
@@ -829,27 +951,38 @@ def test_nothing_is_unpickled(sd15, train, copy, tmp_path):
     (folder / MANIFEST).write_text(json.dumps(about))
     for source in ("latest", folder):
         message = refused(train, **RUN, output_dir=copy, resume_from_checkpoint=source)
-        assert re.search(f"--resume_from_checkpoint {folder}: .*UnpicklingError", message) and not mark.exists()
+        assert (
+            re.search(f"--resume_from_checkpoint {folder}: .*UnpicklingError", message)
+            and not mark.exists()
+        )
 
 
-# ----------------------------------------------------------------------------------------------------- many processes
+# ----------------------------------------------------------------------------------- many processes
 
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=slow)])
-def test_two_processes_are_one_of_twice_the_batch(sd15, train, start, monkeypatch, tmp_path, accumulation):
+def test_two_processes_are_one_of_twice_the_batch(
+    sd15, train, start, monkeypatch, tmp_path, accumulation
+):
     """Over 50 steps; and each rank's noise is its half of the one's."""
     flags = (
-        RUN | SMOOTH | {"max_train_steps": 50, "checkpointing_steps": 100, "gradient_accumulation_steps": accumulation}
+        RUN
+        | SMOOTH
+        | {
+            "max_train_steps": 50,
+            "checkpointing_steps": 100,
+            "gradient_accumulation_steps": accumulation,
+        }
     )
 
     def spy(trainer, name):
         real, seen = trainer.sample_batch, []
 
         def sample_batch(*args):
-            drawn = real(*args)
-            seen.append(drawn[3])
+            batch = real(*args)
+            seen.append(batch[2])  # noise
             torch.save(seen[: 2 * accumulation], tmp_path / name)
-            return drawn
+            return batch
 
         return sample_batch
 
@@ -861,20 +994,25 @@ def test_two_processes_are_one_of_twice_the_batch(sd15, train, start, monkeypatc
     def before(trainer, rank):
         trainer.sample_batch = spy(trainer, f"rank-{rank}")
 
-    ends = [program.end() for program in start(two, before, processes=2, **flags | {"train_batch_size": 2})]
+    ends = [
+        program.end()
+        for program in start(two, before, processes=2, **flags | {"train_batch_size": 2})
+    ]
     assert [code for code, _ in ends] == [0, 0], ends
     assert near(one, two) and len(log(two)) == 50 and difference(one, two) < 1e-5
     noise = {name: torch.load(tmp_path / name) for name in ("one", "rank-0", "rank-1")}
     for step in range(2):
         part = slice(step * accumulation, (step + 1) * accumulation)
-        assert torch.equal(torch.cat(noise["one"][part]), torch.cat(noise["rank-0"][part] + noise["rank-1"][part]))
+        assert torch.equal(
+            torch.cat(noise["one"][part]), torch.cat(noise["rank-0"][part] + noise["rank-1"][part])
+        )
     rows = torch.cat(noise["rank-0"] + noise["rank-1"]).flatten(1)
     assert len(rows.unique(dim=0)) == 2 * 2 * 2 * accumulation
 
 
 @pytest.mark.slow
 def test_two_machines(train, teacher, images, tmp_path):
-    """Two launchers on this machine's loopback address: they train, save, and resume to the end of one run of two processes."""
+    """Two launchers on the loopback address train, save, and resume to the whole run's end."""
     flags = RUN | SMOOTH | {"train_batch_size": 2}
 
     def machines(out, **more):
@@ -891,13 +1029,26 @@ def test_two_machines(train, teacher, images, tmp_path):
                 "--dynamo_backend",
                 "no",
             ]
-            words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--rdzv_backend", "static"]
+            words += [
+                "--main_process_ip",
+                "127.0.0.1",
+                "--main_process_port",
+                port,
+                "--rdzv_backend",
+                "static",
+            ]
             words += ["--mixed_precision", "no", ROOT / "train_lcm_lora_sd15.py"]
-            data = {"pretrained_teacher_model": teacher, "train_data_dir": images, "output_dir": out}
+            data = {
+                "pretrained_teacher_model": teacher,
+                "train_data_dir": images,
+                "output_dir": out,
+            }
             words += command_line(QUICK | flags | data | more)
             command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)]
             options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            ended.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options))
+            ended.append(
+                subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+            )
         texts = [process.communicate(timeout=300)[0] for process in ended]
         assert [process.returncode for process in ended] == [0, 0], texts
 
@@ -912,19 +1063,27 @@ def test_two_machines(train, teacher, images, tmp_path):
     assert same(out, whole) and series(out, *COLUMNS) == series(whole, *COLUMNS)
 
 
-# -------------------------------------------------------------------------------------------------------------- chaos
+# -------------------------------------------------------------------------------------------- chaos
 
 
 def test_chaos_on_a_small_model(start, monkeypatch, capfd):
-    """scripts/proofs/chaos.py with trainers that are forked: killed three times, equal to the undisturbed run."""
+    """scripts/proofs/chaos.py with forked trainers: killed three times, equal to the whole run."""
 
     def forked(out, args):
-        words = [*chaos.SETTINGS, "--validation_prompts", "rain", "--resume_from_checkpoint", "latest"]
+        words = [
+            *chaos.SETTINGS,
+            "--validation_prompts",
+            "rain",
+            "--resume_from_checkpoint",
+            "latest",
+        ]
         (program,) = start(out, words=words)
         return Forked(program)
 
     monkeypatch.setattr(chaos, "start", forked)
-    pool = contextlib.nullcontext(SimpleNamespace(map=map))  # threads would not be good to fork from
+    pool = contextlib.nullcontext(
+        SimpleNamespace(map=map)
+    )  # threads would not be good to fork from
     monkeypatch.setattr(chaos, "ThreadPoolExecutor", lambda _: pool)
     assert chaos.main(["--runs", "1", "--kills", "3", "--jobs", "1"]) == 0, capfd.readouterr().out
     text = capfd.readouterr().out
@@ -951,7 +1110,11 @@ def test_chaos_sees_a_difference(train, whole):
     """In the LoRA and in the log, and none between equal runs."""
     assert chaos.differences(whole, train(**RUN)) == []
     found = chaos.differences(whole, train(**RUN | {"seed": 1}))
-    assert "metadata" in found and "log.jsonl" in found and any(key.startswith("lora_unet_") for key in found)
+    assert (
+        "metadata" in found
+        and "log.jsonl" in found
+        and any(key.startswith("lora_unet_") for key in found)
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What makes a step faster or smaller leaves the maths alone: losses of 20 steps beside those of the plain float32 path."""
+"""What makes a step faster or smaller leaves the maths alone: 20 losses beside float32's."""
 
 import copy
 import re
@@ -8,14 +8,15 @@ import decode_speed
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMOOTH, run, same, series
+from accelerate.state import AcceleratorState
+from conftest import ROOT, SMOOTH, command_line, load_script, run, same, series
 
 STEPS = SMOOTH | {"max_train_steps": 20, "lora_rank": 32, "center_crop": True}
 COMPILED = {"torch_compile": True}
 # {option: (its flags, the largest relative difference of a loss that it may make)}
 OPTIONS = {
     "vae_encode_batch_size": ({"vae_encode_batch_size": 1}, 1e-5),
-    "caches": ({"cache_latents": True, "cache_text_embeddings": True}, 1e-5),
+    "encoded data": ({}, 1e-5),
     "torch_compile": (COMPILED, 1e-5),
     "torch_compile, checkpointing": (COMPILED | {"gradient_checkpointing": True}, 1e-5),
     "use_8bit_adam": ({"use_8bit_adam": True}, 1e-3),
@@ -30,19 +31,36 @@ def plain(train_xl):
     return train_xl(**STEPS)
 
 
+@pytest.fixture(scope="module")
+def encoded(xl_teacher, images, tmp_path_factory):
+    """The data of the other runs as scripts/encode_data.py makes them."""
+    folder = tmp_path_factory.mktemp("encoded") / "data"
+    flags = {"pretrained_teacher_model": xl_teacher, "train_data_dir": images, "resolution": 32}
+    words = command_line(flags | {"center_crop": True, "family": "sdxl", "output": folder})
+    AcceleratorState._reset_state(True)
+    load_script("scripts/encode_data.py").main(words)
+    return folder
+
+
 def distance(a, b):
     """The largest relative difference of a loss between two runs."""
     return abs(np.array(series(a)) / series(b) - 1).max()
 
 
 @pytest.mark.parametrize(
-    "option", [pytest.param(name, marks=pytest.mark.slow if name == "torch_compile" else ()) for name in OPTIONS]
+    "option",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "torch_compile" else ())
+        for name in OPTIONS
+    ],
 )
-def test_option_leaves_the_losses(train_xl, plain, option, tmp_path):
+def test_option_leaves_the_losses(train_xl, plain, option, request):
     flags, tolerance = OPTIONS[option]
+    if option == "encoded data":
+        flags = {"dataset_name": request.getfixturevalue("encoded")}
     torch._dynamo.reset()  # or the blocks would be those of another test
     before = torch._dynamo.utils.counters["stats"]["calls_captured"]
-    assert 0 < distance(train_xl(**STEPS, cache_dir=tmp_path, **flags), plain) < tolerance
+    assert 0 < distance(train_xl(**STEPS, **flags), plain) < tolerance
     compiled = torch._dynamo.utils.counters["stats"]["calls_captured"] > before
     assert compiled == ("torch_compile" in flags)
 
@@ -54,14 +72,23 @@ def test_channels_last_leaves_the_losses(train_xl, plain, monkeypatch):
 
 def test_fused_adam_leaves_the_losses(train_xl, plain, monkeypatch):
     adam = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, fused, **settings: adam(parameters, **settings))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda parameters, fused, **settings: adam(parameters, **settings)
+    )
     assert 0 < distance(train_xl(**STEPS), plain) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantized_base(sdxl, xl_teacher, kind):
-    """Teacher and student share one base, of which just the transformers' linear layers are in 4 or 8 bits."""
-    words = ["--pretrained_teacher_model", str(xl_teacher), "--train_data_dir", "x", "--quantize_base", kind]
+    """Teacher and student share one base: only its transformers' linear layers in 4 or 8 bits."""
+    words = [
+        "--pretrained_teacher_model",
+        str(xl_teacher),
+        "--train_data_dir",
+        "x",
+        "--quantize_base",
+        kind,
+    ]
     args = sdxl.parse_args(words)
     pipe = sdxl.load_teacher(args, torch.float32)
     before = copy.deepcopy(pipe.unet)
@@ -77,7 +104,9 @@ def test_quantized_base(sdxl, xl_teacher, kind):
         assert getattr(base, "state", None) is getattr(new[path], "state", None)
         assert new[path].weight.numel() == old[path].weight.numel() / (2 if kind == "nf4" else 1)
     kept = {id(p) for p in pipe.unet.parameters()}
-    assert all(id(p) in kept or p.dtype == torch.float32 and p.requires_grad for p in student.parameters())
+    assert all(
+        id(p) in kept or p.dtype == torch.float32 and p.requires_grad for p in student.parameters()
+    )
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
@@ -91,20 +120,23 @@ def test_quantized_run_resumes(train, train_xl, layout, kind):
     assert same(whole, half)
 
 
-def test_paged_adam_needs_8_bits(sd15, sdxl):
-    for trainer in (sd15, sdxl):
-        with pytest.raises(SystemExit, match="error: --paged_adam: .*--use_8bit_adam"):
-            trainer.parse_args(["--pretrained_teacher_model", "m", "--train_data_dir", "d", "--paged_adam"])
-
-
 def test_paged_adam_needs_a_gpu(train):
-    with pytest.raises(SystemExit, match="error: --paged_adam: .*GPU"):
-        train(use_8bit_adam=True, paged_adam=True)
+    with pytest.raises(SystemExit, match="error: --optimizer paged_adamw8bit .*GPU"):
+        train(optimizer="paged_adamw8bit")
+
+
+def test_use_8bit_adam_is_the_optimizer_of_that_name(sd15, sdxl):
+    for trainer in (sd15, sdxl):
+        words = ["--pretrained_teacher_model", "m", "--train_data_dir", "d"]
+        kinds = [
+            trainer.parse_args([*words, *more]).optimizer for more in ([], ["--use_8bit_adam"])
+        ]
+        assert kinds == ["adamw", "adamw8bit"]
 
 
 @pytest.mark.slow
 def test_compare_speed(xl_teacher, images, tmp_path):
-    """Side by side with a reference that sleeps in each step ours is faster; nothing stays behind."""
+    """Beside a reference that sleeps in each step ours is faster; nothing stays behind."""
     slow, ours = tmp_path / "slow.py", str(ROOT / "train_lcm_lora_sdxl.py")
     slow.write_text(
         "import runpy, time\n"
