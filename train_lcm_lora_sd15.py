@@ -797,10 +797,8 @@ def load_records(args):
             data, limit = datasets.load_dataset("webdataset", **options), None
         elif Path(name, "dataset_info.json").exists():  # of save_to_disk or encode_data.py
             data = datasets.load_from_disk(name)
-            if encoded:
-                columns = [column for column in ENCODED if column in data.column_names]
-                data = data.with_format("torch", columns=columns, output_all_columns=True)
             data = data.to_iterable_dataset() if args.streaming else data
+            data = data.with_format("torch") if encoded else data
         elif flag == "dataset_name":
             data = datasets.load_dataset(name, args.dataset_config_name, **options)
         else:
@@ -837,7 +835,8 @@ def check_columns(data, args):
 
 def encoded_folder(args):
     """The folder of encoded data that --dataset_name names, or None."""
-    folder = args.dataset_name and Path(args.dataset_name)
+    name = args.dataset_name or args.train_data_dir
+    folder = name and Path(name)
     if not folder or not (folder / STAMP).exists():
         return None
     if not (folder / "state.json").exists():
@@ -871,11 +870,12 @@ def identity(parts, *names):
 def make_stamp(args, what):
     """All that encoded `what`, "latents" or "captions", depends on but the data themselves."""
     teacher, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
-    names = ["mixed_precision", "variant"]
+    names = ["mixed_precision", "variant", "teacher_revision"]
     stamp = {"format": FORMAT_VERSION, "family": FAMILY}
     if "latents" in what:
         names += ["resolution", "center_crop", "use_fix_crop_and_size"]
-        stamp["VAE"] = identity(["*" if vae else "vae/*"], vae or teacher)
+        own = [vae] if vae else [teacher, args.teacher_config]
+        stamp["VAE"] = identity(["*" if vae else "vae/*"], *own)
     if "captions" in what:
         parts = ["text_encoder*/*", "tokenizer*/*", "model_index.json"]
         stamp["text encoders"] = identity(parts, teacher, args.teacher_config)
@@ -884,23 +884,27 @@ def make_stamp(args, what):
 
 def check_stamp(folder, columns, args):
     """End the run where encoded data were made from something else than this run's flags say."""
-    stamp = json.loads(Path(folder, STAMP).read_text())
-    for key, value in make_stamp(args, stamp["what"]).items():
-        if stamp[key] != value:
-            what = f"it was encoded with {key} {stamp[key]}, this run has {value}"
-            fail(f"--dataset_name {folder}: {what}; encode the data with this run's flags")
+    with or_fail(f"--dataset_name {folder}: {STAMP} is broken", "encode the data again"):
+        stamp = json.loads((folder / STAMP).read_text())
+        wanted = make_stamp(args, stamp["what"])
+    for key, value in wanted.items():
+        if stamp.get(key) != value:
+            what = f"it was encoded with {key} {stamp.get(key)}, this run has {value}"
+            fail(f"--dataset_name {folder}: {what}; give the flags it was made with or encode anew")
     if args.random_flip and "moments" in columns and "mirrored" not in columns:
         fail(f"--random_flip: {folder} has no mirrored images; encode with --random_flip too")
 
 
-def load_prompts(folder):
+def load_prompts(folder, columns):
     """The embeddings of prompts that encoded data have beside them: {prompt: {name: tensor}}."""
-    if not Path(folder, PROMPTS).exists():
+    if "prompt" not in columns:
         return {}
-    with safe_open(Path(folder, PROMPTS), "pt") as file:
-        texts = json.loads(file.metadata()["prompts"])
-    tensors = load_file(Path(folder, PROMPTS))
-    return {text: {k: v[i] for k, v in tensors.items()} for i, text in enumerate(texts)}
+    advice = "run scripts/encode_data.py again with the flags of before"
+    with or_fail(f"--dataset_name {folder}: {PROMPTS} is missing or broken", advice):
+        with safe_open(folder / PROMPTS, "pt") as file:
+            texts = json.loads(file.metadata()["prompts"])
+        tensors = load_file(folder / PROMPTS)
+        return {text: {k: v[i] for k, v in tensors.items()} for i, text in enumerate(texts)}
 
 
 class UnusableRecord(Exception):
@@ -921,12 +925,13 @@ def to_record(row, number, args):
 
     Encoded data have `moments` and more of ENCODED instead. A missing caption is the empty one.
     """
-    names = (args.image_column, "image", *TAR_IMAGES)
-    image = next((row[key] for key in names if row.get(key)), None)
-    name = row.get("name") or (image or {}).get("path") or row.get("__key__") or f"row {number}"
-    if row.get("unusable"):
+    columns, encoded = (args.image_column, args.caption_column), "unusable" in row
+    image_column, caption_column = ("image", "captions") if encoded else columns
+    image = next((row[key] for key in (image_column, *TAR_IMAGES) if row.get(key)), None)
+    name = (image or {}).get("path") or row.get("__key__") or f"row {number}"
+    if encoded and row["unusable"]:
         raise UnusableRecord(row["unusable"])
-    names = (args.caption_column, "captions", *TAR_CAPTIONS)
+    names = (caption_column, *TAR_CAPTIONS)
     column = next((key for key in names if row.get(key) is not None), None)
     with or_unusable(name):
         value = row.get(column)
@@ -940,8 +945,8 @@ def to_record(row, number, args):
             raise ValueError("a caption is not text")
         "".join(texts).encode()  # not half a surrogate pair, which no tokenizer takes
     captions = [text.strip() for text in texts] or [""]
-    encoded = {key: row[key] for key in ENCODED if key in row}
-    return encoded | {"image": image, "captions": captions, "name": name}
+    record = {"image": image, "captions": captions, "name": row["name"] if encoded else name}
+    return record | {key: row[key] for key in ENCODED if encoded and key in row}
 
 
 def open_image(image):
@@ -1685,7 +1690,8 @@ def set_up(args):
 
     # The data, and what of the teacher they need: no encoder of what is encoded
     records, folder = load_records(args), encoded_folder(args)
-    columns, known = (records.column_names, load_prompts(folder)) if folder else ([], {})
+    columns = records.column_names if folder else []
+    known = load_prompts(folder, columns)
     texts, skip = ["", *(args.validation_prompts or [])], set()
     if "moments" in columns and not args.validation_prompts:
         skip.add("vae")
