@@ -29,64 +29,87 @@ The output is a folder that `datasets.load_from_disk` opens:
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the trainers
 
 ROWS = 1000  # in a file
+AGAIN = "mend that and run the same command again: whole files are kept"
 
 
 def parse_args(argv=None):
     """The trainer, and its arguments with those of this program among them."""
-    description, raw = __doc__, argparse.RawDescriptionHelpFormatter
-    usage = "%(prog)s --family {sd15,sdxl} --output FOLDER [--encode ...] [flags of the trainer]"
     parser = argparse.ArgumentParser(
-        usage=usage, description=description, formatter_class=raw, allow_abbrev=False
+        usage="%(prog)s --family {sd15,sdxl} --output FOLDER [--encode ...] [flags of the trainer]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, kinds = parser.add_argument, ["latents", "captions"]
     add("--family", choices=["sd15", "sdxl"], required=True, help="train_lcm_lora_<family>.py")
-    add(
-        "--output", type=Path, required=True, metavar="FOLDER", help="a new folder, or one to go on"
-    )
-    add(
-        "--encode", nargs="+", choices=["latents", "captions"], default=["latents", "captions"],
-        help="what is encoded (default: both)",
-    )  # fmt: skip
+    add("--output", type=Path, required=True, metavar="FOLDER", help="new, or one to go on with")
+    add("--encode", nargs="+", choices=kinds, default=kinds, help="what is (default: both)")
     parser.error = lambda message: sys.exit(f"{Path(__file__).name}: error: {message}")
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(argv)  # answers --help before the libraries are loaded
+    own.encode = sorted({*own.encode})
     trainer = importlib.import_module(f"train_lcm_lora_{own.family}")
     trainer.__file__ = __file__  # its messages name this program
     args = trainer.parse_args(["--max_train_steps", "1", *rest])
     vars(args).update(vars(own))
-    args.encode = sorted(set(args.encode))
+    check_args(trainer, args)
+    return trainer, args
+
+
+def check_args(trainer, args):
+    """Refuse what does not go together."""
     if args.streaming:
         trainer.fail("--streaming: its records have no number; give --no-streaming or leave it out")
     if "latents" in args.encode and not args.center_crop:
         trainer.fail("give --center_crop: of an encoded image only one crop is kept")
-    return trainer, args
+    for flag in "train_data_dir", "dataset_name":
+        source, folder = vars(args)[flag], args.output.resolve()
+        if source and Path(source, trainer.STAMP).exists():
+            trainer.fail(f"--{flag} {source}: encoded data already; give what they were made from")
+        if source and Path(source).resolve() in (folder, *folder.parents):
+            trainer.fail(f"--output {args.output}: it is among the data; name a folder elsewhere")
+
+
+@contextlib.contextmanager
+def or_end(trainer, what, advice):
+    """A block that ends the run with one line on any error, of whichever process."""
+    try:
+        yield
+    except trainer.torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        trainer.fail(f"{what} ({trainer.reason(error)}); {advice}", trainer.this_rank())
 
 
 def load_encoders(trainer, args, accelerator):
     """The teacher's pipeline with what encodes on the device; sets the default of --resolution."""
-    skip = set() if trainer.is_one_file(args.pretrained_teacher_model) else {"unet"}
+    name = args.pretrained_teacher_model
+    skip = set() if trainer.is_one_file(name) else {"unet"}
     skip |= set() if "latents" in args.encode else {"vae"}
     skip |= set() if "captions" in args.encode else {*trainer.TEXT_ENCODERS}
     pipe = trainer.load_teacher(args, trainer.DTYPES[args.mixed_precision], skip)
-    if pipe.unet is None:
-        options = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-        kind = trainer.diffusers.UNet2DConditionModel
-        unet = kind.load_config(args.pretrained_teacher_model, subfolder="unet", **options)
-    else:
-        unet, pipe.unet = pipe.unet.config, None
     factor = pipe.vae_scale_factor
-    args.resolution = args.resolution or unet["sample_size"] * factor
+    if args.resolution is None:
+        what = f"--pretrained_teacher_model {name}: the size of its images is not known"
+        with or_end(trainer, what, "give --resolution"):
+            where = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+            kind = trainer.diffusers.UNet2DConditionModel
+            unet = pipe.unet and pipe.unet.config
+            unet = unet or kind.load_config(name, subfolder="unet", **where)
+            args.resolution = unet["sample_size"] * factor
     if args.resolution % factor:
-        trainer.fail(
-            f"--resolution {args.resolution}: give a multiple of the VAE's factor, {factor}"
-        )
+        what = f"--resolution {args.resolution}"
+        trainer.fail(f"{what}: give a multiple of the VAE's factor, {factor}")
+    pipe.unet = None
     for _, part in trainer.networks(pipe):
         part.requires_grad_(False).eval().to(memory_format=trainer.torch.channels_last)
         if not next(part.parameters()).is_meta:
@@ -94,31 +117,57 @@ def load_encoders(trainer, args, accelerator):
     return pipe
 
 
-def open_output(trainer, args, records, accelerator):
-    """Lock the folder; refuse one that was made from something else. True if it is complete."""
-    folder, rank = args.output, accelerator.process_index
+def write(trainer, path, content):
+    """Write a file, which gets its name when it is whole."""
+    part = Path(f"{path}.part")
+    part.write_bytes(content)
+    trainer.flush_to_disk(part)
+    part.replace(path)
+
+
+def write_json(trainer, path, content):
+    """The same of what becomes JSON."""
+    write(trainer, path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def open_output(trainer, args, records, accelerator, lock):
+    """Lock the folder and stamp it; refuse one that was made from something else."""
+    folder, path = args.output, args.output / trainer.STAMP
     stamp = trainer.make_stamp(args, args.encode) | {"what": args.encode, "records": len(records)}
-    stamp |= {"random_flip": args.random_flip, "data": records._fingerprint}
-    with trainer.or_fail(f"--output {folder}: cannot be written", "name another folder"):
+    stamp |= {"columns": [args.image_column, args.caption_column], "random_flip": args.random_flip}
+    stamp |= {"fingerprint of the data": records._fingerprint}
+    with or_end(trainer, f"--output {folder}: in use or not writable", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            args.lock = trainer.filelock.FileLock(folder / ".lock")
-            args.lock.acquire(timeout=0)  # until this process ends
-    path = folder / trainer.STAMP
+        if accelerator.is_main_process:
+            lock.acquire(timeout=0)
+        there = sorted({file.name for file in folder.iterdir()} - {".lock", f"{path.name}.part"})
     if path.exists():
-        old = json.loads(path.read_text())
-        for key in stamp:
-            if old.get(key) != stamp[key]:
-                what = f"it was encoded with {key} {old.get(key)}, not {stamp[key]}"
-                trainer.fail(f"--output {folder}: {what}; name another folder")
-    elif others := sorted(p.name for p in folder.iterdir() if p.name != ".lock"):
-        trainer.fail(f"--output {folder}: it holds {others[0]}; name a new or an empty folder")
-    accelerator.wait_for_everyone()
-    if rank == 0 and not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(stamp, indent=2) + "\n")
-        part.replace(path)
-    return (folder / "state.json").exists()
+        with or_end(trainer, f"--output {folder}: {path.name} is broken", "name another folder"):
+            old = dict(json.loads(path.read_text()))
+        for key, new in stamp.items():
+            if old.get(key) != new:
+                what = f"{key}: {old.get(key)} there, {new} in this run"
+                trainer.fail(f"--output {folder}: {what}; give the flags of before or a new folder")
+    elif there:
+        trainer.fail(f"--output {folder}: it holds {there[0]}; name a new or an empty folder")
+    accelerator.wait_for_everyone()  # until all have looked
+    if accelerator.is_main_process and not path.exists():
+        with or_end(trainer, f"--output {folder}: it cannot be written", "free or name another"):
+            write_json(trainer, path, stamp)
+
+
+def write_prompts(trainer, pipe, args):
+    """The embeddings of the empty prompt, by which captions are dropped, and for validation."""
+    path = args.output / trainer.PROMPTS
+    with or_end(trainer, f"{path}: it cannot be read", "delete it and run the same command again"):
+        known = trainer.load_prompts(args.output)
+    new = [text for text in ["", *(args.validation_prompts or [])] if text not in known]
+    for text in dict.fromkeys(new):
+        known[text] = {k: v[0].cpu() for k, v in trainer.encode_captions(pipe, [text]).items()}
+    if new:
+        tensors = trainer.torch.utils.data.default_collate([*known.values()])
+        with or_end(trainer, f"{path}: it cannot be made", AGAIN):
+            write(trainer, path, trainer.save(tensors, {"prompts": json.dumps([*known])}))
 
 
 def features_of(trainer, pipe, args):
@@ -142,8 +191,8 @@ def features_of(trainer, pipe, args):
     else:
         columns["image"] = datasets.Image()
     if "captions" in args.encode:
-        for name, rows in trainer.encode_captions(pipe, [""]).items():
-            columns[name] = array((None, *rows.shape[1:]), rows.dtype)
+        for name, value in trainer.load_prompts(args.output)[""].items():
+            columns[name] = array((None, *value.shape), value.dtype)
     columns |= {"captions": datasets.List(text), "name": text, "unusable": text}
     return datasets.Features(columns)
 
@@ -206,9 +255,10 @@ def encode_batch(trainer, pipe, samples, features, args):
 
 def encode_file(trainer, pipe, records, rows, features, path, bar, args):
     """Encode some rows into a file, which gets its name when it is whole."""
-    size = {"batch_size": args.vae_encode_batch_size, "num_workers": args.dataloader_num_workers}
-    images = Images(records, args)
-    batches = trainer.torch.utils.data.DataLoader(images, sampler=rows, collate_fn=list, **size)
+    options = {"batch_size": args.vae_encode_batch_size, "collate_fn": list, "sampler": rows}
+    options |= {"num_workers": args.dataloader_num_workers}
+    options |= {"worker_init_fn": trainer.ignore_signals}
+    batches = trainer.torch.utils.data.DataLoader(Images(records, args), **options)
     part = Path(f"{path}.part")
     with trainer.datasets.arrow_writer.ArrowWriter(
         path=str(part), features=features, writer_batch_size=100
@@ -218,48 +268,36 @@ def encode_file(trainer, pipe, records, rows, features, path, bar, args):
                 writer.write(row)
             bar.update(len(samples))
         writer.finalize()
+    trainer.flush_to_disk(part)
     part.replace(path)
-
-
-def write_prompts(trainer, pipe, args):
-    """The embeddings of the empty prompt, by which captions are dropped, and for validation."""
-    prompts = list(dict.fromkeys(["", *(args.validation_prompts or [])]))
-    rows = [trainer.encode_captions(pipe, [prompt]) for prompt in prompts]
-    tensors = {name: trainer.torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
-    part = args.output / f"{trainer.PROMPTS}.part"
-    part.write_bytes(trainer.save(tensors, {"prompts": json.dumps(prompts)}))
-    part.replace(args.output / trainer.PROMPTS)
 
 
 def finish(trainer, files, features, args):
     """Write what makes a `datasets` folder of the files, and say what is in it."""
-    datasets = trainer.datasets
+    datasets, stamp = trainer.datasets, (args.output / trainer.STAMP).read_text()
     data = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     unusable = [why for why in data["unusable"] if why]
+    if len(unusable) == len(data):
+        trainer.fail(f"not one record of the data can be used, the first: {unusable[0]}")
     datasets.DatasetInfo(features=features).write_to_directory(str(args.output))
     state = {"_data_files": [{"filename": file.name} for file in files], "_split": "train"}
-    state |= {"_fingerprint": json.loads((args.output / trainer.STAMP).read_text())["data"]}
-    state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
-    part = args.output / "state.json.part"
-    part.write_text(json.dumps(state | {"_output_all_columns": False}, indent=2) + "\n")
-    part.replace(args.output / "state.json")
+    state |= {"_fingerprint": datasets.fingerprint.Hasher.hash(stamp), "_format_columns": None}
+    state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+    write_json(trainer, args.output / "state.json", state)
     print(f"{args.output}: {len(data)} records encoded, {len(unusable)} of them unusable")
     for why in unusable[:10]:
         print(f"warning: unusable: {why}", file=sys.stderr)
 
 
-def main(argv=None):
+def encode(trainer, args, lock):
     """Encode what is not yet encoded."""
-    trainer, args = parse_args(argv)
     args.report_to = "none"
     accelerator = trainer.make_accelerator(args)
     trainer.quiet_libraries()
     rank, world = accelerator.process_index, accelerator.num_processes
     records = trainer.load_records(args)
-    if trainer.encoded_folder(args):
-        trainer.fail(f"--dataset_name {args.dataset_name}: these data are encoded already")
     pipe = load_encoders(trainer, args, accelerator)
-    complete = open_output(trainer, args, records, accelerator)
+    open_output(trainer, args, records, accelerator, lock)
     if "captions" in args.encode and rank == 0:
         write_prompts(trainer, pipe, args)
     starts = range(0, len(records), ROWS)
@@ -273,13 +311,28 @@ def main(argv=None):
     total = sum(map(len, rows.values()))
     with trainer.tqdm(total=total, unit="record", disable=rank > 0, dynamic_ncols=True) as bar:
         for i in rows:
-            advice = "free some space and run the same command again"
-            with trainer.or_fail(f"{files[i]}: it cannot be made", advice):
+            with or_end(trainer, f"{files[i]}: it cannot be made", AGAIN):
                 encode_file(trainer, pipe, records, rows[i], features, files[i], bar, args)
     accelerator.wait_for_everyone()
-    if rank == 0 and not complete:
-        finish(trainer, files, features, args)
+    if rank == 0 and not (args.output / "state.json").exists():
+        with or_end(trainer, f"--output {args.output}: it cannot be finished", AGAIN):
+            finish(trainer, files, features, args)
     accelerator.end_training()
+
+
+def main(argv=None):
+    """The encoding, and how it ends where it cannot go on."""
+    trainer, args = parse_args(argv)
+    lock = trainer.filelock.FileLock(args.output / ".lock")  # one process at a time has it
+    try:
+        encode(trainer, args, lock)
+    except trainer.torch.OutOfMemoryError as error:
+        what = f"out of memory ({trainer.reason(error)})"
+        trainer.fail(f"{what}; lower --vae_encode_batch_size", trainer.this_rank())
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":
