@@ -19,7 +19,7 @@ Algorithm 1 of the LCM-LoRA report (arXiv 2311.05556), in this file's names:
 All of it stands in section 2, from NoiseSchedule to train.
 
 Deliberate differences from the paper:
-1. t_nk is drawn from the N = 50 timesteps 19, 39, ... 999 that LCMScheduler visits; k = 1000 / N.
+1. t_nk is one of the N = 50 timesteps 19, 39, ... 999 that LCMScheduler visits; k = 1000 / N.
 2. No moving average of the LoRA for the target: theta^- is theta without gradient.
 3. omega is not an input of the network: the LoRA learns the mean over the range, so a narrow range
    is sharper.
@@ -265,11 +265,14 @@ def check_args(args):
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is between them")
     if [args.train_data_dir, args.dataset_name, tars].count(None) != 2:
         fail("give one of --train_data_dir, --dataset_name and --train_shards_path_or_url")
-    if tars:
-        # Hugging Face's commands pipe a download to standard output; a command is never run here
-        args.train_shards_path_or_url = tars = re.sub(r"^pipe:curl( -\w+)* ", "", tars).strip("'\"")
-        if tars.startswith("pipe:"):
-            fail(f"--train_shards_path_or_url {tars}: commands are not run; give the URL or path")
+    if (tars or "").startswith("pipe:"):  # as in Hugging Face's commands; none is ever run here
+        curl = re.fullmatch(r"pipe:curl( -\w+)* ['\"]?(\w+://[^'\"\s;|&]+)['\"]?", tars)
+        if not curl:
+            fail(
+                "--train_shards_path_or_url: commands are not run; give a URL or path without pipe:"
+            )
+        # `datasets` takes the ? of a URL of the hub for a wildcard
+        args.train_shards_path_or_url = tars = curl[2].removesuffix("?download=true")
     if args.streaming is None:
         args.streaming = "://" in (tars or "")
     if args.streaming and not (args.max_train_steps or tars and args.max_train_samples):
@@ -403,7 +406,7 @@ def distance(a, b, loss_type, huber_c):
 
 
 # What a random number is for. All are pure functions of (seed, optimizer step, place in the global
-# batch, purpose): no two ranks share one, one process draws what many would, and there is no
+# batch, purpose): no two ranks share one, one process has those of many, and there is no
 # random state to save.
 PURPOSES = "order noise timestep guidance posterior caption crop flip dropout".split()
 
@@ -437,7 +440,7 @@ def sample_batch(run, batch, args):
     embeddings and, for SDXL, the pooled ones and the sizes.
     """
     step, places, device = batch["step"][0], batch["place"], run.timesteps.device
-    # LoRA dropout draws from torch's generator
+    # LoRA dropout uses torch's generator
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))
     # z = E(x): a sample of the VAE's posterior, whose moments encoded data already have
     vae, moments = run.pipe.vae, batch.get("moments")
