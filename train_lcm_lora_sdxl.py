@@ -270,9 +270,7 @@ def check_args(args):
     if (tars or "").startswith("pipe:"):  # as in Hugging Face's commands; none is ever run here
         curl = re.fullmatch(r"pipe:curl( -\w+)* ['\"]?(\w+://[^'\"\s;|&]+)['\"]?", tars)
         if not curl:
-            fail(
-                "--train_shards_path_or_url: commands are not run; give a URL or path without pipe:"
-            )
+            fail("--train_shards_path_or_url pipe:... is a command: give the URL or path itself")
         # `datasets` takes the ? of a URL of the hub for a wildcard
         args.train_shards_path_or_url = tars = curl[2].removesuffix("?download=true")
     if args.streaming is None:

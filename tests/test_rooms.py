@@ -19,11 +19,6 @@ ROOMS = {
     "proofs/": "chaos.py defects.py drift.py",
 }
 WIDTH = 100
-# Tests that have not been brought to this width yet; the list is to become empty.
-STILL_WIDE = {
-    f"tests/{name}.py"
-    for name in "test_cache test_data test_flags test_output test_resume test_speed".split()
-}
 
 
 def tracked(*patterns):
@@ -50,10 +45,7 @@ def test_lines_are_short(name):
     """At most 100 columns, in code, comments, help and messages alike."""
     lines = (ROOT / name).read_text().splitlines()
     wide = [number for number, line in enumerate(lines, 1) if len(line) > WIDTH]
-    if name in STILL_WIDE:
-        assert wide, f"{name} is done: remove it from STILL_WIDE"
-    else:
-        assert not wide, f"{name}: lines {wide} have more than {WIDTH} columns"
+    assert not wide, f"{name}: lines {wide} have more than {WIDTH} columns"
 
 
 @pytest.mark.parametrize("name", tracked("scripts/*.py"))
