@@ -158,9 +158,9 @@ def open_output(trainer, args, records, accelerator, lock):
 
 def write_prompts(trainer, pipe, args):
     """The embeddings of the empty prompt, by which captions are dropped, and for validation."""
-    path = args.output / trainer.PROMPTS
-    with or_end(trainer, f"{path}: it cannot be read", "delete it and run the same command again"):
-        known = trainer.load_prompts(args.output)
+    path, known = args.output / trainer.PROMPTS, {}
+    with contextlib.suppress(SystemExit):  # if it is missing or broken it is made anew
+        known = trainer.load_prompts(args.output, ["prompt"])
     new = [text for text in ["", *(args.validation_prompts or [])] if text not in known]
     for text in dict.fromkeys(new):
         known[text] = {k: v[0].cpu() for k, v in trainer.encode_captions(pipe, [text]).items()}
@@ -191,7 +191,7 @@ def features_of(trainer, pipe, args):
     else:
         columns["image"] = datasets.Image()
     if "captions" in args.encode:
-        for name, value in trainer.load_prompts(args.output)[""].items():
+        for name, value in trainer.load_prompts(args.output, ["prompt"])[""].items():
             columns[name] = array((None, *value.shape), value.dtype)
     columns |= {"captions": datasets.List(text), "name": text, "unusable": text}
     return datasets.Features(columns)
@@ -309,7 +309,8 @@ def encode(trainer, args, lock):
     features = features_of(trainer, pipe, args)
     rows = {i: range(starts[i], min(starts[i] + ROWS, len(records))) for i in missing[rank::world]}
     total = sum(map(len, rows.values()))
-    with trainer.tqdm(total=total, unit="record", disable=rank > 0, dynamic_ncols=True) as bar:
+    hidden = rank > 0 or not rows
+    with trainer.tqdm(total=total, unit="record", disable=hidden, dynamic_ncols=True) as bar:
         for i in rows:
             with or_end(trainer, f"{files[i]}: it cannot be made", AGAIN):
                 encode_file(trainer, pipe, records, rows[i], features, files[i], bar, args)
