@@ -14,6 +14,7 @@ encoders, save for validation. A killed run goes on with the same command;
 The output is a folder that `datasets.load_from_disk` opens:
 
     data-00000-of-00004.arrow   1,000 records each, in the order of the data, with the columns
+                                (float: float16 with --mixed_precision fp16, else float32)
         moments     float [2C, h, w]: mean and log variance of the latents' posterior, unscaled
         mirrored    the same of the mirrored image, with --random_flip
         prompt      float [captions, L, D]: embeddings of the captions
@@ -152,7 +153,7 @@ def open_output(trainer, args, records, accelerator, lock):
         trainer.fail(f"--output {folder}: it holds {there[0]}; name a new or an empty folder")
     accelerator.wait_for_everyone()  # until all have looked
     if accelerator.is_main_process and not path.exists():
-        with or_end(trainer, f"--output {folder}: it cannot be written", "free or name another"):
+        with or_end(trainer, f"--output {folder}: it cannot be written", AGAIN):
             write_json(trainer, path, stamp)
 
 

@@ -864,20 +864,50 @@ def test_leftovers_of_a_kill_are_no_content(encode, copied):
         assert content(copied) in (whole, whole | {"dataset_info.json.part": b"torn"})
 
 
-@pytest.mark.parametrize("layout", ["sd15"])
-def test_two_processes(program, encode, teacher, images, tmp_path, monkeypatch):
-    """Each encodes a part, no image twice; the content is that of one process."""
-    driver, out = tmp_path / "driver.py", tmp_path / "two"
+@pytest.fixture
+def two_processes(teacher, images, tmp_path):
+    """two_processes(output): the program with files of four records, launched twice at once."""
+    driver = tmp_path / "driver.py"
     driver.write_text(DRIVER + TELLING)
-    flags = {"family": "sd15", "pretrained_teacher_model": teacher, "train_data_dir": images}
-    flags |= {"output": out, "resolution": 32, "center_crop": True}
-    words = [ROOT / PROGRAM, *command_line(flags)]
-    done = launch(driver, *words, flags=("--multi_gpu", "--num_processes", "2"))
+
+    def start(output):
+        flags = {"family": "sd15", "pretrained_teacher_model": teacher, "train_data_dir": images}
+        words = command_line(flags | {"output": output, "resolution": 32, "center_crop": True})
+        both = ("--multi_gpu", "--num_processes", "2")
+        return launch(driver, ROOT / PROGRAM, *words, flags=both)
+
+    return start
+
+
+@pytest.mark.parametrize("layout", ["sd15"])
+def test_two_processes(two_processes, program, encode, tmp_path, monkeypatch):
+    """Each encodes a part, no image twice; the content is that of one process."""
+    done = two_processes(tmp_path / "two")
     assert done.returncode == 0, done.stderr
     told = Counter(line for line in done.stdout.splitlines() if line.startswith("rank "))
     assert told == {"rank 0: 4 encoded": 2, "rank 1: 4 encoded": 1}
     monkeypatch.setattr(program, "ROWS", 4)
-    assert content(out) == content(encode())
+    assert content(tmp_path / "two") == content(encode())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("layout", ["sd15"])
+def test_an_error_of_the_second_process(two_processes, program, encode, monkeypatch):
+    """Is said too, and what the first one did is kept."""
+    monkeypatch.setattr(program, "ROWS", 4)
+    folder = encode()
+    whole, part = content(folder), folder / "data-00001-of-00003.arrow.part"
+    for name in STATE, "data-00000-of-00003.arrow", "data-00001-of-00003.arrow":
+        (folder / name).unlink()
+    part.symlink_to("/dev/full")
+    done = two_processes(folder)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if "encode_data.py: error: " in line]
+    assert len(lines) == 1 and str(part.with_suffix("")) in lines[0] and "No space" in lines[0]
+    part.unlink()
+    encode(output=folder)
+    assert content(folder) == whole
 
 
 class Encodings:
