@@ -251,6 +251,8 @@ def main(argv=None):
     """Read, count, write; the exit code."""
     trainer, args = parse_args(argv)
     trainer.datasets.disable_progress_bars()
+    if folder := trainer.encoded_folder(args):
+        trainer.fail(f"{folder} holds encoded data: check the data that they were made from")
     tokenizers, origin = read_teacher(trainer, args)
     records, out = trainer.load_records(args), args.output_dir
     with trainer.or_fail(f"--output_dir {out}: cannot be written", "choose another folder"):
