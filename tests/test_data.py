@@ -85,7 +85,7 @@ def write_parquet(folder, images, captions, names=None):
 
 @pytest.fixture(autouse=True)
 def no_sleep(monkeypatch):
-    """`datasets` sleeps five seconds after each epoch of streamed parquet, for pyarrow's threads."""
+    """`datasets` sleeps five seconds after each epoch of streamed parquet, for its threads."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
@@ -244,10 +244,9 @@ def test_broken_sources_end_with_one_line(sd15, tmp_path, case, workers):
         "resolution": 8,
         "max_train_steps": 4,
     }
-    args = sd15.parse_args(
-        command_line(flags | {"streaming": workers is not None, "dataloader_num_workers": workers})
-    )
+    flags |= {"streaming": workers is not None, "dataloader_num_workers": workers}
     with pytest.raises(SystemExit, match=message) as ended:
+        args = sd15.parse_args(command_line(flags))
         for batch in sd15.make_loader(sd15.load_records(args), None, args, 0, 0, 1):
             sd15.check_batch(batch)
     assert "error: " in ended.value.code and "\n" not in ended.value.code
