@@ -254,8 +254,8 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuse what does not go together; --streaming is then known."""
-    name, tars = args.pretrained_teacher_model or "", args.train_shards_path_or_url
-    if not name or Path(name).is_file() and not is_one_file(name):
+    name, tars = args.pretrained_teacher_model, args.train_shards_path_or_url
+    if name is None or Path(name).is_file() and not is_one_file(name):
         fail(f"--pretrained_teacher_model {name}: give a folder, hub id or .safetensors file")
     if args.teacher_config and not is_one_file(name):
         fail("--teacher_config is for a teacher in one .safetensors file; leave it out")
@@ -772,7 +772,6 @@ TAR_IMAGES, TAR_CAPTIONS = "jpg jpeg png webp".split(), "txt text caption json".
 # Columns of encoded data, which scripts/encode_data.py makes; it documents their format
 ENCODED = ("moments", "mirrored", "prompt", "text_embeds", "time_ids")
 STAMP, PROMPTS = "encoded.json", "prompts.safetensors"
-WebDataset.DECODERS = {}  # it would end at the first text of a tar shard that is not UTF-8
 
 
 def load_records(args):
@@ -787,8 +786,12 @@ def load_records(args):
     advice = "give images with metadata.jsonl, a dataset, or tars"
     with or_fail(f"--{flag} {name}: cannot be opened", advice):
         if tars:
-            # `datasets` would take the fields from five records, and an image's file from anywhere
+            # `datasets` would take the fields from five records, an image's file from anywhere, and
+            # end at the first text that is not UTF-8
+            WebDataset.DECODERS = {}
             files = f"{name}/**/*.tar" if Path(name).is_dir() else name
+            if files != name and not any(Path(name).glob("**/*.tar")):
+                raise FileNotFoundError("no .tar file in it")
             binary, text = datasets.Value("binary"), datasets.Value("string")
             fields = dict.fromkeys([*TAR_IMAGES, *TAR_CAPTIONS], binary) | {"__key__": text}
             options |= {
@@ -1111,8 +1114,9 @@ def check_batch(batch):
         fail(f"not one record of the data can be used{first}", this_rank())
 
 
-def ignore_signals(_):
-    """For a reader: a signal to the whole job is the trainer's affair, which needs its readers."""
+def start_reader(_):
+    """In a process that reads: a signal to the whole job is the trainer's affair."""
+    WebDataset.DECODERS = {}  # as in `load_records`, where processes are not forked
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1133,7 +1137,7 @@ def make_loader(records, empty, args, first_step, rank, world):
     """
     size, parts = args.train_batch_size, args.gradient_accumulation_steps
     workers, steps = args.dataloader_num_workers, range(first_step, args.max_train_steps)
-    options = {"collate_fn": collate, "worker_init_fn": ignore_signals}
+    options = {"collate_fn": collate, "worker_init_fn": start_reader}
     if not args.streaming:
         places = [
             range((rank * parts + i) * size, (rank * parts + i + 1) * size) for i in range(parts)
@@ -1224,6 +1228,8 @@ def read_lora(pipe, file):
         settings = {f"unet.{key}": value for key, value in config.items()}
         tensors = {f"unet.{key.removeprefix(prefix)}": value for key, value in tensors.items()}
     weights = sum(not key.endswith(".alpha") for key in tensors)
+    if len({float(value) for key, value in tensors.items() if key.endswith(".alpha")}) > 1:
+        raise ValueError("its layers differ in alpha, which diffusers does not read")
     state, alphas = pipe.lora_state_dict(tensors, unet_config=pipe.unet.config)
     with torch.device("meta"):
         reader = type(pipe.unet).from_config(pipe.unet.config)
@@ -1234,7 +1240,7 @@ def read_lora(pipe, file):
             setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
     pipe.load_lora_into_unet(state, alphas, reader, metadata=settings, low_cpu_mem_usage=True)
     layers = lora_layers(reader)
-    if 2 * len(layers) != weights:
+    if not layers or 2 * len(layers) != weights:
         raise ValueError(f"{len(layers)} of its {weights / 2:g} layers are layers of this teacher")
     if not all(a.isfinite().all() and b.isfinite().all() for a, b, _ in layers.values()):
         raise ValueError("NaN or infinite numbers are in it")
@@ -1477,7 +1483,7 @@ class Log:
             self.lock.acquire(timeout=0)  # until this process ends, however it ends
             self.file = (folder / "log.jsonl").open("a+", buffering=1)
         self.file.seek(0)
-        whole = [line for line in self.file if line.endswith("\n")]
+        whole = [line for line in self.file if line.endswith("\n")] if run.resumed else []
         old = [line for line in whole if json.loads(line)["step"] <= run.step]
         self.file.truncate(len("".join(old).encode()))
         last = json.loads(old[-1]) if old else {}

@@ -258,7 +258,7 @@ def encode_file(trainer, pipe, records, rows, features, path, bar, args):
     """Encode some rows into a file, which gets its name when it is whole."""
     options = {"batch_size": args.vae_encode_batch_size, "collate_fn": list, "sampler": rows}
     options |= {"num_workers": args.dataloader_num_workers}
-    options |= {"worker_init_fn": trainer.ignore_signals}
+    options |= {"worker_init_fn": trainer.start_reader}
     batches = trainer.torch.utils.data.DataLoader(Images(records, args), **options)
     part = Path(f"{path}.part")
     with trainer.datasets.arrow_writer.ArrowWriter(

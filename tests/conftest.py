@@ -364,6 +364,16 @@ def another_program():
     undo()
 
 
+@pytest.fixture(autouse=True)
+def decoders():
+    """The trainers read tar shards undecoded in all of their process; other tests are not theirs."""
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    before = WebDataset.DECODERS
+    yield
+    WebDataset.DECODERS = before
+
+
 @pytest.fixture(scope="session")
 def sd15():
     """train_lcm_lora_sd15.py as a module."""

@@ -343,7 +343,7 @@ def test_messages(check, xl_teacher, teacher, images, tmp_path):
     data, out = {"train_data_dir": images}, {"output_dir": tmp_path / "check"}
     (tmp_path / "file").write_text("")
     for flags, words in (
-        ({}, "give one of --train_data_dir ("),
+        ({}, "give one of --train_data_dir, "),
         (data | {"resolutoin": 32}, "unrecognized arguments: --resolutoin 32"),
         (data | {"samples": 0}, "argument --samples: 0 is not allowed"),
         (data | {"limit": 0}, "argument --limit: 0 is not allowed"),
