@@ -366,7 +366,7 @@ def another_program():
 
 @pytest.fixture(autouse=True)
 def decoders():
-    """The trainers read tar shards undecoded in all of their process; other tests are not theirs."""
+    """The trainers read tar shards undecoded in all of their process; other tests do not."""
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     before = WebDataset.DECODERS
