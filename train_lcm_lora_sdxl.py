@@ -625,15 +625,16 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
             options["vae"] = open_vae(vae, "vae" in skip, **common)
     advice += ", or a .safetensors file"
     if is_one_file(name):
-        flag += f" with --teacher_config {args.teacher_config}"
+        flag += f" with --teacher_config {args.teacher_config or '(not given)'}"
         advice = "give a folder or hub id with configs and tokenizers of this kind of model there"
     common["revision"] = args.teacher_revision
     with or_fail(f"{flag}: cannot be loaded", advice):
         parts = teacher_parts(args)
-        if needed != {"unet", *TEXT_ENCODERS} & {*parts}:
-            has = ", ".join(sorted({*parts})) or "nothing known"
+        has = {"unet", *TEXT_ENCODERS} & {*parts}
+        if has != needed:
             other = "train_lcm_lora_sd15.py" if FAMILY == "sdxl" else "train_lcm_lora_sdxl.py"
-            fail(f"{flag}: it has {has}; it may be a teacher for {other}")
+            both = [", ".join(sorted(names)) or "no known part" for names in (has, needed)]
+            fail(f"{flag}: it has {both[0]}, needed is {both[1]}; another layout takes {other}")
         if "vae" not in [*parts, *options]:
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
         if not is_one_file(name):
@@ -1285,21 +1286,24 @@ def save_lora(run, folder, args):
     files[Path(folder, "unet", "adapter_config.json")] = text.encode()
     parts = {path: Path(f"{path}.part") for path in files}
     Path(folder, "unet").mkdir(parents=True, exist_ok=True)
-    for path, content in files.items():
-        parts[path].write_bytes(content)
-
-    loaded, wrong = read_lora(run.pipe, parts[file]), []
-    for path, (a, b, scaling) in layers.items():
-        x, y, loaded_scaling = loaded.get(path, (a, b, math.nan))
-        same = torch.equal(a.cpu(), x) and torch.equal(b.cpu(), y)
-        if not same or not math.isclose(scaling, loaded_scaling, rel_tol=1e-6):  # alpha is float32
-            wrong.append(path)
-    if wrong:
-        what = f"{len(wrong)} of {len(layers)} layers are missing or differ, first {wrong[0]}"
-        fail(f"{file}: as diffusers loads it, {what}")
-    for path, part in parts.items():
-        flush_to_disk(part)
-        part.replace(path)
+    try:
+        for path, content in files.items():
+            parts[path].write_bytes(content)
+        loaded, wrong = read_lora(run.pipe, parts[file]), []
+        for path, (a, b, scaling) in layers.items():
+            x, y, loaded_scaling = loaded.get(path, (a, b, math.nan))
+            same = torch.equal(a.cpu(), x) and torch.equal(b.cpu(), y)
+            if not same or not math.isclose(scaling, loaded_scaling, rel_tol=1e-6):  # a float32
+                wrong.append(path)
+        if wrong:
+            what = f"{len(wrong)} of {len(layers)} layers are missing or differ, first {wrong[0]}"
+            fail(f"{file}: as diffusers loads it, {what}")
+        for path, part in parts.items():
+            flush_to_disk(part)
+            part.replace(path)
+    finally:  # of a save that failed
+        for part in parts.values():
+            part.unlink(missing_ok=True)
     return f"{file}: {len(layers)} of {len(layers)} layers read back equal"
 
 
@@ -1329,10 +1333,10 @@ def load_lora(pipe, student, source, flag):
 
 STATE_FILE, MANIFEST = "training_state.pt", "manifest.json"  # sizes and hashes of a checkpoint
 BAD_STEPS = 10  # in a row without a finite loss and gradient, which end the run
-# What started this process, where that is a launcher: a shell may log out, and the run goes on
+# The launcher that started this process, or None: a shell may log out, and the run goes on
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
 LAUNCHER = os.getppid() if LAUNCHED else None
-# Which of these there are differs from system to system
+# As many of these as the system has
 STOP_SIGNALS = [vars(signal).get(f"SIG{name}") for name in "INT TERM USR1 HUP BREAK".split()]
 STOP_SIGNALS = [number for number in STOP_SIGNALS if number]
 HANG_UP = vars(signal).get("SIGHUP", signal.SIGTERM)
@@ -1801,7 +1805,7 @@ def distil(args):
         with or_fail(what, "free some space and resume"):
             print(save_lora(run, args.output_dir, args))
             write_card(run, args)
-    # Else a gloo thread with a tensor and a rank that exits could wait for each other for ever
+    # Else a gloo thread with a tensor and a rank that exits may wait for each other for ever
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if run.hub:  # without checkpoints, logs and args.json

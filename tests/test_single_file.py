@@ -119,7 +119,7 @@ BAD = {  # what is wrong: the trainer, the teacher, --teacher_config, what the m
         "sd15",
         "no text",
         "sd15",
-        "no-text.safetensors.*it has unet, vae;",
+        "no-text.safetensors.*it has unet, needed is text_encoder",
     ),
     "no VAE": (
         "sd15",
