@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -280,6 +281,7 @@ if __name__ == "__main__":
 # Hide the libraries' messages about optional parts and coming versions; errors still show.
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|peft|transformers")
 os.environ |= {"HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels, unused here
 
 import diffusers
 import torch

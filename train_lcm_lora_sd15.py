@@ -36,6 +36,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -55,7 +56,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def this_rank():
-    """This process's number among those of the run, as the launcher gives it."""
+    """This process's number among those of the run."""
     return os.environ.get("RANK", "0")
 
 
@@ -66,17 +67,15 @@ def fail(message, rank="0"):
 
 def reason(error):
     """The kind of an exception and the first line of its message, without addresses in memory."""
-    if isinstance(
-        error, datasets.exceptions.DatasetGenerationError
-    ):  # its cause says what happened
-        error = error.__cause__ or error
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):
+        error = error.__cause__ or error  # which says what happened
     line = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
     return re.sub(r" <[^<]* at 0x\w+>", "", line)
 
 
 @contextlib.contextmanager
 def or_fail(what, advice):
-    """A block that ends the run with one line on any error: each library has its own kinds."""
+    """A block that ends the run with one line on any error, whatever its kind."""
     try:
         yield
     except Exception as error:
@@ -113,9 +112,6 @@ REFUSED = dict.fromkeys(["cache_latents", "cache_text_embeddings", "cache_only"]
 class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=36, width=100)
-
     def _get_help_string(self, action):
         has_one = str(action.default) not in ("None", "False", argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if has_one else action.help
@@ -140,7 +136,7 @@ def parse_args(argv=None):
         usage="accelerate launch %(prog)s --pretrained_teacher_model MODEL\n"
         "         (--train_data_dir | --dataset_name | --train_shards_path_or_url) DATA [flags]",
         description=__doc__.split("\n\nAlgorithm 1")[0],
-        formatter_class=Help,
+        formatter_class=lambda prog: Help(prog, max_help_position=36, width=100),
         allow_abbrev=False,
     )
     parser.error = lambda message: fail(re.sub(r"hf_\w+", "***", message))  # perhaps a token
@@ -285,7 +281,9 @@ def is_one_file(name):
 if __name__ == "__main__":
     parse_args()  # answers --help and mistakes at once: the libraries take seconds to load
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, unused here
+# They warn of torchvision and of kernels for some CPUs, which nothing here needs
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import accelerate
 import datasets
@@ -1213,9 +1211,8 @@ def header(pipe, args, step):
         kohya |= {"base_model_version": known[0], "v2": known[0].startswith("sd_v2")}
         if not unet.reverse_transformer_layers_per_block:  # SSD-1B, which A1111 files under SDXL
             spec["architecture"] = f"{known[1]}/lora"
-    about |= {f"modelspec.{k}": v for k, v in spec.items()} | {
-        f"ss_{k}": v for k, v in kohya.items()
-    }
+    about |= {f"modelspec.{k}": v for k, v in spec.items()}
+    about |= {f"ss_{k}": v for k, v in kohya.items()}
     return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in about.items()}
 
 
@@ -1304,9 +1301,7 @@ def load_lora(pipe, student, source, flag):
         endings = {next((e for e in known if f".{path}".endswith(f".{e}")), path) for path in ranks}
         rank = " or ".join(map(str, sorted({*ranks.values()})))
         fits = f"--lora_rank {rank} --lora_target_modules '{' '.join(sorted(endings))}'"
-        fail(
-            f"{flag} {file}: its {len(given)} layers or their rank are not this run's; give {fits}"
-        )
+        fail(f"{flag} {file}: its {len(given)} layers or their rank are not the run's; give {fits}")
     for path, (a, b, scaling) in live.items():
         a.copy_(given[path][0])
         b.copy_(given[path][1] * (given[path][2] / scaling))

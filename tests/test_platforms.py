@@ -115,3 +115,10 @@ def test_the_prelude_takes_them_away(tmp_path, fault):
     done = elsewhere(tmp_path / "program.py", "--help")
     assert done.returncode == 1
     assert re.search("(ModuleNotFound|Attribute|Permission)Error", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("program", ["train_lcm_lora_sd15.py", "infer.py"])
+def test_the_libraries_say_nothing(program):
+    """The first line of a run is the program's: bitsandbytes asks for kernels on some CPUs."""
+    done = run(sys.executable, "-c", f"import {program.removesuffix('.py')}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
