@@ -1,19 +1,24 @@
 #!/usr/bin/env python
-"""Train a demo teacher: a small Stable Diffusion 1.5 from scratch on demo/data, or from it one of SDXL's layout.
+"""Train a demo teacher: a small Stable Diffusion 1.5 from scratch, or from it one of SDXL's layout.
 
     pip install --no-deps open_clip_torch==3.3.0        # for CLIP's BPE file only
     python scripts/demo/train_teacher.py --work_dir /tmp/teacher
-    python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl --init_from demo/teacher-sd15 \
-        --vae_steps 0 --text_steps 1500 --unet_steps 2000 --unet_lr 5e-4
+    python scripts/demo/train_teacher.py --layout sdxl --init_from demo/teacher-sd15 \
+        --work_dir /tmp/xl --vae_steps 0 --text_steps 1500 --unet_steps 2000 --unet_lr 5e-4
 
-Its parts, each kept in --work_dir, so that the same command goes on after a stop:
+Its parts, each kept in --work_dir, so that the same command goes on after a stop or a kill:
 1. the tokenizer: those entries of CLIP's own vocabulary that the captions need,
-2. the autoencoder: 64 x 64 x 3 pixels -> 16 x 16 x 4 latents,
-3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions.
---init_from a teacher of the other layout takes tokenizer, autoencoder and UNet from it; the new text encoders first learn
-to say what the old one says, so that the UNet understands them from the start.
-On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s: part 3 takes 70 to 150 minutes.
-The output is a diffusers folder, fp16 safetensors.
+2. the autoencoder: 64 or 128 px images -> 16 x 16 x 4 latents (factor 4 or 8),
+3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions;
+   after --freeze_text steps the UNet alone, on text embeddings that were computed once.
+--init_from a teacher of the other layout takes tokenizer, autoencoder and UNet from it; the new
+text encoders first learn to say what the old one says, so that the UNet understands them from the
+start. --cooldown 0.1 keeps the learning rate until the last tenth of the steps: train with a large
+--unet_steps for as long as there is time, then give one that ends the run. The output is a
+diffusers folder, fp16 safetensors; with --unet_steps at or below the saved step nothing is
+trained, and it shows the run so far. --decoder_steps makes images sharper at any later time.
+On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s, on one
+core with bfloat16 instructions and --bf16 on RATE: 10,000 steps take 70 to 150 minutes.
 """
 
 import argparse
@@ -40,6 +45,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import make_image_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -50,24 +57,80 @@ SHEET_PROMPTS = 32
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--layout", choices=["sd15", "sdxl"], default="sd15")
-    p.add_argument("--data_dir", type=Path, default=ROOT / "demo" / "data", help="folder made by build_dataset.py")
-    p.add_argument("--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run")
-    p.add_argument("--output_dir", type=Path, help="the finished teacher (default: demo/teacher-<layout>)")
-    p.add_argument("--init_from", type=Path, help="go on from this teacher, of this layout or the other")
+    p.add_argument(
+        "--data_dir",
+        type=Path,
+        default=ROOT / "demo" / "data",
+        help="folder made by build_dataset.py",
+    )
+    p.add_argument(
+        "--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run"
+    )
+    p.add_argument(
+        "--output_dir", type=Path, help="the finished teacher (default: demo/teacher-<layout>)"
+    )
+    p.add_argument(
+        "--init_from", type=Path, help="go on from this teacher, of this layout or the other"
+    )
     p.add_argument("--vae_steps", type=int, default=3600, help="optimizer steps of the autoencoder")
+    p.add_argument(
+        "--decoder_steps",
+        type=int,
+        default=0,
+        help="further steps of the autoencoder's decoder alone, at any time: the UNet still fits",
+    )
     p.add_argument("--vae_batch", type=int, default=8)
     p.add_argument("--vae_lr", type=float, default=1e-3)
-    p.add_argument("--kl_weight", type=float, default=1e-2, help="a decoder that forgives errors in the latents")
-    p.add_argument("--se_weight", type=float, default=0.25, help="half-size latents decode to half-size pictures")
-    p.add_argument("--text_steps", type=int, default=2000, help="steps in which new text encoders imitate the old one")
-    p.add_argument("--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet")
+    p.add_argument(
+        "--kl_weight",
+        type=float,
+        default=1e-2,
+        help="a decoder that forgives errors in the latents",
+    )
+    p.add_argument(
+        "--se_weight",
+        type=float,
+        default=0.25,
+        help="half-size latents decode to half-size images",
+    )
+    p.add_argument(
+        "--text_steps",
+        type=int,
+        default=2000,
+        help="steps in which new text encoders imitate the old one",
+    )
+    p.add_argument(
+        "--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet"
+    )
     p.add_argument("--unet_batch", type=int, default=32)
     p.add_argument("--unet_lr", type=float, default=8e-4)
+    p.add_argument(
+        "--cooldown",
+        type=float,
+        default=1.0,
+        help="the last share of --unet_steps, over which the learning rate falls to 0",
+    )
+    p.add_argument(
+        "--freeze_text",
+        type=int,
+        default=10**9,
+        help="after so many steps the text encoders stay as they are, and a step is faster",
+    )
     p.add_argument("--ema_decay", type=float, default=0.999)
-    p.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR loss weights (arXiv 2303.09556)")
-    p.add_argument("--save_every", type=int, default=500, help="steps between states")
+    p.add_argument(
+        "--snr_gamma", type=float, default=5.0, help="min-SNR loss weights (arXiv 2303.09556)"
+    )
+    p.add_argument("--save_minutes", type=float, default=4, help="time between states")
+    p.add_argument(
+        "--bf16",
+        action="store_true",
+        help="on a CPU too: faster where the CPU has bfloat16 instructions, slower elsewhere",
+    )
     p.add_argument("--sheet_every", type=int, default=2000, help="steps between sample sheets")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
@@ -75,14 +138,14 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------------ the pieces
+# -------------------------------------------------------------------------------- the pieces
 
 
 def build_tokenizer(captions, folder):
-    """CLIP's byte-pair encoding, less every merge that can never apply to the words of these captions.
+    """CLIP's byte-pair encoding, less every merge that can never apply to these captions' words.
 
-    ASCII words of these captions split exactly as in CLIP; anything else falls apart into smaller pieces, at worst bytes
-    (a typographic apostrophe, say, stays three byte tokens).
+    ASCII words of these captions split exactly as in CLIP; anything else falls apart into smaller
+    pieces, at worst bytes (a typographic apostrophe, say, stays three byte tokens).
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
@@ -90,7 +153,10 @@ def build_tokenizer(captions, folder):
     bpe = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     merges = gzip.decompress(bpe.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     text = " ".join(
-        w + "</w>" for w in sorted({w for c in captions for w in re.findall(r"\d|[^\W\d]+|[^\s\w]+", c.lower())})
+        w + "</w>"
+        for w in sorted(
+            {w for c in captions for w in re.findall(r"\d|[^\W\d]+|[^\s\w]+", c.lower())}
+        )
     )
     merges = [m for m in merges if m.replace(" ", "") in text]
     # GPT-2's table from bytes to printable characters: the printable ones stand for themselves.
@@ -101,25 +167,38 @@ def build_tokenizer(captions, folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
+    return CLIPTokenizer.from_pretrained(
+        folder, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
+    )
 
 
-def build_vae():
-    """Factor 4, 0.95M parameters. Few norm groups: many would rob a small network of its sense of colour."""
+def build_vae(side):
+    """Factor 4, 0.95M parameters (64 px), or factor 8, 0.98M parameters (128 px).
+
+    Few norm groups: many would rob a small network of its sense of colour. At 128 px few channels
+    in the outermost level, where they cost most.
+    """
+    levels = {64: (32, 64, 64), 128: (16, 32, 64, 64)}
+    if side not in levels:
+        sys.exit(f"--data_dir: the images have {side} px, a teacher is made for 64 or 128")
+    channels = levels[side]
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
-        sample_size=64,
+        norm_num_groups=channels[0] // 4,
+        sample_size=side,
         scaling_factor=1 / LATENT_STD,
     )
 
 
 def build_text_encoders(tokenizer, layout):
-    """CLIPTextModel, two layers of width 128; for SDXL two that give 128 together, from their second of three layers."""
+    """CLIPTextModel, two layers of width 128; for SDXL two encoders that give 128 together.
+
+    SDXL reads the layer before the last: the second of three.
+    """
 
     def config(width, layers):
         return CLIPTextConfig(
@@ -137,7 +216,10 @@ def build_text_encoders(tokenizer, layout):
 
     if layout == "sd15":
         return {"text_encoder": CLIPTextModel(config(128, 2))}
-    return {"text_encoder": CLIPTextModel(config(48, 3)), "text_encoder_2": CLIPTextModelWithProjection(config(80, 3))}
+    return {
+        "text_encoder": CLIPTextModel(config(48, 3)),
+        "text_encoder_2": CLIPTextModelWithProjection(config(80, 3)),
+    }
 
 
 def build_unet(layout):
@@ -149,14 +231,16 @@ def build_unet(layout):
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 32,
         }
-        conditioning |= {"projection_class_embeddings_input_dim": 80 + 6 * 32}  # the pooled output and six sizes
+        conditioning |= {
+            "projection_class_embeddings_input_dim": 80 + 6 * 32
+        }  # the pooled output and six sizes
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 96, 160),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,  # the number of heads, in spite of its name, as in Stable Diffusion 1.5
+        attention_head_dim=4,  # the number of heads, as in Stable Diffusion 1.5
         norm_num_groups=16,
         cross_attention_dim=128,
         **conditioning,
@@ -164,7 +248,7 @@ def build_unet(layout):
 
 
 def ddim_scheduler():
-    """Stable Diffusion's noise schedule; the few extra settings are those of its own scheduler file."""
+    """Stable Diffusion's noise schedule and the other settings of its scheduler file."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -176,7 +260,7 @@ def ddim_scheduler():
 
 
 def read_pictures(data_dir, split):
-    """All pictures of a split as uint8 [N,3,64,64], and their captions."""
+    """All images of a split as uint8 [N,3,H,W], and their captions."""
     data = load_dataset("parquet", data_files=str(data_dir / f"{split}.parquet"), split="train")
     pixels = np.stack([np.asarray(p.convert("RGB")) for p in data["image"]])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(data["text"])
@@ -187,21 +271,27 @@ def to_unit(pixels, device):
     return pixels.to(device, torch.float32) / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------ one training run
+# -------------------------------------------------------------------------------- one run
 
 
 class Run:
-    """What both training parts share: a cosine schedule, an EMA copy, a state to go on from, a status line."""
+    """What all training parts share: schedule, EMA copy, a state to go on from, a status line."""
 
-    def __init__(self, name, modules, lr, steps, args):
+    def __init__(self, name, modules, lr, steps, args, cooldown=1.0):
         self.name, self.modules, self.steps, self.args = name, modules, steps, args
         self.path = args.work_dir / f"{name}_state.pt"
         self.ema = copy.deepcopy(modules).requires_grad_(False)
-        self.opt = torch.optim.AdamW(modules.parameters(), lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
-        warmup = min(200, steps // 10 + 1)
-        self.lr = torch.optim.lr_scheduler.LambdaLR(
-            self.opt, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps)))
+        self.opt = torch.optim.AdamW(
+            modules.parameters(), lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True
         )
+        warmup = min(200, steps // 10 + 1)
+
+        def factor(step):
+            """Up over the warm-up, 1, then half a cosine down to 0 over the cooldown."""
+            done = (step / max(1, steps) - 1 + cooldown) / cooldown
+            return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, done))))
+
+        self.lr = torch.optim.lr_scheduler.LambdaLR(self.opt, factor)
         self.step = 0
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
@@ -209,7 +299,7 @@ class Run:
                 getattr(self, key).load_state_dict(state[key])
             self.step = state["step"]
             print(f"{name}: goes on after step {self.step}", flush=True)
-        self.clock, self.mean = time.time(), None
+        self.clock, self.saved, self.mean = time.time(), time.time(), None
 
     def update(self, loss, images):
         """One optimizer step."""
@@ -221,37 +311,48 @@ class Run:
         self.step += 1
         decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.modules.parameters()), 1 - decay)
+            torch._foreach_lerp_(
+                list(self.ema.parameters()), list(self.modules.parameters()), 1 - decay
+            )
         if self.step % 50 == 0:
             value, seconds = loss.item(), (time.time() - self.clock) / 50
             self.mean = value if self.mean is None else 0.9 * self.mean + 0.1 * value
+            left = seconds * (self.steps - self.step) / 60
             print(
-                f"{self.name} {self.step}/{self.steps} loss {self.mean:.4f} lr {self.lr.get_last_lr()[0]:.1e} "
-                f"{images / seconds:.0f} images/s, {seconds * (self.steps - self.step) / 60:.0f} min left",
+                f"{self.name} {self.step}/{self.steps} loss {self.mean:.4f} "
+                f"lr {self.lr.get_last_lr()[0]:.1e} {images / seconds:.0f} images/s, "
+                f"{left:.0f} min left",
                 flush=True,
             )
             self.clock = time.time()
-        if self.step % self.args.save_every == 0 or self.step == self.steps:
-            state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt", "lr")} | {"step": self.step}
-            torch.save(state, self.path.with_suffix(".new"))
-            self.path.with_suffix(".new").rename(self.path)
+        if time.time() - self.saved > 60 * self.args.save_minutes or self.step == self.steps:
+            self.save()
+
+    def save(self):
+        """Write the state beside the old one and put it in its place: a kill leaves one of both."""
+        state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt", "lr")}
+        torch.save(state | {"step": self.step}, self.path.with_suffix(".new"))
+        self.path.with_suffix(".new").replace(self.path)
+        self.saved = time.time()
 
 
 def seed_step(args, step, purpose):
-    """Randomness of a step depends on the seed and the step alone, so a stopped run goes on as if it never stopped."""
-    seed = int(np.random.SeedSequence([args.seed, step, purpose]).generate_state(1, np.uint64)[0] >> 1)
+    """Randomness depends on seed and step alone: a stopped run goes on as if it never stopped."""
+    seed = int(
+        np.random.SeedSequence([args.seed, step, purpose]).generate_state(1, np.uint64)[0] >> 1
+    )
     torch.manual_seed(seed)
 
 
 def psnr(a, b):
-    """Mean over pictures of the peak signal-to-noise ratio, dB; inputs -1..1."""
+    """Mean over images of the peak signal-to-noise ratio, dB; inputs -1..1."""
     mse = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / mse)).mean().item()
 
 
 @torch.no_grad()
 def reconstruction_psnr(vae, pixels, device):
-    """PSNR of decode(encode(x)) over all pictures."""
+    """PSNR of decode(encode(x)) over all images."""
     values = []
     for part in pixels.split(64):
         x = to_unit(part, device)
@@ -260,54 +361,121 @@ def reconstruction_psnr(vae, pixels, device):
 
 
 def picture_distance(y, x):
-    """L1 and L2 on pixels, L1 on differences of neighbours (edges); a scalar, y and x [B,3,H,W] -1..1."""
+    """L1 and L2 on pixels, L1 on differences of neighbours (edges); y and x [B,3,H,W] -1..1."""
     edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
     return (y - x).abs().mean() + 0.5 * edges + (y - x).square().mean()
+
+
+def mixed_precision(args, device):
+    """The autocast of a training step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda")
+
+
+def suit_to_bf16(model):
+    """Leave group norm in float32, and attention to plain matrix products.
+
+    On a CPU bfloat16 halves the time of convolutions and matrix products, but PyTorch's group norm
+    and fused attention are several times slower in it.
+    """
+    model.set_attn_processor(AttnProcessor())
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def train_vae(vae, pixels, args, device):
     """Autoencoder with latents that a diffusion model learns fast.
 
-    The KL term adds noise to the latents, so the decoder forgives the UNet's errors. Scale equivariance (arXiv 2502.14831),
-    D(half-size E(x)) = half-size x, takes the latents' fine noise-like detail away, the hardest part to learn.
+    The KL term adds noise to the latents, so the decoder forgives the UNet's errors. Scale
+    equivariance (arXiv 2502.14831), D(half-size E(x)) = half-size x, takes the latents' fine
+    noise-like detail away, the hardest part to learn. Both come in over the middle third of the
+    run: from the start, noise would drown the colours before they are found.
     """
     vae.to(device, memory_format=torch.channels_last)
+    if args.bf16:
+        suit_to_bf16(vae)
     run = Run("vae", vae, args.vae_lr, args.vae_steps, args)
     print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters", flush=True)
     while run.step < run.steps:
         seed_step(args, run.step, 1)
-        x = to_unit(pixels[torch.randint(len(pixels), (args.vae_batch,))], device)
-        x = x.flip(-1) if torch.rand(()) < 0.5 else x
-        dy, dx = torch.randint(0, 9, (2,)).tolist()  # shifted by up to four pixels, white comes in
-        x = F.pad(x, (4, 4, 4, 4), value=1.0)[..., dy : dy + 64, dx : dx + 64].contiguous(
-            memory_format=torch.channels_last
-        )
-        posterior = vae.encode(x).latent_dist
-        z = posterior.sample()
+        x = sample_images(pixels, args.vae_batch, device)
+        ramp = min(1, max(0, 3 * run.step / run.steps - 1))
+        with mixed_precision(args, device):
+            posterior = vae.encode(x).latent_dist
+            posterior = DiagonalGaussianDistribution(posterior.parameters.float())
+            z = posterior.sample()
+            whole = vae.decode(z).sample
+            half = vae.decode(F.avg_pool2d(z, 2)).sample if ramp else None
         kl = posterior.kl().mean() / z[0].numel()
-        loss = picture_distance(vae.decode(z).sample, x) + args.kl_weight * kl
-        half = vae.decode(F.avg_pool2d(z, 2)).sample
-        run.update(loss + args.se_weight * picture_distance(half, F.avg_pool2d(x, 2)), args.vae_batch)
-        if run.step % args.sheet_every == 0 or run.step == run.steps:
-            rows = to_unit(pixels[:: len(pixels) // SHEET_PROMPTS][:SHEET_PROMPTS], device)
-            with torch.no_grad():
-                rebuilt = run.ema.decode(run.ema.encode(rows).latent_dist.mode()).sample
-            pipe_sheet(torch.cat([rows, rebuilt]), args.work_dir / f"vae_{run.step:06d}.png")
-            print(f"vae: PSNR {psnr(rebuilt, rows):.2f} dB on {len(rows)} pictures", flush=True)
+        loss = picture_distance(whole.float(), x) + args.kl_weight * max(ramp, 0.01) * kl
+        if ramp:
+            half_loss = picture_distance(half.float(), F.avg_pool2d(x, 2))
+            loss = loss + args.se_weight * ramp * half_loss
+        run.update(loss, args.vae_batch)
+        report_vae(run, run.ema, pixels, args, device)
     return run.ema.eval()
 
 
+def train_decoder(vae, pixels, args, device):
+    """The autoencoder's second half alone goes on: sharper images of the same latents."""
+    if args.bf16:
+        suit_to_bf16(vae)
+    half = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    run = Run("decoder", half.requires_grad_(True), args.vae_lr, args.decoder_steps, args)
+    averaged = copy.deepcopy(vae)
+    averaged.decoder, averaged.post_quant_conv = run.ema["decoder"], run.ema["post_quant_conv"]
+    while run.step < run.steps:
+        seed_step(args, run.step, 6)
+        x = sample_images(pixels, args.vae_batch, device)
+        with mixed_precision(args, device):
+            with torch.no_grad():
+                posterior = vae.encode(x).latent_dist
+                z = DiagonalGaussianDistribution(posterior.parameters.float()).sample()
+            y = run.modules["decoder"](run.modules["post_quant_conv"](z))
+        run.update(picture_distance(y.float(), x), args.vae_batch)
+        report_vae(run, averaged, pixels, args, device)
+    return averaged.eval()
+
+
+def sample_images(pixels, count, device):
+    """Random images -1..1, mirrored or not, shifted by up to a sixteenth of their side."""
+    side, shift = pixels.shape[-1], pixels.shape[-1] // 16
+    x = to_unit(pixels[torch.randint(len(pixels), (count,))], device)
+    x = x.flip(-1) if torch.rand(()) < 0.5 else x
+    dy, dx = torch.randint(0, 2 * shift + 1, (2,)).tolist()
+    x = F.pad(x, (shift,) * 4, value=1.0)[..., dy : dy + side, dx : dx + side]  # white comes in
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def report_vae(run, vae, pixels, args, device):
+    """Now and then a sheet of images above their reconstructions, and figures on both halves."""
+    if run.step % args.sheet_every and run.step != run.steps:
+        return
+    rows = to_unit(pixels[:: len(pixels) // SHEET_PROMPTS][:SHEET_PROMPTS], device)
+    z = vae.encode(rows).latent_dist
+    rebuilt = vae.decode(z.mode()).sample
+    pipe_sheet(torch.cat([rows, rebuilt]), args.work_dir / f"{run.name}_{run.step:06d}.png")
+    print(
+        f"{run.name}: PSNR {psnr(rebuilt, rows):.2f} dB on {len(rows)} images; latents: std of "
+        f"means {z.mean.std():.3f}, mean posterior std {z.std.mean():.3f}",
+        flush=True,
+    )
+    run.clock = time.time()
+
+
 def pipe_sheet(images, path):
-    """Pictures -1..1 as one PNG, 16 in a row."""
+    """Images -1..1 as one PNG, 16 in a row."""
     pictures = VaeImageProcessor().postprocess(images, output_type="pil")
     make_image_grid(pictures, len(pictures) // 16, 16).save(path)
 
 
 @torch.no_grad()
 def normalise_latents(vae, pixels, device, std):
-    """Give each latent channel mean 0 and standard deviation std, by folding it into the two 1 x 1 convolutions.
+    """Give each latent channel mean 0 and standard deviation std, folded into 1 x 1 convolutions.
 
-    Encoder: mean' = (mean - m) * g, logvar' = logvar + 2 log g. Decoder: it gets z / g + m back. Nothing else changes.
+    Encoder: mean' = (mean - m) * g, logvar' = logvar + 2 log g. Decoder: it gets z / g + m back.
+    Nothing else changes.
     """
     means = torch.cat([vae.encode(to_unit(p, device)).latent_dist.mean for p in pixels.split(64)])
     m, g = means.mean(dim=(0, 2, 3)), std / means.std(dim=(0, 2, 3))
@@ -323,26 +491,34 @@ def normalise_latents(vae, pixels, device, std):
 def conditions(net, ids, empty, sizes):
     """What the UNet gets beside z_t and t: (prompt [B,L,D], further conditions).
 
-    Stable Diffusion: the last hidden state. SDXL: both encoders' penultimate layers side by side, the pooled output of the
-    second, zeros for the empty caption, and the sizes (height, width, crop's top and left, its height and width).
+    Stable Diffusion: the last hidden state. SDXL: both encoders' penultimate layers side by side,
+    the pooled output of the second, zeros for the empty caption, and the sizes (height, width,
+    crop's top and left, its height and width).
     """
     if "text_encoder_2" not in net:
         return net["text_encoder"](ids).last_hidden_state, None
-    first, second = (net[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2"))
+    first, second = (
+        net[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")
+    )
     given = (ids != empty).any(dim=1).float()
     prompt = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    return prompt * given[:, None, None], {"text_embeds": second.text_embeds * given[:, None], "time_ids": sizes}
+    return prompt * given[:, None, None], {
+        "text_embeds": second.text_embeds * given[:, None],
+        "time_ids": sizes,
+    }
 
 
 def borrow(unet, other):
-    """Take the weights of another layout's UNet: all names agree, its 1 x 1 convolutions may be linear maps here."""
+    """Take another layout's UNet: names agree, its 1 x 1 convolutions may be linear maps here."""
     ours = unet.state_dict()
-    unet.load_state_dict({k: v.reshape(ours[k].shape) for k, v in other.state_dict().items()}, strict=False)
+    unet.load_state_dict(
+        {k: v.reshape(ours[k].shape) for k, v in other.state_dict().items()}, strict=False
+    )
     return unet
 
 
 def train_text(encoders, other, tokenizer, captions, args, device):
-    """Two text encoders learn to say together what another teacher's one says (mean squared error over all tokens)."""
+    """Two text encoders learn to say together what another teacher's one says (MSE, all tokens)."""
     ids = token_ids(tokenizer, captions, device)
     with torch.no_grad():
         said = other.to(device)(ids[:-1]).last_hidden_state
@@ -357,63 +533,115 @@ def train_text(encoders, other, tokenizer, captions, args, device):
 
 def token_ids(tokenizer, captions, device):
     """The captions and, last, the empty one, as int64 [N+1,32]."""
-    padded = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
+    padded = {
+        "padding": "max_length",
+        "truncation": True,
+        "max_length": MAX_TOKENS,
+        "return_tensors": "pt",
+    }
     return tokenizer([*captions, ""], **padded).input_ids.to(device)
 
 
 def crops(pixels):
-    """Each picture enlarged to 80 px and cut at a random place, and its sizes as SDXL is told them."""
-    places = torch.randint(0, 17, (len(pixels), 2))
-    large = F.interpolate(pixels.float(), size=(80, 80), mode="bicubic", antialias=True).clamp(0, 255)
-    cut = [p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(large, places.tolist(), strict=True)]
-    sides = torch.full((len(pixels), 2), 64)
+    """Each image enlarged by a quarter and cut at a random place, and its sizes for SDXL."""
+    side = pixels.shape[-1]
+    places = torch.randint(0, side // 4 + 1, (len(pixels), 2))
+    large = (side + side // 4,) * 2
+    large = F.interpolate(pixels.float(), size=large, mode="bicubic", antialias=True)
+    cut = [
+        p[:, y : y + side, x : x + side]
+        for p, (y, x) in zip(large.clamp(0, 255), places.tolist(), strict=True)
+    ]
+    sides = torch.full((len(pixels), 2), side)
     return torch.stack(cut), torch.cat([sides, places, sides], dim=1)
 
 
+@torch.no_grad()
+def freeze_text(run, ids):
+    """From now on the text encoders have their averaged weights; returns what they say of ids."""
+    for name in run.modules:
+        if name != "unet":
+            run.modules[name].load_state_dict(run.ema[name].state_dict())
+            run.modules[name].requires_grad_(False)
+    parts = [conditions(run.modules, part, ids[-1], None) for part in ids.split(256)]
+    added = [added for _, added in parts if added]
+    pooled = torch.cat([a["text_embeds"] for a in added]) if added else None
+    print(f"text encoders: frozen at step {run.step}", flush=True)
+    return torch.cat([prompt for prompt, _ in parts]), pooled
+
+
 def train_unet(vae, tokenizer, net, pixels, captions, args, device):
-    """Text encoders and UNet on the cached latents; eps-prediction, min-SNR weights, 10% empty captions."""
+    """Text encoders and UNet on the cached latents; eps-prediction, min-SNR weights."""
     seed_step(args, 0, 3)
-    count, sizes = len(captions), torch.tensor([64, 64, 0, 0, 64, 64]).repeat(len(captions), 1)
-    if args.layout == "sdxl":  # the second half of the latents is crops: one picture in ten, to give sizes a meaning
+    count, side = len(captions), pixels.shape[-1]
+    sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(count, 1)
+    if args.layout == "sdxl":  # the second half of the latents is crops, to give sizes a meaning
         cut, cut_sizes = crops(pixels)
         pixels, sizes = torch.cat([pixels, cut]), torch.cat([sizes, cut_sizes])
     with torch.no_grad():
         posts = [vae.encode(to_unit(p, device)).latent_dist for p in pixels.split(64)]
-    mean, std = (torch.cat([getattr(p, k) for p in posts]) * vae.config.scaling_factor for k in ("mean", "std"))
-    print(f"latents: std of means {mean.std():.3f}, mean posterior std {std.mean():.3f}", flush=True)
+    mean, std = (
+        torch.cat([getattr(p, k) for p in posts]) * vae.config.scaling_factor
+        for k in ("mean", "std")
+    )
+    print(
+        f"latents: std of means {mean.std():.3f}, mean posterior std {std.mean():.3f}", flush=True
+    )
     sizes = sizes.to(device)
     ids = token_ids(tokenizer, captions, device)
     scheduler = ddim_scheduler()
     alpha_bar = scheduler.alphas_cumprod.to(device)
     net = torch.nn.ModuleDict(net).requires_grad_(True).to(device)
     net["unet"].to(memory_format=torch.channels_last)
+    if args.bf16:
+        suit_to_bf16(net["unet"])
     for part in net:
-        print(f"{part}: {sum(p.numel() for p in net[part].parameters()) / 1e6:.2f}M parameters", flush=True)
-    run = Run("unet", net, args.unet_lr, args.unet_steps, args)
+        millions = sum(p.numel() for p in net[part].parameters()) / 1e6
+        print(f"{part}: {millions:.2f}M parameters", flush=True)
+    run = Run("unet", net, args.unet_lr, args.unet_steps, args, args.cooldown)
+    frozen = None
     while run.step < run.steps:
+        if frozen is None and run.step >= args.freeze_text:
+            frozen = freeze_text(run, ids)
         seed_step(args, run.step, 2)
         i = torch.randint(count, (args.unet_batch,)).to(device)
-        place = i if args.layout == "sd15" else i + count * (torch.rand(len(i)).to(device) < 0.1)
+        place = i
+        if args.layout == "sdxl":  # one image in ten
+            place = i + count * (torch.rand(len(i)).to(device) < 0.1)
         noise = torch.randn(2, len(i), *mean.shape[1:]).to(device)
-        z = (mean[place] + std[place] * noise[0]).contiguous(memory_format=torch.channels_last)
+        z = mean[place] + std[place] * noise[0]
         i = torch.where(torch.rand(len(i)).to(device) < 0.1, count, i)
-        # One timestep from each of B equal parts of 0..999: less noise in the loss than B free draws.
+        # One timestep from each of B equal parts of 0..999: less noise in the loss.
         t = (((torch.arange(len(i)) + torch.rand(len(i))) / len(i)) * 1000).long().to(device)
         a = alpha_bar[t][:, None, None, None]
         z_t = a.sqrt() * z + (1 - a).sqrt() * noise[1]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            prompt, added = conditions(net, ids[i], ids[-1], sizes[place])
-            eps = net["unet"](z_t, t, prompt, added_cond_kwargs=added).sample
+        z_t = z_t.contiguous(memory_format=torch.channels_last)
+        with mixed_precision(args, device):
+            if frozen is None:
+                prompt, added = conditions(net, ids[i], ids[-1], sizes[place])
+            else:
+                prompt, pooled = frozen[0][i], frozen[1]
+                added = pooled is not None and {
+                    "text_embeds": pooled[i],
+                    "time_ids": sizes[place],
+                }
+            eps = net["unet"](z_t, t, prompt, added_cond_kwargs=added or None).sample
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=args.snr_gamma) / snr
-        run.update((weight * (eps.float() - noise[1]).square().mean(dim=(1, 2, 3))).mean(), args.unet_batch)
+        error = (eps.float() - noise[1]).square().mean(dim=(1, 2, 3))
+        run.update((weight * error).mean(), args.unet_batch)
         if run.step % args.sheet_every == 0 or run.step == run.steps:
             pipe = build_pipeline(vae, run.ema, tokenizer)
             prompts = captions[:: len(captions) // SHEET_PROMPTS][:SHEET_PROMPTS]
             images = pipe(
-                prompts, num_inference_steps=50, guidance_scale=4.0, generator=torch.Generator().manual_seed(0)
+                prompts,
+                num_inference_steps=50,
+                guidance_scale=4.0,
+                generator=torch.Generator().manual_seed(0),
             ).images
-            make_image_grid(images, len(images) // 16, 16).save(args.work_dir / f"unet_{run.step:06d}.png")
+            make_image_grid(images, len(images) // 16, 16).save(
+                args.work_dir / f"unet_{run.step:06d}.png"
+            )
             run.clock = time.time()
     return run.ema.eval()
 
@@ -432,6 +660,7 @@ def build_pipeline(vae, net, tokenizer):
 
 
 def main():
+    """Read, train what is not yet trained, write."""
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -440,35 +669,43 @@ def main():
     torch.manual_seed(args.seed)  # the first weights
     start = None
     if args.init_from:
-        start = DiffusionPipeline.from_pretrained(args.init_from, use_safetensors=True, dtype=torch.float32)
+        start = DiffusionPipeline.from_pretrained(
+            args.init_from, use_safetensors=True, dtype=torch.float32
+        )
         tokenizer, vae = start.tokenizer, start.vae.to(device)
         normalise_latents(vae, pixels, device, 1.0)
     else:
         tokenizer = build_tokenizer(captions + unseen_captions, args.work_dir / "tokenizer")
-        vae = build_vae()
+        vae = build_vae(pixels.shape[-1])
     net = build_text_encoders(tokenizer, args.layout) | {"unet": build_unet(args.layout)}
     if start and ("text_encoder_2" in start.components) == (args.layout == "sdxl"):
         net = {name: getattr(start, name) for name in net}
     elif start:
         unet = borrow(net.pop("unet"), start.unet)
-        net = train_text(net, start.text_encoder, tokenizer, captions, args, device) | {"unet": unet}
+        net = train_text(net, start.text_encoder, tokenizer, captions, args, device) | {
+            "unet": unet
+        }
     vae = train_vae(vae, pixels, args, device) if args.vae_steps else vae.eval()
+    if args.decoder_steps:
+        vae = train_decoder(vae, pixels, args, device)
     normalise_latents(vae, pixels, device, LATENT_STD)
     print(
-        f"{len(captions)} pictures, {len(tokenizer)} tokens; vae: PSNR "
-        f"{reconstruction_psnr(vae, pixels, device):.2f} dB on the training pictures, "
+        f"{len(captions)} images, {len(tokenizer)} tokens; vae: PSNR "
+        f"{reconstruction_psnr(vae, pixels, device):.2f} dB on the training images, "
         f"{reconstruction_psnr(vae, unseen, device):.2f} dB on the unseen style",
         flush=True,
     )
     net = train_unet(vae.requires_grad_(False), tokenizer, net, pixels, captions, args, device)
     pipe = build_pipeline(vae.half(), net.half(), tokenizer)
     pipe.save_pretrained(args.output_dir)
-    for config in args.output_dir.glob("*/config.json"):  # where a part was loaded from is nobody's business
+    for config in args.output_dir.glob("*/config.json"):  # not where a part was loaded from
         lines = config.read_text().splitlines(keepends=True)
         config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     for file in args.output_dir.glob("tokenizer*/tokenizer.json"):  # more than half of it is blanks
-        file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
-    # transformers opens a model in the precision its config names, diffusers in float32: let them agree.
+        file.write_text(
+            json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":"))
+        )
+    # transformers opens a model in the precision of its config, diffusers in float32: so both.
     for config in args.output_dir.glob("text_encoder*/config.json"):
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())
