@@ -1,18 +1,21 @@
 #!/usr/bin/env python
-"""Rebuild demo/data: 64 px emoji with captions, from four pinned npm packages.
+"""Rebuild the demo's data: emoji with captions, from pinned npm packages.
 
     python scripts/demo/build_dataset.py --output_dir demo/data
+    python scripts/demo/build_dataset.py --side 128 --output_dir NEW_FOLDER
 
-Two styles (Noto, Fluent flat) are the training set; a third (Twemoji) is kept apart as a style the
-demo teacher has never seen. Skin tones and flags are left out. The caption of each image is
-"{label}, {style} style". Needs npm (to fetch the packages) and, from
-scripts/demo/requirements.txt, resvg_py (to render the SVG files).
+--side 64: everything but skin tones and flags, in two styles (Noto, Fluent flat).
+--side 128: the everyday things of concepts.txt, in three styles (also Fluent 3D), with a category.
+Twemoji is kept apart as a style the demo teacher has never seen. The caption of each image is
+"{label}, {style} style". Needs npm (to fetch the packages) and, from scripts/demo/requirements.txt,
+resvg_py (to render the SVG files).
 """
 
 import argparse
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -22,13 +25,11 @@ from pathlib import Path
 import resvg_py
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
-from help_formatter import HelpFormatter
-
-SIDE = 64  # pixels
-WEBP_QUALITY = 90  # below 95 nothing is seen at this size, and the data stay under 5 MB
+WEBP_QUALITY = 90  # below 95 nothing is seen at these sizes, and the data stay small
 SKIPPED_GROUPS = {2, 9}  # emojibase: components (swatches of skin and hair) and flags
+CONCEPTS = Path(__file__).resolve().parent / "concepts.txt"
 
 CAPTIONS = (
     "emojibase-data@17.0.0",
@@ -45,6 +46,11 @@ STYLES = {  # name in the caption: (npm package, sha256 of its tarball, parquet 
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
         "train",
     ),
+    "fluent 3D": (  # 256 px WebP, so only for the larger side
+        "@lobehub/fluent-emoji-3d@1.1.0",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        "train",
+    ),
     "twemoji": (
         "@iconify-json/twemoji@1.2.5",
         "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
@@ -54,7 +60,7 @@ STYLES = {  # name in the caption: (npm package, sha256 of its tarball, parquet 
 
 
 def fetch(package, sha256, folder):
-    """Download one npm package and return a function that reads a JSON file of it."""
+    """Download one npm package and return its files, path: bytes."""
     done = subprocess.run(
         ["npm", "pack", "--silent", package],
         cwd=folder,
@@ -65,35 +71,84 @@ def fetch(package, sha256, folder):
     tarball = Path(folder) / done.stdout.split()[-1]
     found = hashlib.sha256(tarball.read_bytes()).hexdigest()
     if found != sha256:
-        sys.exit(f"{package}: sha256 is {found}, not {sha256}: this is not the pinned package")
-
-    def read(name):
-        """The content of a JSON file."""
-        with tarfile.open(tarball) as tar:
-            return json.load(tar.extractfile(f"package/{name}"))
-
-    return read
+        sys.exit(f"{package}: sha256 is {found}, expected {sha256}: not the pinned package")
+    with tarfile.open(tarball) as tar:
+        return {
+            member.name.removeprefix("package/"): tar.extractfile(member).read()
+            for member in tar
+            if member.isfile()
+        }
 
 
 def code_points(hexcode):
-    """'1F481-200D-FE0F' -> '1f481-200d': without the variation selector, on which sets disagree."""
+    """'1F481-200D-FE0F' -> '1f481-200d': without the variation selector, as the sets disagree."""
     return "-".join(p for p in hexcode.lower().split("-") if p != "fe0f")
 
 
-def render(icon, icon_set):
-    """Render one icon on white, SIDE x SIDE, and return it as WebP bytes."""
-    width, height = icon.get("width", icon_set["width"]), icon.get("height", icon_set["height"])
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-    )
-    # Four times too large, then reduced: thin lines keep their weight.
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=4 * SIDE, height=4 * SIDE, background="white")
-    image = (
-        PILImage.open(io.BytesIO(bytes(png)))
-        .convert("RGB")
-        .resize((SIDE, SIDE), PILImage.Resampling.BOX)
-    )
+def everyday():
+    """Read concepts.txt: {label: category}."""
+    concepts = {}
+    text = re.sub(r"^#.*\n", "", CONCEPTS.read_text(encoding="utf-8"), flags=re.M)
+    for category, labels in re.findall(r"\[(.+)\]\n([^\[]+)", text):
+        concepts |= {" ".join(label.split()): category for label in labels.split(";")}
+    return concepts
+
+
+def read_concepts(side, folder):
+    """All concepts of this set in emojibase's order: (code points, label, category or None)."""
+    data = json.loads(fetch(*CAPTIONS, folder)["en/data.json"])
+    data = [e for e in data if "group" in e and e["group"] not in SKIPPED_GROUPS]
+    data = sorted(data, key=lambda e: e.get("order", 0))
+    if side == 64:
+        return [(code_points(e["hexcode"]), e["label"], None) for e in data]
+    wanted = everyday()
+    unknown = sorted(set(wanted) - {e["label"] for e in data})
+    if unknown:
+        sys.exit(f"{CONCEPTS.name}: {CAPTIONS[0]} has no label {unknown[0]!r}")
+    # A typographic apostrophe would fall apart into bytes in the tokenizer.
+    return [
+        (code_points(e["hexcode"]), e["label"].replace("’", "'"), wanted[e["label"]])
+        for e in data
+        if e["label"] in wanted
+    ]
+
+
+def svg_source(files):
+    """An Iconify package as {code points: SVG text}."""
+    icon_set, chars = (json.loads(files[name]) for name in ("icons.json", "chars.json"))
+    source = {}
+    for hexcode, name in chars.items():
+        name = icon_set["aliases"].get(name, {}).get("parent", name)
+        if name in icon_set["icons"]:
+            icon = icon_set["icons"][name]
+            width, height = (icon.get(k, icon_set[k]) for k in ("width", "height"))
+            source[code_points(hexcode)] = (
+                '<svg xmlns="http://www.w3.org/2000/svg" '
+                'xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+            )
+    return source
+
+
+def bitmap_source(files):
+    """A package of WebP files named by their code points as {code points: bytes}."""
+    return {code_points(Path(f).stem): data for f, data in files.items() if f.endswith(".webp")}
+
+
+def render(source, side):
+    """One SVG text or WebP file on white, side x side, as WebP bytes."""
+    if isinstance(source, str):
+        # Four times too large, then reduced: thin lines keep their weight.
+        source = resvg_py.svg_to_bytes(
+            svg_string=source, width=4 * side, height=4 * side, background="white"
+        )
+    image = PILImage.open(io.BytesIO(bytes(source))).convert("RGBA")
+    white = PILImage.new("RGBA", image.size, "white")
+    image = PILImage.alpha_composite(white, image).convert("RGB")
+    if side == 64:  # committed like this: three images that are not square are stretched
+        image = image.resize((side, side), PILImage.Resampling.BOX)
+    else:
+        image = ImageOps.pad(image, (side, side), PILImage.Resampling.BOX, color="white")
     out = io.BytesIO()
     image.save(out, "WEBP", quality=WEBP_QUALITY, method=6)
     return out.getvalue()
@@ -101,45 +156,43 @@ def render(icon, icon_set):
 
 def main():
     """Fetch, render, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    data = Path(__file__).resolve().parents[2] / "demo" / "data"
-    parser.add_argument("--output_dir", type=Path, default=data, help="gets the parquet files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    demo_data = Path(__file__).resolve().parents[2] / "demo" / "data"
+    parser.add_argument("--side", type=int, choices=[64, 128], default=64, help="pixels")
+    parser.add_argument("--output_dir", type=Path, help="default with --side 64: demo/data")
     args = parser.parse_args()
+    if args.output_dir is None:
+        if args.side != 64:
+            parser.error("--side 128 needs --output_dir: demo/data holds the 64 px set")
+        args.output_dir = demo_data
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     rows = {"train": [], "twemoji": []}
     with tempfile.TemporaryDirectory() as folder:
-        concepts = [
-            (code_points(e["hexcode"]), e["label"])
-            for e in sorted(
-                fetch(*CAPTIONS, folder)("en/data.json"), key=lambda e: e.get("order", 0)
-            )
-            if "group" in e and e["group"] not in SKIPPED_GROUPS
-        ]
+        concepts = read_concepts(args.side, folder)
         for style, (package, sha256, split) in STYLES.items():
-            read = fetch(package, sha256, folder)
-            icon_set = read("icons.json")
-            names = {code_points(hexcode): name for hexcode, name in read("chars.json").items()}
+            if style == "fluent 3D" and args.side == 64:
+                continue
+            files = fetch(package, sha256, folder)
+            source = svg_source(files) if "icons.json" in files else bitmap_source(files)
             found = 0
-            for hexcode, label in concepts:
-                name = names.get(hexcode)
-                name = icon_set["aliases"].get(name, {}).get("parent", name)
-                if name not in icon_set["icons"]:
+            for hexcode, label, category in concepts:
+                if hexcode not in source:
                     continue
-                image = {
-                    "bytes": render(icon_set["icons"][name], icon_set),
-                    "path": f"{hexcode}.webp",
-                }
-                rows[split].append(
-                    {"image": image, "text": f"{label}, {style} style", "style": style}
-                )
+                image = {"bytes": render(source[hexcode], args.side), "path": f"{hexcode}.webp"}
+                row = {"image": image, "text": f"{label}, {style} style", "style": style}
+                rows[split].append(row | ({"category": category} if category else {}))
                 found += 1
             print(f"{style}: {found} of {len(concepts)} concepts", flush=True)
 
-    features = Features({"image": Image(), "text": Value("string"), "style": Value("string")})
+    features = {"image": Image(), "text": Value("string"), "style": Value("string")}
+    if args.side == 128:
+        features["category"] = Value("string")
     for split, records in rows.items():
         path = args.output_dir / f"{split}.parquet"
-        Dataset.from_list(records, features=features).to_parquet(path)
+        Dataset.from_list(records, features=Features(features)).to_parquet(path)
         print(f"{path}: {len(records)} images, {path.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -1,21 +1,24 @@
 #!/usr/bin/env python
-"""Train a demo teacher: a small SD 1.5 from scratch on demo/data, or from it one of SDXL's layout.
+"""Train a demo teacher: a small Stable Diffusion 1.5 from scratch, or from it one of SDXL's layout.
 
     pip install --no-deps open_clip_torch==3.3.0        # for CLIP's BPE file only
     python scripts/demo/train_teacher.py --work_dir /tmp/teacher
-    python scripts/demo/train_teacher.py --layout sdxl --work_dir /tmp/xl \\
-        --init_from demo/teacher-sd15 --vae_steps 0 --text_steps 1500 --unet_steps 2000 \\
-        --unet_lr 5e-4
+    python scripts/demo/train_teacher.py --layout sdxl --init_from demo/teacher-sd15 \
+        --work_dir /tmp/xl --vae_steps 0 --text_steps 1500 --unet_steps 2000 --unet_lr 5e-4
 
-Its parts, each kept in --work_dir, so that the same command resumes after a stop:
+Its parts, each kept in --work_dir, so that the same command goes on after a stop or a kill:
 1. the tokenizer: those entries of CLIP's own vocabulary that the captions need,
-2. the autoencoder: 64 x 64 x 3 pixels -> 16 x 16 x 4 latents,
-3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions.
+2. the autoencoder: 64 or 128 px images -> 16 x 16 x 4 latents (factor 4 or 8),
+3. the text encoders and the UNet, together, by epsilon prediction (DDPM) with 10% empty captions;
+   after --freeze_text steps the UNet alone, on text embeddings that were computed once.
 --init_from a teacher of the other layout takes tokenizer, autoencoder and UNet from it; the new
-text encoders first learn to give the old one's output, so that the UNet understands them from the
-start. On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s:
-part 3 takes 70 to 150 minutes.
-The output is a diffusers folder, fp16 safetensors.
+text encoders first learn to say what the old one says, so that the UNet understands them from the
+start. --cooldown 0.1 keeps the learning rate until the last tenth of the steps: train with a large
+--unet_steps for as long as there is time, then give one that ends the run. The output is a
+diffusers folder, fp16 safetensors; with --unet_steps at or below the saved step nothing is
+trained, and it shows the run so far. --decoder_steps makes images sharper at any later time.
+On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s, on one
+core with bfloat16 instructions and --bf16 on RATE: 10,000 steps take 70 to 150 minutes.
 """
 
 import argparse
@@ -43,6 +46,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import make_image_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -56,46 +61,90 @@ SHEET_PROMPTS = 32
 
 
 def parse_args(argv=None):
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --work_dir FOLDER [flags]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p.add_argument("--layout", choices=["sd15", "sdxl"], default="sd15")
+    p.add_argument(
+        "--data_dir",
+        type=Path,
+        default=ROOT / "demo" / "data",
+        help="folder made by build_dataset.py",
     )
-    add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
-    count, real = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
-    add("--work_dir", **folder, required=True, help="states, logs and sample sheets of the run")
-    out = "the finished teacher (default: demo/teacher-<layout>)"
-    add("--output_dir", **folder, help=out)
-    add("--layout", choices=["sd15", "sdxl"], default="sd15", help="kind of model")
-    data = ROOT / "demo" / "data"
-    add("--data_dir", **folder, default=data, help="folder made by build_dataset.py")
-    add("--init_from", **folder, help="continue from this teacher, of this layout or the other")
-    add("--vae_steps", **count, default=3600, help="optimizer steps of the autoencoder")
-    add("--vae_batch", **count, default=8, help="images in a batch of it")
-    add("--vae_lr", **real, default=1e-3, help="its learning rate")
-    add("--kl_weight", **real, default=1e-2, help="a decoder that forgives errors in the latents")
-    add("--se_weight", **real, default=0.25, help="half-size latents decode to half-size images")
-    imitate = "steps in which new text encoders imitate the old one"
-    add("--text_steps", **count, default=2000, help=imitate)
-    add("--unet_steps", **count, default=10000, help="optimizer steps of text encoder and UNet")
-    add("--unet_batch", **count, default=32, help="images in a batch of them")
-    add("--unet_lr", **real, default=8e-4, help="their learning rate")
-    add("--ema_decay", **real, default=0.999, help="of the moving average that is written")
-    add("--snr_gamma", **real, default=5.0, help="min-SNR loss weights (arXiv 2303.09556)")
-    add("--save_every", **count, default=500, help="steps between states")
-    add("--sheet_every", **count, default=2000, help="steps between sample sheets")
-    add("--seed", **count, default=0, help="everything random follows from it")
-    args = parser.parse_args(argv)
+    p.add_argument(
+        "--work_dir", type=Path, required=True, help="states, logs and sample sheets of the run"
+    )
+    p.add_argument(
+        "--output_dir", type=Path, help="the finished teacher (default: demo/teacher-<layout>)"
+    )
+    p.add_argument(
+        "--init_from", type=Path, help="go on from this teacher, of this layout or the other"
+    )
+    p.add_argument("--vae_steps", type=int, default=3600, help="optimizer steps of the autoencoder")
+    p.add_argument(
+        "--decoder_steps",
+        type=int,
+        default=0,
+        help="further steps of the autoencoder's decoder alone, at any time: the UNet still fits",
+    )
+    p.add_argument("--vae_batch", type=int, default=8)
+    p.add_argument("--vae_lr", type=float, default=1e-3)
+    p.add_argument(
+        "--kl_weight",
+        type=float,
+        default=1e-2,
+        help="a decoder that forgives errors in the latents",
+    )
+    p.add_argument(
+        "--se_weight",
+        type=float,
+        default=0.25,
+        help="half-size latents decode to half-size images",
+    )
+    p.add_argument(
+        "--text_steps",
+        type=int,
+        default=2000,
+        help="steps in which new text encoders imitate the old one",
+    )
+    p.add_argument(
+        "--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet"
+    )
+    p.add_argument("--unet_batch", type=int, default=32)
+    p.add_argument("--unet_lr", type=float, default=8e-4)
+    p.add_argument(
+        "--cooldown",
+        type=float,
+        default=1.0,
+        help="the last share of --unet_steps, over which the learning rate falls to 0",
+    )
+    p.add_argument(
+        "--freeze_text",
+        type=int,
+        default=10**9,
+        help="after so many steps the text encoders stay as they are, and a step is faster",
+    )
+    p.add_argument("--ema_decay", type=float, default=0.999)
+    p.add_argument(
+        "--snr_gamma", type=float, default=5.0, help="min-SNR loss weights (arXiv 2303.09556)"
+    )
+    p.add_argument("--save_minutes", type=float, default=4, help="time between states")
+    p.add_argument(
+        "--bf16",
+        action="store_true",
+        help="on a CPU too: faster where the CPU has bfloat16 instructions, slower elsewhere",
+    )
+    p.add_argument("--sheet_every", type=int, default=2000, help="steps between sample sheets")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
     args.output_dir = args.output_dir or ROOT / "demo" / f"teacher-{args.layout}"
     return args
 
 
-# --------------------------------------------------------------------------------------- the pieces
+# -------------------------------------------------------------------------------- the pieces
 
 
 def build_tokenizer(captions, folder):
-    """CLIP's byte-pair encoding, less all merges that never apply to the words of these captions.
+    """CLIP's byte-pair encoding, less every merge that can never apply to these captions' words.
 
     ASCII words of these captions split exactly as in CLIP; anything else falls apart into smaller
     pieces, at worst bytes (a typographic apostrophe, say, stays three byte tokens).
@@ -112,7 +161,7 @@ def build_tokenizer(captions, folder):
         )
     )
     merges = [m for m in merges if m.replace(" ", "") in text]
-    # GPT-2's table from bytes to printable characters: printable ones are themselves.
+    # GPT-2's table from bytes to printable characters: the printable ones stand for themselves.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
@@ -125,28 +174,35 @@ def build_tokenizer(captions, folder):
     )
 
 
-def build_vae():
-    """Factor 4, 0.95M parameters. Few norm groups: with many a small network learns no colours."""
+def build_vae(side):
+    """Factor 4, 0.95M parameters (64 px), or factor 8, 0.98M parameters (128 px).
+
+    Few norm groups: many would rob a small network of its sense of colour. At 128 px few channels
+    in the outermost level, where they cost most.
+    """
+    levels = {64: (32, 64, 64), 128: (16, 32, 64, 64)}
+    if side not in levels:
+        sys.exit(f"--data_dir: the images have {side} px, a teacher is made for 64 or 128")
+    channels = levels[side]
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
-        sample_size=64,
+        norm_num_groups=channels[0] // 4,
+        sample_size=side,
         scaling_factor=1 / LATENT_STD,
     )
 
 
 def build_text_encoders(tokenizer, layout):
-    """CLIPTextModel, two layers of width 128; for SDXL two models of width 128 together.
+    """CLIPTextModel, two layers of width 128; for SDXL two encoders that give 128 together.
 
-    Of theirs the second of three layers is used.
+    SDXL reads the layer before the last: the second of three.
     """
 
     def config(width, layers):
-        """The config of an encoder of this size."""
         return CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -186,7 +242,7 @@ def build_unet(layout):
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,  # the number of heads, in spite of its name, as in SD 1.5
+        attention_head_dim=4,  # the number of heads, as in Stable Diffusion 1.5
         norm_num_groups=16,
         cross_attention_dim=128,
         **conditioning,
@@ -194,7 +250,7 @@ def build_unet(layout):
 
 
 def ddim_scheduler():
-    """Stable Diffusion's noise schedule, with the extra settings of its scheduler file."""
+    """Stable Diffusion's noise schedule and the other settings of its scheduler file."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -206,7 +262,7 @@ def ddim_scheduler():
 
 
 def read_images(data_dir, split):
-    """All images of a split as uint8 [N,3,64,64], and their captions."""
+    """All images of a split as uint8 [N,3,H,W], and their captions."""
     data = load_dataset("parquet", data_files=str(data_dir / f"{split}.parquet"), split="train")
     pixels = np.stack([np.asarray(p.convert("RGB")) for p in data["image"]])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(data["text"])
@@ -217,14 +273,13 @@ def to_unit(pixels, device):
     return pixels.to(device, torch.float32) / 127.5 - 1
 
 
-# --------------------------------------------------------------------------------- one training run
+# -------------------------------------------------------------------------------- one run
 
 
 class Run:
-    """What all training parts share: a cosine schedule, an EMA copy, a state, a status line."""
+    """What all training parts share: schedule, EMA copy, a state to go on from, a status line."""
 
-    def __init__(self, name, modules, lr, steps, args):
-        """A new part, or what its saved state says."""
+    def __init__(self, name, modules, lr, steps, args, cooldown=1.0):
         self.name, self.modules, self.steps, self.args = name, modules, steps, args
         self.path = args.work_dir / f"{name}_state.pt"
         self.ema = copy.deepcopy(modules).requires_grad_(False)
@@ -232,18 +287,21 @@ class Run:
             modules.parameters(), lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True
         )
         warmup = min(200, steps // 10 + 1)
-        self.lr = torch.optim.lr_scheduler.LambdaLR(
-            self.opt,
-            lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps))),
-        )
+
+        def factor(step):
+            """Up over the warm-up, 1, then half a cosine down to 0 over the cooldown."""
+            done = (step / max(1, steps) - 1 + cooldown) / cooldown
+            return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, done))))
+
+        self.lr = torch.optim.lr_scheduler.LambdaLR(self.opt, factor)
         self.step = 0
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             for key in ("modules", "ema", "opt", "lr"):
                 getattr(self, key).load_state_dict(state[key])
             self.step = state["step"]
-            print(f"{name}: resumed after step {self.step}", flush=True)
-        self.clock, self.mean = time.time(), None
+            print(f"{name}: goes on after step {self.step}", flush=True)
+        self.clock, self.saved, self.mean = time.time(), time.time(), None
 
     def update(self, loss, images):
         """One optimizer step."""
@@ -261,23 +319,27 @@ class Run:
         if self.step % 50 == 0:
             value, seconds = loss.item(), (time.time() - self.clock) / 50
             self.mean = value if self.mean is None else 0.9 * self.mean + 0.1 * value
+            left = seconds * (self.steps - self.step) / 60
             print(
                 f"{self.name} {self.step}/{self.steps} loss {self.mean:.4f} "
                 f"lr {self.lr.get_last_lr()[0]:.1e} {images / seconds:.0f} images/s, "
-                f"{seconds * (self.steps - self.step) / 60:.0f} min left",
+                f"{left:.0f} min left",
                 flush=True,
             )
             self.clock = time.time()
-        if self.step % self.args.save_every == 0 or self.step == self.steps:
-            state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt", "lr")} | {
-                "step": self.step
-            }
-            torch.save(state, self.path.with_suffix(".new"))
-            self.path.with_suffix(".new").rename(self.path)
+        if time.time() - self.saved > 60 * self.args.save_minutes or self.step == self.steps:
+            self.save()
+
+    def save(self):
+        """Write the state beside the old one and put it in its place: a kill leaves one of both."""
+        state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt", "lr")}
+        torch.save(state | {"step": self.step}, self.path.with_suffix(".new"))
+        self.path.with_suffix(".new").replace(self.path)
+        self.saved = time.time()
 
 
 def seed_step(args, step, purpose):
-    """Randomness of a step depends on seed and step alone, so a resumed run is the same."""
+    """Randomness depends on seed and step alone: a stopped run goes on as if it never stopped."""
     seed = int(
         np.random.SeedSequence([args.seed, step, purpose]).generate_state(1, np.uint64)[0] >> 1
     )
@@ -306,48 +368,113 @@ def image_distance(y, x):
     return (y - x).abs().mean() + 0.5 * edges + (y - x).square().mean()
 
 
+def mixed_precision(args, device):
+    """The autocast of a training step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda")
+
+
+def suit_to_bf16(model):
+    """Leave group norm in float32, and attention to plain matrix products.
+
+    On a CPU bfloat16 halves the time of convolutions and matrix products, but PyTorch's group norm
+    and fused attention are several times slower in it.
+    """
+    model.set_attn_processor(AttnProcessor())
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
 def train_vae(vae, pixels, args, device):
     """Autoencoder with latents that a diffusion model learns fast.
 
     The KL term adds noise to the latents, so the decoder forgives the UNet's errors. Scale
     equivariance (arXiv 2502.14831), D(half-size E(x)) = half-size x, takes the latents' fine
-    noise-like detail away, the hardest part to learn.
+    noise-like detail away, the hardest part to learn. Both come in over the middle third of the
+    run: from the start, noise would drown the colours before they are found.
     """
     vae.to(device, memory_format=torch.channels_last)
+    if args.bf16:
+        suit_to_bf16(vae)
     run = Run("vae", vae, args.vae_lr, args.vae_steps, args)
     print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters", flush=True)
     while run.step < run.steps:
         seed_step(args, run.step, 1)
-        x = to_unit(pixels[torch.randint(len(pixels), (args.vae_batch,))], device)
-        x = x.flip(-1) if torch.rand(()) < 0.5 else x
-        dy, dx = torch.randint(0, 9, (2,)).tolist()  # shifted by up to four pixels, white comes in
-        x = F.pad(x, (4, 4, 4, 4), value=1.0)[..., dy : dy + 64, dx : dx + 64].contiguous(
-            memory_format=torch.channels_last
-        )
-        posterior = vae.encode(x).latent_dist
-        z = posterior.sample()
+        x = sample_images(pixels, args.vae_batch, device)
+        ramp = min(1, max(0, 3 * run.step / run.steps - 1))
+        with mixed_precision(args, device):
+            posterior = vae.encode(x).latent_dist
+            posterior = DiagonalGaussianDistribution(posterior.parameters.float())
+            z = posterior.sample()
+            whole = vae.decode(z).sample
+            half = vae.decode(F.avg_pool2d(z, 2)).sample if ramp else None
         kl = posterior.kl().mean() / z[0].numel()
-        loss = image_distance(vae.decode(z).sample, x) + args.kl_weight * kl
-        half = vae.decode(F.avg_pool2d(z, 2)).sample
-        run.update(loss + args.se_weight * image_distance(half, F.avg_pool2d(x, 2)), args.vae_batch)
-        if run.step % args.sheet_every == 0 or run.step == run.steps:
-            rows = to_unit(pixels[:: len(pixels) // SHEET_PROMPTS][:SHEET_PROMPTS], device)
-            with torch.no_grad():
-                rebuilt = run.ema.decode(run.ema.encode(rows).latent_dist.mode()).sample
-            pipe_sheet(torch.cat([rows, rebuilt]), args.work_dir / f"vae_{run.step:06d}.png")
-            print(f"vae: PSNR {psnr(rebuilt, rows):.2f} dB on {len(rows)} images", flush=True)
+        loss = image_distance(whole.float(), x) + args.kl_weight * max(ramp, 0.01) * kl
+        if ramp:
+            half_loss = image_distance(half.float(), F.avg_pool2d(x, 2))
+            loss = loss + args.se_weight * ramp * half_loss
+        run.update(loss, args.vae_batch)
+        report_vae(run, run.ema, pixels, args, device)
     return run.ema.eval()
+
+
+def train_decoder(vae, pixels, args, device):
+    """The autoencoder's second half alone goes on: sharper images of the same latents."""
+    if args.bf16:
+        suit_to_bf16(vae)
+    half = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    run = Run("decoder", half.requires_grad_(True), args.vae_lr, args.decoder_steps, args)
+    averaged = copy.deepcopy(vae)
+    averaged.decoder, averaged.post_quant_conv = run.ema["decoder"], run.ema["post_quant_conv"]
+    while run.step < run.steps:
+        seed_step(args, run.step, 6)
+        x = sample_images(pixels, args.vae_batch, device)
+        with mixed_precision(args, device):
+            with torch.no_grad():
+                posterior = vae.encode(x).latent_dist
+                z = DiagonalGaussianDistribution(posterior.parameters.float()).sample()
+            y = run.modules["decoder"](run.modules["post_quant_conv"](z))
+        run.update(image_distance(y.float(), x), args.vae_batch)
+        report_vae(run, averaged, pixels, args, device)
+    return averaged.eval()
+
+
+def sample_images(pixels, count, device):
+    """Random images -1..1, mirrored or not, shifted by up to a sixteenth of their side."""
+    side, shift = pixels.shape[-1], pixels.shape[-1] // 16
+    x = to_unit(pixels[torch.randint(len(pixels), (count,))], device)
+    x = x.flip(-1) if torch.rand(()) < 0.5 else x
+    dy, dx = torch.randint(0, 2 * shift + 1, (2,)).tolist()
+    x = F.pad(x, (shift,) * 4, value=1.0)[..., dy : dy + side, dx : dx + side]  # white comes in
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def report_vae(run, vae, pixels, args, device):
+    """Now and then a sheet of images above their reconstructions, and figures on both halves."""
+    if run.step % args.sheet_every and run.step != run.steps:
+        return
+    rows = to_unit(pixels[:: len(pixels) // SHEET_PROMPTS][:SHEET_PROMPTS], device)
+    z = vae.encode(rows).latent_dist
+    rebuilt = vae.decode(z.mode()).sample
+    pipe_sheet(torch.cat([rows, rebuilt]), args.work_dir / f"{run.name}_{run.step:06d}.png")
+    print(
+        f"{run.name}: PSNR {psnr(rebuilt, rows):.2f} dB on {len(rows)} images; latents: std of "
+        f"means {z.mean.std():.3f}, mean posterior std {z.std.mean():.3f}",
+        flush=True,
+    )
+    run.clock = time.time()
 
 
 def pipe_sheet(images, path):
     """Images -1..1 as one PNG, 16 in a row."""
-    images = VaeImageProcessor().postprocess(images, output_type="pil")
-    make_image_grid(images, len(images) // 16, 16).save(path)
+    sheet = VaeImageProcessor().postprocess(images, output_type="pil")
+    make_image_grid(sheet, len(sheet) // 16, 16).save(path)
 
 
 @torch.no_grad()
 def normalise_latents(vae, pixels, device, std):
-    """Give each latent channel mean 0 and standard deviation std, by the two 1 x 1 convolutions.
+    """Give each latent channel mean 0 and standard deviation std, folded into 1 x 1 convolutions.
 
     Encoder: mean' = (mean - m) * g, logvar' = logvar + 2 log g. Decoder: it gets z / g + m back.
     Nothing else changes.
@@ -384,7 +511,7 @@ def conditions(net, ids, empty, sizes):
 
 
 def borrow(unet, other):
-    """Take the weights of another layout's UNet: 1 x 1 convolutions may be linear maps here."""
+    """Take another layout's UNet: names agree, its 1 x 1 convolutions may be linear maps here."""
     ours = unet.state_dict()
     unet.load_state_dict(
         {k: v.reshape(ours[k].shape) for k, v in other.state_dict().items()}, strict=False
@@ -393,7 +520,7 @@ def borrow(unet, other):
 
 
 def train_text(encoders, other, tokenizer, captions, args, device):
-    """Two text encoders learn another teacher's output (squared error over all tokens)."""
+    """Two text encoders learn to say together what another teacher's one says (MSE, all tokens)."""
     ids = token_ids(tokenizer, captions, device)
     with torch.no_grad():
         said = other.to(device)(ids[:-1]).last_hidden_state
@@ -418,23 +545,39 @@ def token_ids(tokenizer, captions, device):
 
 
 def crops(pixels):
-    """Each image enlarged to 80 px and cropped at random, and its sizes as SDXL gets them."""
-    places = torch.randint(0, 17, (len(pixels), 2))
-    large = F.interpolate(pixels.float(), size=(80, 80), mode="bicubic", antialias=True).clamp(
-        0, 255
-    )
-    cut = [p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(large, places.tolist(), strict=True)]
-    sides = torch.full((len(pixels), 2), 64)
+    """Each image enlarged by a quarter and cut at a random place, and its sizes for SDXL."""
+    side = pixels.shape[-1]
+    places = torch.randint(0, side // 4 + 1, (len(pixels), 2))
+    large = (side + side // 4,) * 2
+    large = F.interpolate(pixels.float(), size=large, mode="bicubic", antialias=True)
+    cut = [
+        p[:, y : y + side, x : x + side]
+        for p, (y, x) in zip(large.clamp(0, 255), places.tolist(), strict=True)
+    ]
+    sides = torch.full((len(pixels), 2), side)
     return torch.stack(cut), torch.cat([sides, places, sides], dim=1)
 
 
+@torch.no_grad()
+def freeze_text(run, ids):
+    """From now on the text encoders have their averaged weights; returns what they say of ids."""
+    for name in run.modules:
+        if name != "unet":
+            run.modules[name].load_state_dict(run.ema[name].state_dict())
+            run.modules[name].requires_grad_(False)
+    parts = [conditions(run.modules, part, ids[-1], None) for part in ids.split(256)]
+    added = [added for _, added in parts if added]
+    pooled = torch.cat([a["text_embeds"] for a in added]) if added else None
+    print(f"text encoders: frozen at step {run.step}", flush=True)
+    return torch.cat([prompt for prompt, _ in parts]), pooled
+
+
 def train_unet(vae, tokenizer, net, pixels, captions, args, device):
-    """Text encoders and UNet on latents; eps-prediction, min-SNR weights, 10% empty captions."""
+    """Text encoders and UNet on the cached latents; eps-prediction, min-SNR weights."""
     seed_step(args, 0, 3)
-    count, sizes = len(captions), torch.tensor([64, 64, 0, 0, 64, 64]).repeat(len(captions), 1)
-    if (
-        args.layout == "sdxl"
-    ):  # the second half of the latents is crops: one image in ten, to give sizes a meaning
+    count, side = len(captions), pixels.shape[-1]
+    sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(count, 1)
+    if args.layout == "sdxl":  # the second half of the latents is crops, to give sizes a meaning
         cut, cut_sizes = crops(pixels)
         pixels, sizes = torch.cat([pixels, cut]), torch.cat([sizes, cut_sizes])
     with torch.no_grad():
@@ -452,26 +595,39 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     alpha_bar = scheduler.alphas_cumprod.to(device)
     net = torch.nn.ModuleDict(net).requires_grad_(True).to(device)
     net["unet"].to(memory_format=torch.channels_last)
+    if args.bf16:
+        suit_to_bf16(net["unet"])
     for part in net:
-        print(
-            f"{part}: {sum(p.numel() for p in net[part].parameters()) / 1e6:.2f}M parameters",
-            flush=True,
-        )
-    run = Run("unet", net, args.unet_lr, args.unet_steps, args)
+        millions = sum(p.numel() for p in net[part].parameters()) / 1e6
+        print(f"{part}: {millions:.2f}M parameters", flush=True)
+    run = Run("unet", net, args.unet_lr, args.unet_steps, args, args.cooldown)
+    frozen = None
     while run.step < run.steps:
+        if frozen is None and run.step >= args.freeze_text:
+            frozen = freeze_text(run, ids)
         seed_step(args, run.step, 2)
         i = torch.randint(count, (args.unet_batch,)).to(device)
-        place = i if args.layout == "sd15" else i + count * (torch.rand(len(i)).to(device) < 0.1)
+        place = i
+        if args.layout == "sdxl":  # one image in ten
+            place = i + count * (torch.rand(len(i)).to(device) < 0.1)
         noise = torch.randn(2, len(i), *mean.shape[1:]).to(device)
-        z = (mean[place] + std[place] * noise[0]).contiguous(memory_format=torch.channels_last)
+        z = mean[place] + std[place] * noise[0]
         i = torch.where(torch.rand(len(i)).to(device) < 0.1, count, i)
-        # One timestep from each of B equal parts of 0..999: less noise than B free ones gives.
+        # One timestep from each of B equal parts of 0..999: less noise in the loss.
         t = (((torch.arange(len(i)) + torch.rand(len(i))) / len(i)) * 1000).long().to(device)
         a = alpha_bar[t][:, None, None, None]
         z_t = a.sqrt() * z + (1 - a).sqrt() * noise[1]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            prompt, added = conditions(net, ids[i], ids[-1], sizes[place])
-            eps = net["unet"](z_t, t, prompt, added_cond_kwargs=added).sample
+        z_t = z_t.contiguous(memory_format=torch.channels_last)
+        with mixed_precision(args, device):
+            if frozen is None:
+                prompt, added = conditions(net, ids[i], ids[-1], sizes[place])
+            else:
+                prompt, pooled = frozen[0][i], frozen[1]
+                added = pooled is not None and {
+                    "text_embeds": pooled[i],
+                    "time_ids": sizes[place],
+                }
+            eps = net["unet"](z_t, t, prompt, added_cond_kwargs=added or None).sample
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=args.snr_gamma) / snr
         error = (eps.float() - noise[1]).square().mean(dim=(1, 2, 3))
@@ -485,8 +641,9 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
                 guidance_scale=4.0,
                 generator=torch.Generator().manual_seed(0),
             ).images
-            sheet = make_image_grid(images, len(images) // 16, 16)
-            sheet.save(args.work_dir / f"unet_{run.step:06d}.png")
+            make_image_grid(images, len(images) // 16, 16).save(
+                args.work_dir / f"unet_{run.step:06d}.png"
+            )
             run.clock = time.time()
     return run.ema.eval()
 
@@ -512,7 +669,7 @@ def apply_umask(folder):
 
 
 def main():
-    """Train the parts that are to be trained, and write the teacher."""
+    """Read, train what is not yet trained, write."""
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -528,15 +685,18 @@ def main():
         normalise_latents(vae, pixels, device, 1.0)
     else:
         tokenizer = build_tokenizer(captions + unseen_captions, args.work_dir / "tokenizer")
-        vae = build_vae()
+        vae = build_vae(pixels.shape[-1])
     net = build_text_encoders(tokenizer, args.layout) | {"unet": build_unet(args.layout)}
     if start and ("text_encoder_2" in start.components) == (args.layout == "sdxl"):
         net = {name: getattr(start, name) for name in net}
     elif start:
         unet = borrow(net.pop("unet"), start.unet)
-        net = train_text(net, start.text_encoder, tokenizer, captions, args, device)
-        net["unet"] = unet
+        net = train_text(net, start.text_encoder, tokenizer, captions, args, device) | {
+            "unet": unet
+        }
     vae = train_vae(vae, pixels, args, device) if args.vae_steps else vae.eval()
+    if args.decoder_steps:
+        vae = train_decoder(vae, pixels, args, device)
     normalise_latents(vae, pixels, device, LATENT_STD)
     print(
         f"{len(captions)} images, {len(tokenizer)} tokens; vae: PSNR "
@@ -548,13 +708,14 @@ def main():
     pipe = build_pipeline(vae.half(), net.half(), tokenizer)
     pipe.save_pretrained(args.output_dir)
     apply_umask(args.output_dir)
-    for config in args.output_dir.glob("*/config.json"):  # without the paths of this machine
+    for config in args.output_dir.glob("*/config.json"):  # not where a part was loaded from
         lines = config.read_text().splitlines(keepends=True)
         config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     for file in args.output_dir.glob("tokenizer*/tokenizer.json"):  # more than half of it is blanks
-        data = json.loads(file.read_text())
-        file.write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
-    # transformers opens a model in the precision that its config names, diffusers in float32.
+        file.write_text(
+            json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":"))
+        )
+    # transformers opens a model in the precision of its config, diffusers in float32: so both.
     for config in args.output_dir.glob("text_encoder*/config.json"):
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())
