@@ -17,8 +17,8 @@ start. --cooldown 0.1 keeps the learning rate until the last tenth of the steps:
 --unet_steps for as long as there is time, then give one that ends the run. The output is a
 diffusers folder, fp16 safetensors; with --unet_steps at or below the saved step nothing is
 trained, and it shows the run so far. --decoder_steps makes images sharper at any later time.
-On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s, on one
-core with bfloat16 instructions and --bf16 on RATE: 10,000 steps take 70 to 150 minutes.
+On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s: 10,000
+steps take 70 to 150 minutes. The larger set and its teacher have only been begun: no figure yet.
 """
 
 import argparse
