@@ -33,6 +33,8 @@ import argparse
 import contextlib
 import copy
 import datetime
+import difflib
+import errno
 import hashlib
 import itertools
 import json
@@ -79,6 +81,8 @@ def or_fail(what, advice):
     try:
         yield
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            advice = "make that place writable, free some space, or name another (--cache_dir)"
         fail(f"{what} ({reason(error)}); {advice}")
 
 
@@ -139,7 +143,15 @@ def parse_args(argv=None):
         formatter_class=lambda prog: Help(prog, max_help_position=36, width=100),
         allow_abbrev=False,
     )
-    parser.error = lambda message: fail(re.sub(r"hf_\w+", "***", message))  # perhaps a token
+
+    def error(message):
+        """One line: what is wrong, what was perhaps meant, and no token."""
+        for word in re.findall(r" (--\w+)", message.partition("unrecognized arguments:")[2]):
+            close = difflib.get_close_matches(word, parser._option_string_actions, 1)
+            message += "".join(f"; did you mean {other}?" for other in close)
+        fail(re.sub(r"hf_\w+", "***", message))
+
+    parser.error = error
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
     omega, beta, whole = number(float, -1), number(float, 0, 0.999999), number(int, 0)
 
@@ -194,7 +206,7 @@ def parse_args(argv=None):
     one("--num_ddim_timesteps", count, 50, "N", "of the DDIM solver")
     choice("--loss_type", "huber l2", "huber", "distance d of the loss")
     choice("--loss_units", "x0 output", "x0", "d between clean latents, or outputs of the network")
-    one("--huber_c", positive, 0.001, "C", "of the pseudo-Huber distance")
+    one("--huber_c", positive, 0.001, "C", "of the pseudo-Huber distance, in units of the loss")
     one("--vae_encode_batch_size", count, 8, "IMAGES", "that the VAE encodes at once")
 
     group = parser.add_argument_group("Optimisation")
@@ -228,6 +240,8 @@ def parse_args(argv=None):
     one("--checkpointing_steps", count, 500, "STEPS", "between checkpoints")
     one("--checkpoints_total_limit", count, None, "COUNT", "keep only the newest")
     name("--resume_from_checkpoint", "FOLDER", "or `latest` in --output_dir")
+    group.add_argument("--allow_changed", nargs="+", default=[], metavar="FLAG",
+                       help="flags that may differ from the checkpoint's")
     group.add_argument("--validation_prompts", nargs="+", metavar="PROMPT", help="to generate")
     one("--validation_steps", count, 200, "STEPS", "between validations")
     one("--logging_dir", str, "logs", "FOLDER", "of trackers, inside --output_dir")
@@ -243,6 +257,9 @@ def parse_args(argv=None):
     for flag, why in REFUSED.items():
         if vars(args).pop(flag):
             fail(f"--{flag} is not supported: {why}")
+    for flag, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~"):  # where no shell has replaced it
+            setattr(args, flag, os.path.expanduser(value))
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     check_args(args)
     return args
@@ -257,6 +274,8 @@ def check_args(args):
         fail("--teacher_config is for a teacher in one .safetensors file; leave it out")
     if args.hub_model_id and not args.push_to_hub:
         fail("--hub_model_id: nothing is uploaded without --push_to_hub; give both or neither")
+    if unknown := [flag for flag in args.allow_changed if flag not in vars(args)]:
+        fail(f"--allow_changed {unknown[0]}: no such flag; give names such as learning_rate")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is between them")
     if [args.train_data_dir, args.dataset_name, tars].count(None) != 2:
@@ -294,8 +313,13 @@ import peft
 import psutil
 import torch
 import transformers
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from braceexpand import braceexpand
 from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -310,7 +334,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from huggingface_hub import HfApi, ModelCardData
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
@@ -422,6 +446,7 @@ def normal(seed, step, places, purpose, shape):
 
 def predict(unet, z_t, t, c):
     """The UNet's output at (z_t, t) under c, [B,4,h,w] float32, in the base's precision."""
+    torch.manual_seed(torch.initial_seed())  # target and student drop the same with --lora_dropout
     dtype = next(unet.parameters()).dtype
     added = {name: value for name, value in c.items() if name != "prompt"}
     with torch.autocast(z_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -436,7 +461,7 @@ def sample_batch(run, batch, args):
     embeddings and, for SDXL, the pooled ones and the sizes.
     """
     step, places, device = batch["step"][0], batch["place"], run.timesteps.device
-    # LoRA dropout uses torch's generator
+    # LoRA dropout uses torch's generator, which `predict` takes back to here
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))
     # z = E(x): a sample of the VAE's posterior, whose moments encoded data already have
     vae, moments = run.pipe.vae, batch.get("moments")
@@ -497,20 +522,20 @@ def optimizer_step(run, losses, args):
 
     The gradient, clipped here, is that of all ranks by now and the loss is averaged over them, so
     they agree. Returns the row of the log; `finite`: the step was taken, `overflow`: but skipped by
-    fp16's scaler.
+    fp16's scaler, which finds the same infinite gradient.
     """
     accelerator = run.accelerator
     grad_norm = accelerator.clip_grad_norm_(run.trained, args.max_grad_norm)
     loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
-    row = {"loss": loss, "grad_norm": grad_norm, "lr": run.lr_scheduler.get_last_lr()[0]}
+    row = {"loss": loss, "grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"]}
     finite = math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None)
     if finite:
         run.optimizer.step()
     elif accelerator.scaler:
         accelerator.scaler.update()  # or it would not unscale the next gradient
     run.optimizer.zero_grad()
-    overflow = finite and accelerator.optimizer_step_was_skipped
+    overflow = finite and not math.isfinite(grad_norm)
     if finite and not overflow:
         run.lr_scheduler.step()
         if run.ema:
@@ -525,10 +550,11 @@ class Run:
     and a LoRA, wrapped for many processes; target, the bare student; trained, theta; schedule;
     timesteps of the solver, int64 [N]; c_null, conditions of the empty prompt {name: [1,...]};
     prompts, those of the validation prompts; optimizer, lr_scheduler, ema (or None); global_batch;
-    resumed, the checkpoint it goes on from (or None); step, optimizer steps taken; hub (or None).
+    resumed, the checkpoint it goes on from (or None); step, optimizer steps taken; hub (or None);
+    record, what a resumed run must have in common, and changes, what it had not (`make_record`).
     """
 
-    step = 0
+    step, changes = 0, ()
 
     def state(self):
         """What a checkpoint keeps beside the LoRA, by name."""
@@ -560,7 +586,7 @@ def train(run, batches, log, stop, args):
         # Is a checkpoint due, or an image? The last image comes after the loop
         last = run.step == args.max_train_steps
         stopped_by = None if last else stop.asked()
-        save = stopped_by or run.step % args.checkpointing_steps == 0
+        save = last or stopped_by or run.step % args.checkpointing_steps == 0
         show = args.validation_prompts and run.step % args.validation_steps == 0
         if save and accelerator.is_main_process:
             log.bar.write(save_checkpoint(run, args))
@@ -1120,13 +1146,20 @@ def start_reader(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def or_end(batches):
-    """Streamed batches; the run ends with one line where the data cannot be read on."""
+def or_end(batches, save):
+    """The batches; the run is saved and ends with one line where there are no more to be had."""
     try:
         yield from batches
     except UnusableRecord as error:  # of a worker: the last line, under its traceback
         line = str(error).strip().split("\n")[-1]
+        save()
         fail(line.split("UnusableRecord: ")[-1], this_rank())
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        save()
+        how = "give it more shared memory (docker: --shm-size 8g) or --dataloader_num_workers 0"
+        fail(f"a process that reads images was killed ({reason(error)}); {how}", this_rank())
 
 
 def make_loader(records, empty, args, first_step, rank, world):
@@ -1150,7 +1183,7 @@ def make_loader(records, empty, args, first_step, rank, world):
     workers = min(workers, stream.shuffled(0).num_shards, limit)
     loader = torch.utils.data.DataLoader(stream, size, num_workers=workers, **options)
     start = first_step * parts % max(1, workers)  # the workers before this one have had their turn
-    return or_end(itertools.islice(loader, start, start + len(steps) * parts))
+    return itertools.islice(loader, start, start + len(steps) * parts)
 
 
 # -------------------------------------------------------------------------------- 5. The LoRA file
@@ -1167,7 +1200,7 @@ BASES = {
 # Where results go and how they are shown, not what they are, is no part of the header
 NOT_IN_HEADER = (
     "output_dir logging_dir cache_dir report_to tracker_project_name resume_from_checkpoint "
-    "push_to_hub hub_model_id max_train_hours"
+    "push_to_hub hub_model_id max_train_hours allow_changed"
 ).split()
 PATHS_IN_HEADER = "train_data_dir dataset_name train_shards_path_or_url lora_path".split()
 
@@ -1262,6 +1295,8 @@ def save_lora(run, folder, args):
     config["target_modules"] = sorted(config["target_modules"])
     text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
     about, file = header(run.pipe, args, run.step), Path(folder, LORA_FILE)
+    if run.changes:
+        about["changed_at_resume"] = json.dumps(run.changes)
     files = {file: save(kohya, about), Path(folder, "unet", PEFT_FILE): save(prefixed, about)}
     files[Path(folder, "unet", "adapter_config.json")] = text.encode()
     parts = {path: Path(f"{path}.part") for path in files}
@@ -1309,16 +1344,30 @@ def load_lora(pipe, student, source, flag):
 
 # ------------------------------------------------------------------------ 6. Checkpoints, stop, log
 
-STATE_FILE, MANIFEST = "training_state.pt", "manifest.json"  # sizes and hashes of a checkpoint
+STATE_FILE, RECORD_FILE = "training_state.pt", "flags.json"
+MANIFEST = "manifest.json"  # sizes and hashes of a checkpoint
 BAD_STEPS = 10  # in a row without a finite loss and gradient, which end the run
-# The launcher that started this process, or None: a shell may log out, and the run goes on
-LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-LAUNCHER = os.getppid() if LAUNCHED else None
+# Flags that a resumed run may change: its result is the same but for rounding
+NO_CHANGE = (
+    "gradient_checkpointing train_batch_size gradient_accumulation_steps vae_encode_batch_size "
+    "allow_tf32 torch_compile checkpointing_steps checkpoints_total_limit validation_prompts "
+    "validation_steps dataloader_num_workers num_train_epochs scale_lr streaming lora_path"
+).split()
 # As many of these as the system has
 STOP_SIGNALS = [vars(signal).get(f"SIG{name}") for name in "INT TERM USR1 HUP BREAK".split()]
 STOP_SIGNALS = [number for number in STOP_SIGNALS if number]
 HANG_UP = vars(signal).get("SIGHUP", signal.SIGTERM)
 OUT_OF_TIME = 14  # what --max_train_hours stops with, the number of SIGALRM
+
+
+def find_launcher():
+    """The number of the launcher that started this process; None for a shell, which may log out."""
+    words = psutil.Process(os.getppid()).cmdline()
+    known = ("launch", "torchrun", "torch.distributed.run")
+    return os.getppid() if any(word.endswith(known) for word in words) else None
+
+
+LAUNCHER = find_launcher()
 
 
 def checkpoints(output_dir):
@@ -1334,8 +1383,13 @@ def flush_to_disk(path):
             os.fsync(file.fileno())
     elif hasattr(os, "O_DIRECTORY"):  # else folders cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)  # an error of it ends the run
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # some network file systems cannot do it for folders
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def save_checkpoint(run, args):
@@ -1351,12 +1405,14 @@ def save_checkpoint(run, args):
             report = save_lora(run, part, args).replace(str(part), str(folder))
             state = {name: kept and kept.state_dict() for name, kept in run.state().items()}
             torch.save(state | {"step": run.step}, part / STATE_FILE)
+            record = {"step": run.step, "flags": run.record, "changes": run.changes}
+            (part / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
             about = {}
             for path in [path for path in part.rglob("*") if path.is_file()]:
                 name = path.relative_to(part).as_posix()
                 about[name] = path.stat().st_size, file_digest(path)
             (part / MANIFEST).write_text(json.dumps(about, indent=2) + "\n")
-            for path in part / STATE_FILE, part / MANIFEST, part / "unet", part:
+            for path in part / STATE_FILE, part / RECORD_FILE, part / MANIFEST, part / "unet", part:
                 flush_to_disk(path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -1389,9 +1445,13 @@ def damage(folder):
 def find_checkpoint(args):
     """The folder that --resume_from_checkpoint means, or None where `latest` has none yet."""
     name, found = args.resume_from_checkpoint, checkpoints(args.output_dir)
-    if name is None and found:
+    lora = [path for path in [Path(args.output_dir, LORA_FILE)] if path.exists()]
+    if name is None and (found or lora):
         how = "resume with --resume_from_checkpoint latest, or choose another folder"
-        fail(f"--output_dir {args.output_dir}: it holds {found[-1].name}; {how}")
+        fail(f"--output_dir {args.output_dir}: it holds {(found or lora)[-1].name}; {how}")
+    if name == "latest" and lora and not found:
+        how = "no checkpoint to go on from; choose another folder, or start from it by --lora_path"
+        fail(f"--output_dir {args.output_dir}: it holds a finished LoRA, but {how}")
     tried = found if name == "latest" else [Path(name)] if name else []
     for folder in reversed(tried):
         if not (why := damage(folder)):
@@ -1402,8 +1462,50 @@ def find_checkpoint(args):
         fail(f"--resume_from_checkpoint {name}: no whole checkpoint there; {advice}")
 
 
+def make_record(run, args):
+    """What a run's result depends on, by flag: `check_record` compares it at a resume."""
+    teacher, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
+    record = {k: v for k, v in vars(args).items() if k not in NOT_IN_HEADER}
+    parts = ["*/*", "model_index.json"]
+    record["pretrained_teacher_model"] = f"{base_name(teacher)} {identity(parts, teacher)}"
+    if vae:
+        record["pretrained_vae_model_name_or_path"] = f"{base_name(vae)} {identity(['*'], vae)}"
+    for flag in PATHS_IN_HEADER:
+        if record[flag] and Path(record[flag]).exists():
+            record[flag] = str(Path(record[flag]).resolve())
+    record["images in a step"] = run.global_batch
+    return record
+
+
+def check_record(run, args):
+    """Compare a run's flags with its checkpoint's: what changes the result has to be allowed."""
+    advice = "it was saved by an earlier version; start a new run from it with --lora_path"
+    with or_fail(f"--resume_from_checkpoint {run.resumed}: its flags are not known", advice):
+        then = json.loads((run.resumed / RECORD_FILE).read_text())
+    run.changes, free = then["changes"], [*NO_CHANGE]
+    if args.lr_scheduler.startswith("constant"):
+        free.append("max_train_steps")
+    changed = {
+        flag: (then["flags"].get(flag), value)
+        for flag, value in run.record.items()
+        if then["flags"].get(flag) != value
+    }
+    shown = {flag: f"{flag} {new} (it was {old})" for flag, (old, new) in changed.items()}
+    refused = [flag for flag in changed if flag not in [*free, *args.allow_changed]]
+    if refused:
+        flags = ", ".join(shown[flag] for flag in refused)
+        how = f"give what it was, or --allow_changed {' '.join(refused)}, or another --output_dir"
+        fail(f"--resume_from_checkpoint {run.resumed} is of another run: {flags}; {how}")
+    for line in shown.values():
+        run.accelerator.print(f"changed at this resume: {line}")
+    if kept := {flag: values for flag, values in changed.items() if flag not in free}:
+        run.changes = [*run.changes, {"step": then["step"]} | kept]
+
+
 def load_state(run):
-    """Take what `Run.state` keeps from the checkpoint."""
+    """Take what `Run.state` keeps from the checkpoint; the optimizer's settings are the flags'."""
+    settings = {k: v for k, v in run.optimizer.param_groups[0].items() if k != "params"}
+    schedule, rates = run.lr_scheduler, run.lr_scheduler.base_lrs
     advice = "resume with the flags of before"
     with or_fail(f"--resume_from_checkpoint {run.resumed}: not of this run", advice):
         state = torch.load(run.resumed / STATE_FILE, map_location="cpu", weights_only=True)
@@ -1411,8 +1513,22 @@ def load_state(run):
         for name, kept in run.state().items():
             if kept and state.get(name):
                 kept.load_state_dict(state[name])
+    # Allowed changes count: the learning rate is what these flags give at the checkpoint's step
+    schedule.base_lrs = rates
+    settings["lr"] = rates[0] * schedule.lr_lambdas[0](schedule.last_epoch)
+    run.optimizer.param_groups[0].update(settings)
     if run.ema:
         run.ema.to(run.accelerator.device)
+
+
+def is_done(run, args):
+    """Whether a resumed run has nothing left to do: the LoRA of its last step is there."""
+    file, folder = Path(args.output_dir, LORA_FILE), Path(args.output_dir, "unet", PEFT_FILE)
+    whole = file.exists() and folder.exists()
+    if not run.resumed or run.step < args.max_train_steps or not whole:
+        return False
+    with or_fail(f"{file}: it cannot be read", "delete it, and resume"), safe_open(file, "pt") as f:
+        return (f.metadata() or {}).get("step") == str(run.step)
 
 
 class Stop:
@@ -1433,6 +1549,8 @@ class Stop:
         now = time.monotonic()
         if self.since and now - self.since > 1:  # sooner it is the first, from the launcher too
             os._exit(128 + number)
+        if not self.since and this_rank() == "0":
+            os.write(2, b"\nstopping: this step is finished, then saving; once more ends at once\n")
         self.number, self.since = self.number or number, self.since or now
 
     def asked(self):
@@ -1456,6 +1574,22 @@ def launch_command():
         return ["accelerate", "launch", *sys.argv]
 
 
+def parse_row(line):
+    """A line of log.jsonl; {} where it is broken, such as by a full disk."""
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return {}
+
+
+def start_trackers(accelerator, args):
+    """Start the trackers, each in --logging_dir: W&B would else write into the working directory."""
+    advice = "run `wandb login`, set WANDB_MODE=offline, or give another --report_to or project"
+    with or_fail(f"--report_to {args.report_to}: it does not start", advice):
+        wandb = {"dir": accelerator.logging_dir}
+        accelerator.init_trackers(args.tracker_project_name, init_kwargs={"wandb": wandb})
+
+
 class Log:
     """The status line, its mirror log.jsonl and the trackers; a lock keeps a second run out."""
 
@@ -1466,26 +1600,29 @@ class Log:
         self.bad, self.skipped, self.overflows = 0, 0, 0
         if run.accelerator.is_main_process:
             self.open_files(run, args)
+        if not run.accelerator.trackers:
+            start_trackers(run.accelerator, args)
         plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
-        wandb = {"dir": run.accelerator.logging_dir}  # else it writes into the working directory
-        run.accelerator.init_trackers(args.tracker_project_name, plain, {"wandb": wandb})
+        for tracker in run.accelerator.trackers:
+            tracker.store_init_configuration(plain)
         steps = {"total": args.max_train_steps, "initial": run.step, "unit": "step"}
         self.bar = tqdm(**steps, disable=self.file is None, dynamic_ncols=True)
         self.restart_clock()
 
     def open_files(self, run, args):
-        """Lock the output folder; cut log.jsonl after the step resumed from; write args.json."""
+        """Lock the output folder; log.jsonl keeps the steps up to this one; write args.json."""
         folder = Path(args.output_dir)
         with or_fail(f"--output_dir {folder} is in use or not writable", "choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(folder / ".lock")
             self.lock.acquire(timeout=0)  # until this process ends, however it ends
-            self.file = (folder / "log.jsonl").open("a+", buffering=1)
-        self.file.seek(0)
-        whole = [line for line in self.file if line.endswith("\n")] if run.resumed else []
-        old = [line for line in whole if json.loads(line)["step"] <= run.step]
-        self.file.truncate(len("".join(old).encode()))
-        last = json.loads(old[-1]) if old else {}
+            path, part = folder / "log.jsonl", folder / "log.jsonl.part"
+            old = path.read_bytes().split(b"\n") if run.resumed and path.exists() else []
+            rows = [row for row in map(parse_row, old) if row.get("step", math.inf) <= run.step]
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            part.replace(path)
+            self.file = path.open("a", buffering=1)
+        last = rows[-1] if rows else {}
         self.skipped, self.overflows = last.get("skipped", 0), last.get("overflows", 0)
         libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
         about = {"arguments": vars(args), "processes": run.accelerator.num_processes}
@@ -1560,7 +1697,11 @@ def validate(run, args):
         images += VaeImageProcessor().postprocess(pixels)
     path = Path(args.output_dir, "validation", f"step-{run.step:06d}.png")
     path.parent.mkdir(exist_ok=True)
-    diffusers.utils.make_image_grid(images, 1, len(images)).save(path)
+    about, base = PngImagePlugin.PngInfo(), base_name(args.pretrained_teacher_model)
+    settings = f"Steps: 4, Sampler: LCM, CFG scale: 1, Seed: {args.seed}, Model: {base}"
+    lines = [*args.validation_prompts, f"{settings}, LCM-LoRA: step {run.step}"]
+    about.add_itxt("parameters", "\n".join(lines))  # as A1111 writes it
+    diffusers.utils.make_image_grid(images, 1, len(images)).save(path, pnginfo=about)
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         values = {"validation": np.stack([np.asarray(image) for image in images])}
@@ -1568,11 +1709,18 @@ def validate(run, args):
     return f"{path}: the validation prompts in 4 steps"
 
 
+def infer_command(lora, prompt="a red apple"):
+    """What to type to generate an image."""
+    words = ["--lora", str(lora), "--prompt", prompt, "--output", "lcm.png"]
+    return f"python infer.py {shlex.join(words)}"
+
+
 def write_card(run, args):
     """README.md: front matter for the hub, settings, the last validation, how to load the LoRA."""
     teacher, folder = args.pretrained_teacher_model, Path(args.output_dir).resolve()
     base, file, kind = base_name(teacher), LORA_FILE, type(run.pipe).__name__
-    place = args.hub_model_id if args.push_to_hub else folder.name
+    # What others read has no paths of this machine
+    given, place = (base, args.hub_model_id) if args.push_to_hub else (teacher, args.output_dir)
     opener = "from_single_file" if is_one_file(teacher) else "from_pretrained"
     prompts, image = (
         args.validation_prompts or ["a red apple"],
@@ -1586,7 +1734,6 @@ def write_card(run, args):
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     about |= {"tags": ["lcm", "lora", "lcm-lora", layout]}
     about |= {} if Path(teacher).exists() else {"base_model": teacher}
-    command = ["--lora", folder.name, "--prompt", prompts[0], "--output", "lcm.png"]
     text = f"""---
 {ModelCardData(**about)}
 ---
@@ -1602,7 +1749,7 @@ steps, {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args
 ```python
 from diffusers import {kind}, LCMScheduler
 
-pipe = {kind}.{opener}("{base}")
+pipe = {kind}.{opener}("{given}")
 pipe.scheduler = LCMScheduler.from_config(
     pipe.scheduler.config, original_inference_steps={args.num_ddim_timesteps}
 )
@@ -1614,7 +1761,7 @@ pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("
 - ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
 - A1111, Forge: the file into models/Lora, `<lora:{Path(file).stem}:1>` in the prompt; LCM, 4 steps,
   CFG scale 1
-- `python infer.py {shlex.join(command)}`
+- `{infer_command(place, prompts[0])}`
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -1651,7 +1798,10 @@ def make_accelerator(args):
             # Without a GPU the launcher's processes would else not know of each other
             cpu=not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1,
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # Not the number, which the environment could replace
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=args.gradient_accumulation_steps
+            ),
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, logs),
             # Where one process validates or reads its data, the others wait for it
@@ -1660,11 +1810,27 @@ def make_accelerator(args):
     if accelerator.mixed_precision not in DTYPES:
         what = f"mixed precision {accelerator.mixed_precision} is not supported"
         fail(f"{what}: give --mixed_precision no, fp16 or bf16")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         why = "the base is frozen and shared, there is nothing worth sharding"
-        fail(f"{accelerator.distributed_type.value}: {why}; launch with --multi_gpu instead")
+        fail(f"{kind}: {why}; launch with --multi_gpu instead")
+    if (backend := accelerator.state.dynamo_plugin.backend.value) != "NO":
+        fail(f"accelerate's dynamo backend {backend}: set it to no, and give --torch_compile")
     args.mixed_precision = accelerator.mixed_precision  # perhaps the launcher's
     return accelerator
+
+
+def describe_device(accelerator, args):
+    """Say what is computed on, and in which precision; warn of what is plainly slow."""
+    name, many = accelerator.device.type, accelerator.num_processes
+    if name == "cuda":
+        card = torch.cuda.get_device_properties(accelerator.device)
+        name = f"{card.name} of {card.total_memory / 2**30:.0f} GiB"
+    accelerator.print(f"device: {many} x {name}, mixed precision {args.mixed_precision}")
+    if name == "cpu" and args.mixed_precision == "fp16":
+        accelerator.print("warning: fp16 is slow on a CPU; give --mixed_precision no")
+    if name == "cpu" and many > 1:
+        accelerator.print(f"warning: no GPU is found: {many} processes share the CPUs")
 
 
 def make_optimizer(parameters, args):
@@ -1691,6 +1857,9 @@ def set_up(args):
     """Data, models, optimizer, in that order: (run, records, embeddings of the empty prompt)."""
     run = Run()
     run.accelerator = accelerator = make_accelerator(args)
+    if args.report_to in ("wandb", "all"):  # it may want a key, so before anything is loaded
+        start_trackers(accelerator, args)
+    describe_device(accelerator, args)
     run.hub = open_hub(args, accelerator.process_index)
     (run.resumed,) = broadcast_object_list([find_checkpoint(args) if this_rank() == "0" else None])
 
@@ -1721,7 +1890,11 @@ def set_up(args):
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(run.schedule.alpha))
     run.timesteps = timesteps.to(accelerator.device)
     size = f"{pipe.unet.num_parameters() / 1e6:.2f}M parameters, {pipe.unet.dtype}"
+    size += f", {run.schedule.prediction_type}; {args.num_ddim_timesteps} DDIM timesteps"
     accelerator.print(f"teacher: {args.pretrained_teacher_model}, {size}")
+    run.record = make_record(run, args)
+    if run.resumed:
+        check_record(run, args)
     run.teacher, run.target = pipe.unet, make_student(pipe, args, accelerator.device)
     if source := run.resumed or args.lora_path:
         flag = "--resume_from_checkpoint" if run.resumed else "--lora_path"
@@ -1747,19 +1920,35 @@ def set_up(args):
     accelerator.print(f"data: {length} images, in a step {batch}")
     resumed = f", resumed from {run.resumed}" if run.resumed else ""
     accelerator.print(f"steps: {run.step} to {args.max_train_steps}{resumed}")
+    every = f"a checkpoint every {args.checkpointing_steps} steps and at the end, "
+    every += (
+        f"validation images every {args.validation_steps}"
+        if run.prompts
+        else ("no validation images without --validation_prompts")
+    )
+    accelerator.print(every)
     return run, records, known.get("", {})
 
 
 def distil(args):
     """Set up, train, save."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # convolutions
     quiet_libraries()
     launched_by = launch_command()
     run, records, empty = set_up(args)
     accelerator, world = run.accelerator, run.accelerator.num_processes
+    (done,) = broadcast_object_list([is_done(run, args) if this_rank() == "0" else None])
+    if done:
+        accelerator.print(f"nothing left to train: {args.output_dir} holds the LoRA of this step")
+        accelerator.end_training()
+        return
     stop = Stop(args.max_train_hours, world)
-    batches = iter(make_loader(records, empty, args, run.step, accelerator.process_index, world))
+    loader = make_loader(records, empty, args, run.step, accelerator.process_index, world)
+    batches = or_end(loader, lambda: run.step and save_checkpoint(run, args))
     first = list(itertools.islice(batches, 1))
+    if hasattr(signal, "SIGCHLD"):  # a reader that dies ends the run between steps, not in one
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for batch in first:  # says at once if nothing can be read: nothing is written before
         check_batch(batch)
     log = Log(run, args)
@@ -1783,6 +1972,9 @@ def distil(args):
         with or_fail(what, "free some space and resume"):
             print(save_lora(run, args.output_dir, args))
             write_card(run, args)
+        seconds = round(time.time() - psutil.Process().create_time())
+        print(f"finished in {datetime.timedelta(seconds=seconds)}; generate an image with:")
+        print(infer_command(args.output_dir, *(args.validation_prompts or [])[:1]))
     # Else a gloo thread with a tensor and a rank that exits may wait for each other for ever
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -435,13 +435,14 @@ def carded(train):
     return train(validation_prompts=["a cat's red apple", "rain"], learning_rate=3e-2)
 
 
-def test_the_card_is_valid_and_has_no_paths_of_this_machine(carded, teacher):
+def test_the_card_is_valid_and_can_be_pasted(carded, teacher):
     card = ModelCard.load(carded / "README.md")
     assert card.data.library_name == "diffusers" and {"lora", "lcm"} <= set(card.data.tags)
     assert (
         card.data.base_model is None and card.data.license is None
     )  # a local teacher is not on the hub
-    assert str(teacher.parent) not in card.content and str(carded.parent) not in card.content
+    assert f'from_pretrained("{teacher}")' in card.text
+    assert f'load_lora_weights("{carded}"' in card.text
     (image,) = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", card.text)
     assert image == "validation/step-000004.png" and (carded / image).is_file()
     assert "- a cat's red apple\n- rain\n" in card.text
@@ -457,6 +458,17 @@ def test_the_card_is_valid_and_has_no_paths_of_this_machine(carded, teacher):
         "rank 4",
     ):
         assert tool in text, tool
+
+
+def test_an_uploaded_card_has_no_paths_of_this_machine(sd15, teacher, tmp_path):
+    flags = {"pretrained_teacher_model": teacher, "train_data_dir": "c", "output_dir": tmp_path}
+    flags |= {"resolution": 8, "push_to_hub": True, "hub_model_id": "me/fast"}
+    args = sd15.parse_args(command_line(flags))
+    pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
+    sd15.write_card(SimpleNamespace(pipe=pipe, step=3), args)
+    text = (tmp_path / "README.md").read_text()
+    assert str(teacher.parent) not in text and str(tmp_path) not in text
+    assert "infer.py --lora me/fast" in text and f'from_pretrained("{teacher.name}")' in text
 
 
 def test_the_card_of_a_hub_teacher_names_it(sd15, tmp_path):

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import signal
@@ -566,14 +565,24 @@ def test_the_end_of_the_time_is_no_second_signal(sd15, monkeypatch):
     assert ended == [128 + signal.SIGINT]
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "SHELL"])
-def test_a_launcher_is_told_from_a_shell(monkeypatch, variable):
-    """By the variables that only launchers set."""
-    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, "1")
-    launcher = runpy.run_path(str(ROOT / "train_lcm_lora_sd15.py"))["LAUNCHER"]
-    assert launcher == (None if variable == "SHELL" else os.getppid())
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        ("/usr/bin/python3 /usr/bin/accelerate launch train.py", True),
+        ("python -m accelerate.commands.launch train.py", True),
+        ("python /usr/bin/torchrun train.py", True),
+        ("python -m torch.distributed.run train.py", True),
+        ("/bin/bash", False),
+        ("nohup python train_lcm_lora_sd15.py", False),
+        ("python -m pytest", False),
+    ],
+)
+def test_a_launcher_is_told_from_a_shell(sd15, monkeypatch, command, is_one):
+    """By its command: a shell may have a launcher's variables, set by the user."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    parent = SimpleNamespace(cmdline=command.split)
+    monkeypatch.setattr(sd15.psutil, "Process", lambda number: parent)
+    assert sd15.find_launcher() == (os.getppid() if is_one else None)
 
 
 @pytest.mark.parametrize("launched", [True, False])
@@ -837,28 +846,31 @@ def test_out_of_memory_names_flags(sd15, train, monkeypatch):
     assert (ROOT / program.strip("()")).is_file()
 
 
-def test_the_scaler_of_fp16_goes_on_after_a_loss_that_is_not_finite(sd15):
-    """Its next gradient is unscaled and taken; a gradient that overflows is its own affair."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scaler_of_fp16_goes_on_after_a_loss_that_is_not_finite(sd15, fused):
+    """Its next gradient is unscaled and taken; an overflow moves no schedule, and is counted.
+
+    A fused optimizer is always called, and skips within.
+    """
     weight = torch.nn.Parameter(torch.ones(2))
-    scaler, adam = torch.amp.GradScaler("cpu", init_scale=8.0), torch.optim.SGD([weight], 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    adam = torch.optim.AdamW([weight], 0.5, betas=(0.0, 0.0), weight_decay=0.0, fused=fused)
 
     def clip(parameters, norm):
         scaler.unscale_(adam)
         return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def step():
-        before = scaler.get_scale()
         scaler.step(adam), scaler.update()
-        accelerator.optimizer_step_was_skipped = scaler.get_scale() < before
 
-    optimizer = SimpleNamespace(step=step, zero_grad=adam.zero_grad)
+    optimizer = SimpleNamespace(
+        step=step, zero_grad=adam.zero_grad, param_groups=adam.param_groups
+    )
     accelerator = SimpleNamespace(
         scaler=scaler, clip_grad_norm_=clip, reduce=lambda value, _: value
     )
     rates = []
-    schedule = SimpleNamespace(
-        get_last_lr=lambda: [0.5], step=lambda: rates.append(weight.tolist())
-    )
+    schedule = SimpleNamespace(step=lambda: rates.append(weight.tolist()))
     run = SimpleNamespace(accelerator=accelerator, optimizer=optimizer, lr_scheduler=schedule)
     run.trained, run.ema, found = [weight], None, []
     for factor in (torch.nan, 1.0, torch.inf, 1.0):
@@ -868,7 +880,8 @@ def test_the_scaler_of_fp16_goes_on_after_a_loss_that_is_not_finite(sd15):
         args = SimpleNamespace(max_grad_norm=9.0)
         found.append(sd15.optimizer_step(run, [loss.detach()], args)[1:])
     assert found == [(False, False), (True, False), (True, True), (True, False)]
-    assert rates == [[0.5, 0.5], [0, 0]] and scaler.get_scale() == 2
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor([[0.5, 0.5], [0, 0]]))
+    assert scaler.get_scale() == 2
 
 
 # ----------------------------------------------------------------------------------- moving average
