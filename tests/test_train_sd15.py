@@ -428,20 +428,23 @@ def fp16_on_the_cpu(sd15, monkeypatch):
     monkeypatch.setattr(sd15, "Accelerator", make)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_nf4_under_mixed_precision_saves_and_resumes(request, train, nets, precision):
-    """The LoRA is float32 beside 4-bit linear layers, is read back, and goes on to the bit."""
+@pytest.mark.parametrize("quantized", [None, "nf4"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_every_base_saves_resumes_and_is_started_from(request, train, nets, precision, quantized):
+    """The LoRA is float32 whatever is below it, is read back, and goes on to the bit."""
     if precision == "fp16":
         request.getfixturevalue("fp16_on_the_cpu")
-    flags = {"quantize_base": "nf4", "mixed_precision": precision, "checkpointing_steps": 1}
+    flags = {"quantize_base": quantized, "mixed_precision": precision, "checkpointing_steps": 1}
     whole = train(**flags, max_train_steps=2)
     teacher, _, student = nets[-1]
     dtypes = {p.dtype for name, p in student.named_parameters() if "lora_" in name}
     assert dtypes == {torch.float32} and teacher.dtype == DTYPES[precision]
-    assert torch.uint8 in {p.dtype for p in teacher.parameters()}
+    assert (torch.uint8 in {p.dtype for p in teacher.parameters()}) == bool(quantized)
     assert np.isfinite(series(whole, "loss", "grad_norm")).all() and size_of_b(whole) > 1e-3
     half = train(**flags, max_train_steps=2, resume_from_checkpoint=whole / "checkpoint-1")
     assert same(whole, half) and series(half) == series(whole)[1:]
+    another = train(**flags, max_train_steps=1, lora_path=whole, learning_rate=1e-12)
+    assert difference(whole, another) < 1e-9
 
 
 # --------------------------------------------------------------------------------------- invariants
