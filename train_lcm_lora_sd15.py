@@ -312,7 +312,8 @@ from diffusers.training_utils import EMAModel, cast_training_params
 from huggingface_hub import HfApi, ModelCardData
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from tqdm.auto import tqdm
 
 # ---------------------------------------------------------------------------------- 2. Algorithm 1
@@ -1190,30 +1191,44 @@ def base_name(name):
 
 
 def header(pipe, args, step):
-    """The LoRA file's metadata; no time and no path of outputs, so equal runs write equal files."""
+    """The LoRA file's metadata; no time and no path, so equal runs write equal files."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_IN_HEADER}
     settings |= {k: base_name(settings[k]) for k in PATHS_IN_HEADER if settings[k]}
     unet, base = pipe.unet.config, args.pretrained_teacher_model
+    width = unet.cross_attention_dim
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon").removesuffix("_prediction")
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
+    about["layers_per_block"] = unet.layers_per_block
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
     about["training_args"] = json.dumps(settings, sort_keys=True)
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
     spec = {"sai_model_spec": "1.0.0", "implementation": "diffusers", "prediction_type": prediction}
-    spec |= {"title": f"LCM-LoRA of {base_name(base)}"}
+    spec |= {"title": f"LCM-LoRA of {base_name(base)}", "architecture": f"{FAMILY}-{width}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
     spec |= {"usage_hint": "LCM sampler, 4 steps (1 to 8), CFG scale 1"}
     kohya = {"network_module": "networks.lora", "network_dim": args.lora_rank, "steps": step}
     kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": base_name(base)}
+    kohya["output_name"] = Path(args.output_dir).resolve().name  # by which A1111 lists it
     kohya |= {k: settings[k] for k in ("learning_rate", "mixed_precision")}
-    if known := BASES.get((unet.cross_attention_dim, prediction)):
+    if known := BASES.get((width, prediction)):
         kohya |= {"base_model_version": known[0], "v2": known[0].startswith("sd_v2")}
-        if not unet.reverse_transformer_layers_per_block:  # SSD-1B, which A1111 files under SDXL
-            spec["architecture"] = f"{known[1]}/lora"
+        # SSD-1B, which A1111 files under SDXL
+        ssd = unet.reverse_transformer_layers_per_block and "segmind-stable-diffusion-1b"
+        spec["architecture"] = f"{ssd or known[1]}/lora"
     about |= {f"modelspec.{k}": v for k, v in spec.items()}
     about |= {f"ss_{k}": v for k, v in kohya.items()}
     return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in about.items()}
+
+
+def save(tensors, about):
+    """A .safetensors file with the header's keys sorted: the library shuffles them at each call."""
+    content = memoryview(to_bytes(tensors))
+    start = 8 + int.from_bytes(content[:8], "little")
+    head = {"__metadata__": about} | json.loads(bytes(content[8:start]))
+    text = json.dumps(head, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)  # the numbers stay aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, content[start:]])
 
 
 def read_lora(pipe, file):
