@@ -852,13 +852,14 @@ def parameters(settings):
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(settings["base_model"]).name,
-        "Lora": ", ".join(f"{lora_name(path)} {weight:g}" for path, weight in loras),
     }
     facts |= {"Denoising strength": f"{settings['strength']:.3g}"} if settings["image"] else {}
     for key, value in facts.items():  # a text with a comma or colon would end early: it is quoted
         facts[key] = json.dumps(value) if re.search("[,:]", str(value)) else value
     negative = settings["negative_prompt"]
-    prompts = settings["prompt"] + (f"\nNegative prompt: {negative}" if negative else "")
+    prompts = settings["prompt"]
+    prompts += "".join(f" <lora:{lora_name(path)}:{weight:g}>" for path, weight in loras)
+    prompts += f"\nNegative prompt: {negative}" if negative else ""
     return prompts + "\n" + ", ".join(f"{key}: {value}" for key, value in facts.items())
 
 

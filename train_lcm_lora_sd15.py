@@ -1173,6 +1173,11 @@ NOT_IN_HEADER = (
 PATHS_IN_HEADER = "train_data_dir dataset_name train_shards_path_or_url lora_path".split()
 
 
+def name_in_file(path, unet):
+    """A layer's name in the LoRA file: all programs read diffusers' for SD 1.x and 2.x."""
+    return path
+
+
 def lora_layers(unet):
     """{module path: (A, B, scaling)} of every LoRA layer in the UNet."""
     layers = {}
@@ -1199,11 +1204,11 @@ def header(pipe, args, step):
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon").removesuffix("_prediction")
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
-    about["layers_per_block"] = unet.layers_per_block
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
     about["training_args"] = json.dumps(settings, sort_keys=True)
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
-    spec = {"sai_model_spec": "1.0.0", "implementation": "diffusers", "prediction_type": prediction}
+    spec = {"sai_model_spec": "1.0.0", "prediction_type": prediction}
+    spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
     spec |= {"title": f"LCM-LoRA of {base_name(base)}", "architecture": f"{FAMILY}-{width}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
     spec |= {"usage_hint": "LCM sampler, 4 steps (1 to 8), CFG scale 1"}
@@ -1268,7 +1273,8 @@ def save_lora(run, folder, args):
     layers, kohya, prefixed = lora_layers(run.target), {}, {}
     for path, (a, b, _) in layers.items():
         a, b = (weight.detach().cpu().contiguous() for weight in (a, b))
-        key, peft_key = "lora_unet_" + path.replace(".", "_"), f"base_model.model.{path}"
+        name, peft_key = name_in_file(path, run.target.config), f"base_model.model.{path}"
+        key = "lora_unet_" + name.replace(".", "_")
         kohya |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
         kohya[f"{key}.alpha"] = torch.tensor(float(args.lora_alpha))
         prefixed |= {f"{peft_key}.lora_A.weight": a, f"{peft_key}.lora_B.weight": b}

@@ -1188,6 +1188,8 @@ NOT_IN_HEADER = (
     "push_to_hub hub_model_id max_train_hours"
 ).split()
 PATHS_IN_HEADER = "train_data_dir dataset_name train_shards_path_or_url lora_path".split()
+
+
 # The names of layers in SDXL's original code
 ORIGINAL_NAMES = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2",
@@ -1199,10 +1201,10 @@ ORIGINAL_NAMES = {
 }  # fmt: skip
 
 
-def original_name(path, unet):
-    """A layer's name in SDXL's original code, which numbers blocks through: kohya reads no other.
+def name_in_file(path, unet):
+    """A layer's name in the LoRA file: the original code's, as kohya's tools read no other.
 
-    Where diffusers could not read it back, as of ten blocks and more, diffusers' own name.
+    That code numbers blocks through. diffusers does not read it for UNets of other kinds than SDXL.
     """
     depth, ups = unet.layers_per_block, unet.up_block_types
     if depth not in (1, 2) or len(ups) > 3 or "UpBlock2D" in ups[:-1]:
@@ -1246,11 +1248,11 @@ def header(pipe, args, step):
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon").removesuffix("_prediction")
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
-    about["layers_per_block"] = unet.layers_per_block
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
     about["training_args"] = json.dumps(settings, sort_keys=True)
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
-    spec = {"sai_model_spec": "1.0.0", "implementation": "sgm", "prediction_type": prediction}
+    spec = {"sai_model_spec": "1.0.0", "prediction_type": prediction}
+    spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
     spec |= {"title": f"LCM-LoRA of {base_name(base)}", "architecture": f"{FAMILY}-{width}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
     spec |= {"usage_hint": "LCM sampler, 4 steps (1 to 8), CFG scale 1"}
@@ -1315,7 +1317,7 @@ def save_lora(run, folder, args):
     layers, kohya, prefixed = lora_layers(run.target), {}, {}
     for path, (a, b, _) in layers.items():
         a, b = (weight.detach().cpu().contiguous() for weight in (a, b))
-        name, peft_key = original_name(path, run.pipe.unet.config), f"base_model.model.{path}"
+        name, peft_key = name_in_file(path, run.target.config), f"base_model.model.{path}"
         key = "lora_unet_" + name.replace(".", "_")
         kohya |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
         kohya[f"{key}.alpha"] = torch.tensor(float(args.lora_alpha))
