@@ -64,10 +64,13 @@ def test_every_module_name_is_read_without_the_model(name, tmp_path):
             (*PARTS, "samplers.0.conv", "time_embedding.linear_1", "conv_in", "conv_out")
         )
     ]
-    written = {f"unet.{unet_name(path, unet).replace('.', '_')}": path for path in targets}
+    width = torch.ones(1, unet.config.cross_attention_dim)
+    layers = {path: {"A": width, "path": path} for path in targets}
+    written = {f"unet.{unet_name(path, unet).replace('.', '_')}": layers[path] for path in targets}
     assert len(written) == len(targets) > 250
-    parts = convert.full_names("x", dict(written))
-    assert parts == {"unet": {path: path for path in targets}}
+    parts = convert.full_names("x", written)
+    assert parts["unet"].keys() == {*targets}
+    assert all(layer["path"] == path for path, layer in parts["unet"].items())
 
 
 def test_text_encoder_names_are_read(xl_teacher):
@@ -143,7 +146,8 @@ def test_round_trips_lose_nothing(sd15, teacher, tmp_path):
     assert again.keys() == tensors.keys() and all(
         torch.equal(again[key], tensors[key]) for key in tensors
     )
-    assert header == {key: text for key, text in metadata.items() if key != "sshs_model_hash"}
+    kept = {key: text for key, text in metadata.items() if key != "sshs_model_hash"}
+    assert header == kept | {"ss_output_name": "5"}
     assert not list(tmp_path.glob("tmp*"))
 
 

@@ -194,7 +194,7 @@ def test_generates_and_reports(tiny, tmp_path, capsys):
     assert prompt == "a cat, big"
     assert (
         last
-        == "Steps: 4, Sampler: LCM, CFG scale: 1, Seed: 3, Size: 32x32, Model: base, Lora: run 1"
+        == "Steps: 4, Sampler: LCM, CFG scale: 1, Seed: 3, Size: 32x32, Model: base"
     )
     settings = json.loads(image.text["infer_args"])
     assert (
@@ -358,7 +358,7 @@ def test_file_may_have_moved(tiny, tmp_path, monkeypatch):
             tmp_path / "x.png",
             lora="style.safetensors",
         )
-        assert "Lora: style 1" in Image.open(tmp_path / "x.png").text["parameters"]
+        assert " <lora:style:1>" in Image.open(tmp_path / "x.png").text["parameters"]
 
 
 def rename(folder, target, style):
