@@ -387,9 +387,7 @@ def test_fields_that_other_tools_show(trainer, trained):
     assert "/" not in "".join(
         about[key] for key in about if key.startswith("ss_") or key.endswith("title")
     )
-    assert (
-        not {"ss_base_model_version", "modelspec.date"} & about.keys()
-    )  # nobody's base
+    assert not {"ss_base_model_version", "modelspec.date"} & about.keys()  # nobody's base
     assert "lora_adapter_metadata" not in about and str(out) not in json.dumps(about)
 
 
