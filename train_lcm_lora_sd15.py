@@ -1231,7 +1231,7 @@ def save(tensors, about):
     content = memoryview(to_bytes(tensors))
     start = 8 + int.from_bytes(content[:8], "little")
     head = {"__metadata__": about} | json.loads(bytes(content[8:start]))
-    text = json.dumps(head, sort_keys=True).encode()
+    text = json.dumps(head, sort_keys=True, ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)  # the numbers stay aligned
     return b"".join([len(text).to_bytes(8, "little"), text, content[start:]])
 
@@ -1633,7 +1633,7 @@ pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("
 ```
 
 - ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
-- A1111, Forge: the file into models/Lora, `<lora:{Path(file).stem}:1>` in the prompt; LCM, 4 steps,
+- A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; LCM, 4 steps,
   CFG scale 1
 - `python infer.py {shlex.join(command)}`
 """

@@ -1190,17 +1190,6 @@ NOT_IN_HEADER = (
 PATHS_IN_HEADER = "train_data_dir dataset_name train_shards_path_or_url lora_path".split()
 
 
-# The names of layers in SDXL's original code
-ORIGINAL_NAMES = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
-    "resnets.time_emb_proj": "emb_layers.1", "resnets.conv_shortcut": "skip_connection",
-    "downsamplers.conv": "op",
-}  # fmt: skip
-
-
 def name_in_file(path, unet):
     """A layer's name in the LoRA file: the original code's, as kohya's tools read no other.
 
@@ -1209,12 +1198,20 @@ def name_in_file(path, unet):
     depth, ups = unet.layers_per_block, unet.up_block_types
     if depth not in (1, 2) or len(ups) > 3 or "UpBlock2D" in ups[:-1]:
         return path
+    names = {
+        "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+        "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
+        "resnets.time_emb_proj": "emb_layers.1", "resnets.conv_shortcut": "skip_connection",
+        "downsamplers.conv": "op",
+    }  # fmt: skip
     found = re.fullmatch(r"(\w+)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", path)
     if not found:
-        return ORIGINAL_NAMES.get(path, path)
+        return names.get(path, path)
     side, block, kind, layer, rest = found.groups()
     place = {"attentions": 1, "upsamplers": 2}.get(kind, 0)
-    rest = ORIGINAL_NAMES.get(f"{kind}.{rest}", rest)
+    rest = names.get(f"{kind}.{rest}", rest)
     if side == "mid":
         return f"middle_block.{place or 2 * int(layer)}.{rest}"
     count = int(block) * (depth + 1) + (depth if "samplers" in kind else int(layer))
@@ -1275,7 +1272,7 @@ def save(tensors, about):
     content = memoryview(to_bytes(tensors))
     start = 8 + int.from_bytes(content[:8], "little")
     head = {"__metadata__": about} | json.loads(bytes(content[8:start]))
-    text = json.dumps(head, sort_keys=True).encode()
+    text = json.dumps(head, sort_keys=True, ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)  # the numbers stay aligned
     return b"".join([len(text).to_bytes(8, "little"), text, content[start:]])
 
@@ -1677,7 +1674,7 @@ pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("
 ```
 
 - ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
-- A1111, Forge: the file into models/Lora, `<lora:{Path(file).stem}:1>` in the prompt; LCM, 4 steps,
+- A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; LCM, 4 steps,
   CFG scale 1
 - `python infer.py {shlex.join(command)}`
 """

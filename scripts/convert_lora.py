@@ -182,7 +182,7 @@ def save(tensors, about):
     content = memoryview(to_bytes(tensors))
     start = 8 + int.from_bytes(content[:8], "little")
     head = {"__metadata__": about} | json.loads(bytes(content[8:start]))
-    text = json.dumps(head, sort_keys=True).encode()
+    text = json.dumps(head, sort_keys=True, ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)  # the numbers stay aligned
     return b"".join([len(text).to_bytes(8, "little"), text, content[start:]])
 

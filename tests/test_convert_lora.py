@@ -151,6 +151,22 @@ def test_round_trips_lose_nothing(sd15, teacher, tmp_path):
     assert not list(tmp_path.glob("tmp*"))
 
 
+@pytest.mark.parametrize("layout", ["sdxl", "ssd1b"])
+def test_round_trips_in_sdxls_names(sdxl, make_teacher, tmp_path, layout):
+    """From the trainer's file, whose blocks have one layer each: none is taken for another."""
+    teacher = make_teacher(layout)
+    student = train(sdxl, teacher, tmp_path / "run", rank=4, alpha=2.5)
+    folder = run(tmp_path / "run", tmp_path / "0", "--to", "peft")
+    unet = peft.PeftModel.from_pretrained(open_pipe(teacher).unet, folder).base_model.model
+    assert torch.allclose(forward(unet), forward(student), atol=1e-6)
+    tensors = load_file(tmp_path / "run" / LORA)
+    for source in (folder, tmp_path / "run" / "unet"):
+        again = load_file(run(source, tmp_path / f"{source.name}.safetensors"))
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+    assert any("input_blocks_3_1" in key for key in tensors)
+
+
 def test_layers_of_their_own_rank(teacher, tmp_path):
     """Ranks and alphas that differ between layers survive, and the header names none of them."""
     config = peft.LoraConfig(

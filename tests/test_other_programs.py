@@ -1,4 +1,4 @@
-"""The LoRA file in other programs: each one's rule for names, over all layers of the official UNets.
+"""The LoRA file in other programs: the rule of each for names, on all layers of official UNets.
 
 The rules are what the programs do, in the test's own words: no program is run but diffusers.
 """
@@ -96,7 +96,7 @@ def flat(name):
     return name.replace(".", "_")
 
 
-# ------------------------------------------------------- rules: {layer of the file: path in diffusers}
+# ------------------------------------------------- rules: {layer of the file: path in diffusers}
 
 
 def by_diffusers(keys, unet, xl):
@@ -217,7 +217,8 @@ def by_kohya(keys, unet, xl):
 
 def by_cpp(keys, unet, xl):
     """stable-diffusion.cpp: _ becomes a dot outside known words, diffusers' names are renamed."""
-    words = """to_k to_q to_v to_out down_blocks mid_block up_block proj_in proj_out conv_in conv_out
+    words = """
+        to_k to_q to_v to_out down_blocks mid_block up_block proj_in proj_out conv_in conv_out
         transformer_blocks time_emb_proj conv_shortcut time_embedding input_blocks output_blocks
         middle_block skip_connection emb_layers in_layers out_layers""".split()
     pairs = []
@@ -386,7 +387,8 @@ RES, ORIGINAL_RES = "down_blocks_1_resnets_0_conv1", "input_blocks_4_0_in_layers
     ([f"lora_te_{TEXT}"], {"ss_base_model_version": "sdxl_base_v1-0"}, 8, [f"lora_te1_{TEXT}"]),
     ([f"lora_te_{TEXT}"], {"ss_base_model_version": "sd_v1"}, 8, [f"lora_te_{TEXT}"]),
     # the UNet's layers: by the prompts' width, the depth, the names, the header
-    ([f"lora_unet_{ATTN2}"], {}, 2048, ["lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"]),
+    ([f"lora_unet_{ATTN2}"], {}, 2048,
+     ["lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"]),
     ([f"lora_unet_{ATTN2}"], {"family": "sdxl"}, 1024, [f"lora_unet_{ATTN2}"]),
     ([f"lora_unet_{ATTN2.replace('blocks_0', 'blocks_1')}"], {}, 2048,
      ["lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k"]),
@@ -494,8 +496,9 @@ def test_equal_content_is_an_equal_file(sd15, sdxl, writer):
 
 
 def test_the_written_file_is_read_as_it_was(sdxl, tmp_path):
-    """By the library's own reader, tensors and header."""
+    """By the library's own reader, tensors and header; a folder's name may be no text at all."""
     tensors, about = {"a": torch.randn(3, 5), "b": torch.tensor(2.0)}, {"format": "pt", "x": "ü"}
-    (tmp_path / "x.safetensors").write_bytes(sdxl.save(tensors, about))
+    (tmp_path / "x.safetensors").write_bytes(sdxl.save(tensors, about | {"y": "a\udcff"}))
     read, header = infer.read_lora(tmp_path / "x.safetensors")
-    assert header == about and all(torch.equal(read[key], tensors[key]) for key in tensors)
+    assert header == about | {"y": "a?"}
+    assert all(torch.equal(read[key], tensors[key]) for key in tensors)
