@@ -316,10 +316,12 @@ def find_lora(name, flag="--lora"):
     fail(f"{flag} {name}: {valid if path.is_file() else 'no such file or folder'}")
 
 
-def lora_name(path):
-    """What a user calls this LoRA: the file, or its folder where all files have one name."""
-    path = Path(path).resolve()
-    return path.parent.name if path.name in (WEIGHTS_NAME, PEFT_NAME) else path.stem
+def lora_name(path, metadata):
+    """What a user and A1111 call this LoRA: the file; where all have one name, what its run did."""
+    path = path.resolve()
+    if path.name in (WEIGHTS_NAME, PEFT_NAME):
+        return metadata.get("ss_output_name", path.parent.name)
+    return path.stem
 
 
 def read_lora(path):
@@ -584,7 +586,7 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
     facts += [f"trained from {metadata['base_model']}"] if "base_model" in metadata else []
     facts += [f"{metadata['step']} steps"] if "step" in metadata else []
     facts += [naming] if (naming := irregular(flat)) else []
-    title = "LoRA" if adapter == ADAPTER else f"Style LoRA {lora_name(path)}"
+    title = "LoRA" if adapter == ADAPTER else f"Style LoRA {lora_name(path, metadata)}"
     print(f"{title}: {len(flat)} of {len(flat)} layers loaded ({', '.join(facts)})")
 
 
@@ -844,7 +846,8 @@ def generate_all(pipe, args, images, jobs, plan, schedulers, settings):
 
 def parameters(settings):
     """The settings in the words that A1111, Forge and their relatives read back from a PNG."""
-    loras = [(settings["lora"], settings["lcm_weight"]), *settings["style_lora"]]
+    weights = settings["lcm_weight"], *(weight for _, weight in settings["style_lora"])
+    loras = zip(settings["lora_names"], weights)
     facts = {
         "Steps": settings["steps"],
         "Sampler": SCHEDULERS[settings["scheduler"]][1],
@@ -852,13 +855,14 @@ def parameters(settings):
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(settings["base_model"]).name,
-        "Lora": ", ".join(f"{lora_name(path)} {weight:g}" for path, weight in loras),
     }
     facts |= {"Denoising strength": f"{settings['strength']:.3g}"} if settings["image"] else {}
     for key, value in facts.items():  # a text with a comma or colon would end early: it is quoted
         facts[key] = json.dumps(value) if re.search("[,:]", str(value)) else value
     negative = settings["negative_prompt"]
-    prompts = settings["prompt"] + (f"\nNegative prompt: {negative}" if negative else "")
+    prompts = settings["prompt"]
+    prompts += "".join(f" <lora:{name}:{weight:g}>" for name, weight in loras)
+    prompts += f"\nNegative prompt: {negative}" if negative else ""
     return prompts + "\n" + ", ".join(f"{key}: {value}" for key, value in facts.items())
 
 
@@ -896,6 +900,7 @@ def read_inputs(args):
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
     styles = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
     settings |= {"lora": str(path), "style_lora": styles, "base_model": base, "base_config": config}
+    settings["lora_names"] = [lora_name(path, metadata) for path, _, metadata in loras.values()]
     settings["original_inference_steps"] = int(header(path, metadata, "num_ddim_timesteps", 50))
     return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
 

@@ -338,7 +338,8 @@ from diffusers.training_utils import EMAModel, cast_training_params
 from huggingface_hub import HfApi, ModelCardData
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from tqdm.auto import tqdm
 
 # ---------------------------------------------------------------------------------- 2. Algorithm 1
@@ -1222,6 +1223,35 @@ NOT_IN_HEADER = (
 PATHS_IN_HEADER = "train_data_dir dataset_name train_shards_path_or_url lora_path".split()
 
 
+def name_in_file(path, unet):
+    """A layer's name in the LoRA file: the original code's, as kohya's tools read no other.
+
+    That code numbers blocks through. diffusers does not read it for UNets of other kinds than SDXL.
+    """
+    depth, ups = unet.layers_per_block, unet.up_block_types
+    if depth not in (1, 2) or len(ups) > 3 or "UpBlock2D" in ups[:-1]:
+        return path
+    names = {
+        "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+        "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
+        "resnets.time_emb_proj": "emb_layers.1", "resnets.conv_shortcut": "skip_connection",
+        "downsamplers.conv": "op",
+    }  # fmt: skip
+    found = re.fullmatch(r"(\w+)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", path)
+    if not found:
+        return names.get(path, path)
+    side, block, kind, layer, rest = found.groups()
+    place = {"attentions": 1, "upsamplers": 2}.get(kind, 0)
+    rest = names.get(f"{kind}.{rest}", rest)
+    if side == "mid":
+        return f"middle_block.{place or 2 * int(layer)}.{rest}"
+    count = int(block) * (depth + 1) + (depth if "samplers" in kind else int(layer))
+    start = f"input_blocks.{count + 1}" if side == "down" else f"output_blocks.{count}"
+    return f"{start}.{place}.{rest}"
+
+
 def lora_layers(unet):
     """{module path: (A, B, scaling)} of every LoRA layer in the UNet."""
     layers = {}
@@ -1240,30 +1270,44 @@ def base_name(name):
 
 
 def header(pipe, args, step):
-    """The LoRA file's metadata; no time and no path of outputs, so equal runs write equal files."""
+    """The LoRA file's metadata; no time and no path, so equal runs write equal files."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_IN_HEADER}
     settings |= {k: base_name(settings[k]) for k in PATHS_IN_HEADER if settings[k]}
     unet, base = pipe.unet.config, args.pretrained_teacher_model
+    width = unet.cross_attention_dim
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon").removesuffix("_prediction")
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
     about["training_args"] = json.dumps(settings, sort_keys=True)
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
-    spec = {"sai_model_spec": "1.0.0", "implementation": "diffusers", "prediction_type": prediction}
-    spec |= {"title": f"LCM-LoRA of {base_name(base)}"}
+    spec = {"sai_model_spec": "1.0.0", "prediction_type": prediction}
+    spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
+    spec |= {"title": f"LCM-LoRA of {base_name(base)}", "architecture": f"{FAMILY}-{width}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
     spec |= {"usage_hint": "LCM sampler, 4 steps (1 to 8), CFG scale 1"}
     kohya = {"network_module": "networks.lora", "network_dim": args.lora_rank, "steps": step}
     kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": base_name(base)}
+    kohya["output_name"] = Path(args.output_dir).resolve().name  # by which A1111 lists it
     kohya |= {k: settings[k] for k in ("learning_rate", "mixed_precision")}
-    if known := BASES.get((unet.cross_attention_dim, prediction)):
+    if known := BASES.get((width, prediction)):
         kohya |= {"base_model_version": known[0], "v2": known[0].startswith("sd_v2")}
-        if not unet.reverse_transformer_layers_per_block:  # SSD-1B, which A1111 files under SDXL
-            spec["architecture"] = f"{known[1]}/lora"
+        # SSD-1B, which A1111 files under SDXL
+        ssd = unet.reverse_transformer_layers_per_block and "segmind-stable-diffusion-1b"
+        spec["architecture"] = f"{ssd or known[1]}/lora"
     about |= {f"modelspec.{k}": v for k, v in spec.items()}
     about |= {f"ss_{k}": v for k, v in kohya.items()}
     return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in about.items()}
+
+
+def save(tensors, about):
+    """A .safetensors file with the header's keys sorted: the library shuffles them at each call."""
+    content = memoryview(to_bytes(tensors))
+    start = 8 + int.from_bytes(content[:8], "little")
+    head = {"__metadata__": about} | json.loads(bytes(content[8:start]))
+    text = json.dumps(head, sort_keys=True, ensure_ascii=False).encode(errors="replace")
+    text += b" " * (-len(text) % 8)  # the numbers stay aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, content[start:]])
 
 
 def read_lora(pipe, file):
@@ -1303,7 +1347,8 @@ def save_lora(run, folder, args):
     layers, kohya, prefixed = lora_layers(run.target), {}, {}
     for path, (a, b, _) in layers.items():
         a, b = (weight.detach().cpu().contiguous() for weight in (a, b))
-        key, peft_key = "lora_unet_" + path.replace(".", "_"), f"base_model.model.{path}"
+        name, peft_key = name_in_file(path, run.target.config), f"base_model.model.{path}"
+        key = "lora_unet_" + name.replace(".", "_")
         kohya |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
         kohya[f"{key}.alpha"] = torch.tensor(float(args.lora_alpha))
         prefixed |= {f"{peft_key}.lora_A.weight": a, f"{peft_key}.lora_B.weight": b}
@@ -1776,7 +1821,7 @@ pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("
 ```
 
 - ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
-- A1111, Forge: the file into models/Lora, `<lora:{Path(file).stem}:1>` in the prompt; LCM, 4 steps,
+- A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; LCM, 4 steps,
   CFG scale 1
 - `{infer_command(place, prompts[0])}`
 """

@@ -60,7 +60,7 @@ def compare(args):
         for label, image in zip(filter(given.get, given), images.values())
     ]
     base, size = Path(settings["base_model"]).name, f"{jobs[0].width} x {jobs[0].height} px"
-    title = f"{infer.lora_name(path)} on {base}, {size}, seed {args.seed}"
+    title = f"{infer.lora_name(path, metadata)} on {base}, {size}, seed {args.seed}"
     sheet = grid(sources + columns, [job.prompt for job in jobs], title)
     facts = [{key: column[key] for key in column if key != "images"} for column in columns]
     settings |= {"jobs": [job._asdict() for job in jobs], "columns": facts}

@@ -7,7 +7,7 @@
 Reads what infer.py reads: any of the namings, mixed ones too, the prefix `base_model.model.`, a
 file without alpha. Writes
 - kohya      lora_unet_X.lora_down.weight and alpha tensors: ComfyUI, A1111, Forge, InvokeAI,
-             diffusers
+             kohya's tools, diffusers; of SDXL's family X is a name of the original code
 - diffusers  unet.X.lora_A.weight, alpha in the header
 - peft       a folder for peft.PeftModel.from_pretrained(pipe.unet, folder)
 
@@ -37,6 +37,17 @@ WORDS = (
     "text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection"
 ).split()
 WORD = re.compile(rf"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))}|\d+)(?=_|$)")
+# The names of layers in SDXL's original code.
+ORIGINAL_NAMES = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
+    "resnets.time_emb_proj": "emb_layers.1", "resnets.conv_shortcut": "skip_connection",
+    "downsamplers.conv": "op",
+}  # fmt: skip
+# A header's words for the kind of base.
+VERSIONS = ("family", "ss_base_model_version", "modelspec.architecture")
 # A header's digests of tensors under their old names.
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
@@ -84,20 +95,73 @@ def dotted(path, name):
     return ".".join(words)
 
 
+def prompt_widths(unet):
+    """The widths of the prompts' embeddings that the LoRA's layers take."""
+    ends = ("attn2.to_k", "attn2.to_v")
+    return {layer["A"].shape[1] for name, layer in unet.items() if name.endswith(ends)}
+
+
+def block_depth(unet):
+    """Layers in a block of the UNet: two in all official ones, in others what the names show."""
+    numbered = r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)"
+    found = [re.match(numbered, name) for name in unet]
+    depth = max((int(m[2]) + (m[1] == "down") for m in found if m), default=2)
+    return depth if prompt_widths(unet) - {768, 1024, 2048} else max(depth, 2)
+
+
 def full_names(path, layers):
     """{component: {module path: layer}} of what infer.py read."""
-    parts = {}
-    # All of SD 1.x, SD 2.x, SDXL and SSD-1B have two layers in a block.
-    for name, layer in layers.items():
-        component, _, module = name.partition(".")
-        module = dotted(path, infer.diffusers_name(module, 2))
-        if module in parts.setdefault(component, {}):
-            infer.fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
-        parts[component][module] = layer
+    for depth in (2, 1):  # by which original names count
+        parts = {}
+        for name, layer in layers.items():
+            component, _, module = name.partition(".")
+            module = dotted(path, infer.diffusers_name(module, depth))
+            if module in parts.setdefault(component, {}):
+                infer.fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
+            parts[component][module] = layer
+        if block_depth(parts.get("unet", {})) == depth:
+            break
     return parts
 
 
-def header(metadata, layers):
+def is_xl(keys, parts, metadata):
+    """Whether a LoRA is one of SDXL's family: by the prompts' width, its names, its header."""
+    unet = parts.get("unet", {})
+    widths = prompt_widths(unet)
+    if widths & {768, 1024}:  # of SD 1.x and 2.x
+        return False
+    # Names that only SDXL's files have: in SD transformers are one block deep.
+    names = r"lora_te[12]_|text_encoder_2|lora_unet_(input|middle|output)_block"
+    named = any(re.match(names, key) for key in keys)
+    named |= any(re.search(r"transformer_blocks\.[1-9]|^add_embedding", name) for name in unet)
+    said = " ".join(metadata.get(key, "") for key in VERSIONS)
+    return named or 2048 in widths or "xl" in said
+
+
+def original_name(path, depth):
+    """A UNet layer's name in SDXL's original code, where blocks are numbered through."""
+    found = re.fullmatch(r"(\w+)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", path)
+    if not found:
+        return ORIGINAL_NAMES.get(path, path)
+    side, block, kind, layer, rest = found.groups()
+    place = {"attentions": 1, "upsamplers": 2}.get(kind, 0)
+    rest = ORIGINAL_NAMES.get(f"{kind}.{rest}", rest)
+    if side == "mid":
+        return f"middle_block.{place or 2 * int(layer)}.{rest}"
+    count = int(block) * (depth + 1) + (depth if "samplers" in kind else int(layer))
+    start = f"input_blocks.{count + 1}" if side == "down" else f"output_blocks.{count}"
+    return f"{start}.{place}.{rest}"
+
+
+def kohya_names(unet):
+    """{module path: name in a file of SDXL's family}; diffusers' where it could not read others."""
+    depth = block_depth(unet)
+    if depth > 2 or any(re.match(r"(down|up)_blocks\.[3-9]", name) for name in unet):
+        return {}
+    return {name: original_name(name, depth) for name in unet}
+
+
+def header(metadata, layers, output):
     """The header metadata that remain true, with rank and alpha if all layers share them."""
     kept = {key: text for key, text in metadata.items() if key not in (*STALE, infer.PEFT_KEY)}
     for key, kohyas in ("rank", "ss_network_dim"), ("alpha", "ss_network_alpha"):
@@ -106,14 +170,27 @@ def header(metadata, layers):
         for name in (key, *([kohyas] if kohyas in kept else [])):
             kept.pop(name, None)
             kept |= {name: text} if text else {}
+    if "ss_output_name" in kept:  # by which A1111 lists it
+        kept["ss_output_name"] = output.name.removesuffix(".safetensors")
     return kept | {"format": "pt"}
 
 
-def write(folder, naming, parts, metadata):
-    """Write the layers in one of the namings into an empty folder; the LoRA file written."""
+def save(tensors, about):
+    """A .safetensors file with the header's keys sorted: the library shuffles them at each call."""
+    from safetensors.torch import save as to_bytes
+
+    content = memoryview(to_bytes(tensors))
+    start = 8 + int.from_bytes(content[:8], "little")
+    head = {"__metadata__": about} | json.loads(bytes(content[8:start]))
+    text = json.dumps(head, sort_keys=True, ensure_ascii=False).encode(errors="replace")
+    text += b" " * (-len(text) % 8)  # the numbers stay aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, content[start:]])
+
+
+def write(folder, naming, parts, metadata, keys):
+    """Write layers, read from these keys, in a naming into an empty folder; the LoRA file."""
     import torch
     from peft import LoraConfig
-    from safetensors.torch import save
 
     if naming != "kohya" and parts.keys() != {"unet"}:
         found = f"the LoRA has some in {', '.join(parts)}"
@@ -121,12 +198,13 @@ def write(folder, naming, parts, metadata):
     unet = parts.get("unet", {})
     if naming == "kohya":
         tensors = {}
-        two = "text_encoder_2" in parts or infer.layout(unet) in ("SDXL", "SSD-1B")
-        first = "lora_te1" if two else "lora_te"
+        two = is_xl(keys, parts, metadata)
+        names = kohya_names(unet) if two else {}
+        first = "lora_te1" if two or any(key.startswith("lora_te1_") for key in keys) else "lora_te"
         prefixes = {"unet": "lora_unet", "text_encoder": first, "text_encoder_2": "lora_te2"}
         for component, layers in parts.items():
             for name, layer in layers.items():
-                key = f"{prefixes[component]}_{name.replace('.', '_')}"
+                key = f"{prefixes[component]}_{names.get(name, name).replace('.', '_')}"
                 tensors |= {
                     f"{key}.lora_down.weight": layer["A"],
                     f"{key}.lora_up.weight": layer["B"],
@@ -149,7 +227,7 @@ def write(folder, naming, parts, metadata):
         settings["base_model_name_or_path"] = metadata.get("base_model")
         text = json.dumps(settings, indent=2, sort_keys=True, default=str)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    file.write_bytes(save(tensors, metadata))  # save_file would let nobody but the owner read it
+    file.write_bytes(save(tensors, metadata))  # others may read it, not what save_file writes
     return file
 
 
@@ -183,7 +261,8 @@ def main(argv=None):
     known = 3 * alphas == len(tensors) or "lora_alpha" in metadata.get(infer.PEFT_KEY, "")
     if known and args.alpha is not None:
         infer.fail(f"--alpha {args.alpha:g}: {source} contains its alpha; remove the flag")
-    parts = full_names(source, infer.group_layers(source, tensors, metadata, args.alpha))
+    layers = infer.group_layers(source, tensors, metadata, args.alpha)
+    parts = full_names(source, layers)
     flat = [layer for layers in parts.values() for layer in layers.values()]
     print(f"{source}: {len(flat)} layers found, {infer.irregular(flat) or 'in one naming'}")
     if not known and args.alpha is None:
@@ -201,7 +280,8 @@ def main(argv=None):
         with tempfile.TemporaryDirectory(dir=args.output.parent) as scratch:
             folder = Path(scratch, "lora")
             folder.mkdir()
-            file = write(folder, args.to, parts, header(metadata, flat))
+            about = header(metadata, flat, args.output)
+            file = write(folder, args.to, parts, about, tensors)
             path, layers, _ = infer.open_lora(file)
             compare(args.output, parts, full_names(path, layers))
             (folder if args.to == "peft" else file).rename(args.output)

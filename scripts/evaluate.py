@@ -35,6 +35,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import infer
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEACHER_STEPS = 50  # on the grid 999, 979 ... 19
 FEW = (1, 2, 4, 8)
@@ -399,10 +402,12 @@ def load_lora(pipe, path):
     modules = {
         name.replace(".", "_"): m for name, m in pipe.unet.named_modules() if hasattr(m, "lora_A")
     }
-    names = {key.removeprefix("lora_unet_").split(".")[0] for key in tensors}
+    depth = pipe.unet.config.layers_per_block
+    keys = {key.split(".")[0] for key in tensors}
+    names = {infer.diffusers_name(key.removeprefix("lora_unet_"), depth): key for key in keys}
 
     def arrived(name):
-        m, key = modules[name], f"lora_unet_{name}"
+        m, key = modules[name], names[name]
         a, b = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
         same = all(
             torch.equal(x["lcm"].weight.cpu(), y.float()) for x, y in ((m.lora_A, a), (m.lora_B, b))
@@ -410,8 +415,8 @@ def load_lora(pipe, path):
         return same and abs(m.scaling["lcm"] - tensors[f"{key}.alpha"].item() / len(a)) < 1e-6
 
     loaded = [name for name in names if name in modules and arrived(name)]
-    if len(loaded) != len(names) or len(modules) != len(names):
-        said = f"{len(loaded)} of {len(names)} layers loaded, {len(modules)} in the UNet"
+    if not len(loaded) == len(modules) == len(keys):
+        said = f"{len(loaded)} of {len(keys)} layers loaded, {len(modules)} in the UNet"
         raise SystemExit(f"--lora {path}: {said}")
     print(f"LoRA: {len(loaded)} of {len(names)} layers loaded")
 

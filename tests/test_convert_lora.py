@@ -64,10 +64,13 @@ def test_every_module_name_is_read_without_the_model(name, tmp_path):
             (*PARTS, "samplers.0.conv", "time_embedding.linear_1", "conv_in", "conv_out")
         )
     ]
-    written = {f"unet.{unet_name(path, unet).replace('.', '_')}": path for path in targets}
+    width = torch.ones(1, unet.config.cross_attention_dim)
+    layers = {path: {"A": width, "path": path} for path in targets}
+    written = {f"unet.{unet_name(path, unet).replace('.', '_')}": layers[path] for path in targets}
     assert len(written) == len(targets) > 250
-    parts = convert.full_names("x", dict(written))
-    assert parts == {"unet": {path: path for path in targets}}
+    parts = convert.full_names("x", written)
+    assert parts["unet"].keys() == {*targets}
+    assert all(layer["path"] == path for path, layer in parts["unet"].items())
 
 
 def test_text_encoder_names_are_read(xl_teacher):
@@ -143,8 +146,25 @@ def test_round_trips_lose_nothing(sd15, teacher, tmp_path):
     assert again.keys() == tensors.keys() and all(
         torch.equal(again[key], tensors[key]) for key in tensors
     )
-    assert header == {key: text for key, text in metadata.items() if key != "sshs_model_hash"}
+    kept = {key: text for key, text in metadata.items() if key != "sshs_model_hash"}
+    assert header == kept | {"ss_output_name": "5"}
     assert not list(tmp_path.glob("tmp*"))
+
+
+@pytest.mark.parametrize("layout", ["sdxl", "ssd1b"])
+def test_round_trips_in_sdxls_names(sdxl, make_teacher, tmp_path, layout):
+    """From the trainer's file, whose blocks have one layer each: none is taken for another."""
+    teacher = make_teacher(layout)
+    student = train(sdxl, teacher, tmp_path / "run", rank=4, alpha=2.5)
+    folder = run(tmp_path / "run", tmp_path / "0", "--to", "peft")
+    unet = peft.PeftModel.from_pretrained(open_pipe(teacher).unet, folder).base_model.model
+    assert torch.allclose(forward(unet), forward(student), atol=1e-6)
+    tensors = load_file(tmp_path / "run" / LORA)
+    for source in (folder, tmp_path / "run" / "unet"):
+        again = load_file(run(source, tmp_path / f"{source.name}.safetensors"))
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+    assert any("input_blocks_3_1" in key for key in tensors)
 
 
 def test_layers_of_their_own_rank(teacher, tmp_path):

@@ -248,6 +248,14 @@ def test_with_mirrored_images_and_another_vae(run, encode, make_teacher):
     assert not np.allclose(series(plain)[:3], unlike, rtol=1e-4)
 
 
+def test_others_may_read_encoded_data(encode_by, umask):
+    """Each file and the folder have the permissions that the umask gives."""
+    folder = encode_by("sd15")()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*")}
+    assert len(modes) > 4 and set(modes.values()) == {0o666 & ~umask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_in_bf16(run, encode):
     flags = {"mixed_precision": "bf16", "random_flip": True}
     folder = encode(**flags)

@@ -1,9 +1,11 @@
-"""The mathematics of scripts/evaluate.py on constructed numbers; no weights are needed."""
+"""scripts/evaluate.py: its mathematics on constructed numbers, and its check of the LoRA."""
 
 import evaluate
 import pytest
 import torch
+from conftest import LORA
 from diffusers import LCMScheduler
+from test_lora_files import open_pipe, train
 from torchmetrics.image.kid import poly_mmd
 
 
@@ -159,3 +161,16 @@ def test_arguments(tmp_path, capsys):
     assert (
         evaluate.parse_args(["lora", "--lora", str(tmp_path)]).lora == tmp_path / evaluate.LORA_FILE
     )
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_every_layer_of_the_lora_is_checked(request, tmp_path, layout):
+    """In the names of each family; what the pipeline did not take is noticed."""
+    trainer = request.getfixturevalue(layout)
+    teacher = request.getfixturevalue("teacher" if layout == "sd15" else "xl_teacher")
+    train(trainer, teacher, tmp_path)
+    evaluate.load_lora(open_pipe(teacher), tmp_path / LORA)
+    pipe = open_pipe(teacher)
+    pipe.load_lora_weights = lambda *given, **more: None
+    with pytest.raises(SystemExit, match="--lora .*: 0 of .* layers loaded, 0 in the UNet"):
+        evaluate.load_lora(pipe, tmp_path / LORA)

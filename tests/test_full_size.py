@@ -1,5 +1,6 @@
 """Table 1 of the LCM-LoRA report: sizes of the three official UNets and of their LoRA."""
 
+import full_size
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -32,3 +33,13 @@ def test_table_1(request, model):
     )
     assert round(trained, 2) == lora and trained == pytest.approx(printed, rel=0.004)
     assert model != "SDXL" or len(layers) == 788
+    # what the program expects in the file
+    shapes = {path: tuple(b.shape[:1] + a.shape[1:]) for path, (a, b, _) in layers.items()}
+    expected = full_size.expected_layers(shapes, trainer, unet.config, 64)
+    name = (
+        "lora_unet_input_blocks_1_0_in_layers_2"
+        if trainer.FAMILY == "sdxl"
+        else ("lora_unet_down_blocks_0_resnets_0_conv1")
+    )
+    assert len(expected) == 2 * len(layers)
+    assert expected[f"{name}.lora_down.weight"] == (64, 320, 3, 3)

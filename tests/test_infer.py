@@ -191,11 +191,8 @@ def test_generates_and_reports(tiny, tmp_path, capsys):
     image = Image.open(tmp_path / "new" / "x.png")
     assert image.size == (32, 32)
     prompt, last = image.text["parameters"].split("\n")
-    assert prompt == "a cat, big"
-    assert (
-        last
-        == "Steps: 4, Sampler: LCM, CFG scale: 1, Seed: 3, Size: 32x32, Model: base, Lora: run 1"
-    )
+    assert prompt == "a cat, big <lora:run:1>"
+    assert last == "Steps: 4, Sampler: LCM, CFG scale: 1, Seed: 3, Size: 32x32, Model: base"
     settings = json.loads(image.text["infer_args"])
     assert (
         settings["seed"] == 3
@@ -358,7 +355,7 @@ def test_file_may_have_moved(tiny, tmp_path, monkeypatch):
             tmp_path / "x.png",
             lora="style.safetensors",
         )
-        assert "Lora: style 1" in Image.open(tmp_path / "x.png").text["parameters"]
+        assert " <lora:style:1>" in Image.open(tmp_path / "x.png").text["parameters"]
 
 
 def rename(folder, target, style):

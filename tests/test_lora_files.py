@@ -317,28 +317,32 @@ def test_older_attention_names(sd15, teacher, tmp_path):
 
 
 def test_original_block_names(sdxl, xl_teacher, tmp_path):
-    """kohya's SDXL files count the blocks as the original code does.
+    """Files of SDXL's family count the blocks as the original code does.
 
-    Such as lora_unet_input_blocks_3_1_...
+    Such as lora_unet_input_blocks_3_1_... Those with diffusers' names, as they were once, are read
+    too.
     """
     student = train(sdxl, xl_teacher, tmp_path)
     names = {
-        path.replace(".", "_"): unet_name(path, student)
+        unet_name(path, student).replace(".", "_"): path.replace(".", "_")
         for path, _ in student.named_modules()
         if path.endswith(tuple(PARTS))
     }
-    tensors = {}
-    for key, tensor in load_file(tmp_path / LORA).items():
+    tensors, old = load_file(tmp_path / LORA), {}
+    for key, tensor in tensors.items():
         name, _, part = key.removeprefix("lora_unet_").partition(".")
-        tensors[f"lora_unet_{names[name].replace('.', '_')}.{part}"] = tensor
-    assert any("input_blocks_3_1" in key for key in tensors) and not any(
-        "down_blocks" in key for key in tensors
-    )
-    save_file(tensors, tmp_path / "kohya.safetensors")
-    unet = load(open_pipe(xl_teacher), tmp_path / "kohya.safetensors")
-    assert count(unet) == count(student) and torch.allclose(
-        forward(unet), forward(student), atol=1e-6
-    )
+        old[f"lora_unet_{names[name]}.{part}"] = tensor
+    assert any("input_blocks_3_1" in key for key in tensors) and len(old) == len(tensors)
+    save_file(old, tmp_path / "old.safetensors", infer.read_lora(tmp_path / LORA)[1])
+    for file in (tmp_path / LORA, tmp_path / "old.safetensors"):
+        unet = load(open_pipe(xl_teacher), file)
+        assert count(unet) == count(student) and torch.allclose(
+            forward(unet), forward(student), atol=1e-6
+        )
+    read = sdxl.read_lora(open_pipe(xl_teacher), tmp_path / "old.safetensors")
+    live = sdxl.lora_layers(student)
+    assert read.keys() == live.keys()
+    assert all(torch.equal(read[path][0], live[path][0]) for path in live)
 
 
 def test_shallow_sdxl_without_a_header(tmp_path):
@@ -458,7 +462,8 @@ def test_style_loras_are_used(sd15, teacher, tmp_path, capsys):
         "LoRA", "LoRA", "Style LoRA style", "Style LoRA run2"
     ]  # fmt: skip
     assert "3 in text_encoder" in next(line for line in lines if "Style LoRA style" in line)
-    assert 'Lora: "run0 0.9, style 0.8, run2 0.5"' in styled.text["parameters"]
+    asked = styled.text["parameters"].splitlines()[0]
+    assert asked == "a <lora:run0:0.9> <lora:style:0.8> <lora:run2:0.5>"
     assert json.loads(styled.text["infer_args"])["style_lora"][1] == [
         str(tmp_path / "run2" / LORA),
         0.5,

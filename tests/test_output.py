@@ -378,7 +378,8 @@ def test_fields_that_other_tools_show(trainer, trained):
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.prediction_type": "epsilon",
         "modelspec.resolution": "32x32",
-        "modelspec.implementation": "diffusers",
+        "modelspec.implementation": "sgm" if trainer.module.FAMILY == "sdxl" else "diffusers",
+        "ss_output_name": out.name,
     }
     assert {key: about.get(key) for key in expected} == expected
     name = about["base_model"].split("/")[-1]
@@ -386,9 +387,7 @@ def test_fields_that_other_tools_show(trainer, trained):
     assert "/" not in "".join(
         about[key] for key in about if key.startswith("ss_") or key.endswith("title")
     )
-    assert (
-        not {"ss_base_model_version", "modelspec.architecture", "modelspec.date"} & about.keys()
-    )  # nobody's base
+    assert not {"ss_base_model_version", "modelspec.date"} & about.keys()  # nobody's base
     assert "lora_adapter_metadata" not in about and str(out) not in json.dumps(about)
 
 
@@ -398,8 +397,9 @@ def test_fields_that_other_tools_show(trainer, trained):
     (1024, "v_prediction", None, "sd_v2_v", "stable-diffusion-v2-768-v/lora"),
     (2048, "epsilon", None, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
     (2048, "v_prediction", None, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-    (2048, "epsilon", [[4, 4, 10], [2, 1, 1], 1], "sdxl_base_v1-0", None),  # SSD-1B
-    (32, "epsilon", None, None, None),
+    (2048, "epsilon", [[4, 4, 10], [2, 1, 1], 1], "sdxl_base_v1-0",
+     "segmind-stable-diffusion-1b/lora"),
+    (32, "epsilon", None, None, "sd15-32/lora"),
 ])  # fmt: skip
 def test_the_base_is_named_where_it_is_proven(sd15, dim, prediction, deep, version, architecture):
     """By A1111's rules: sdxl_* is SDXL, ss_v2 True is 2.x."""

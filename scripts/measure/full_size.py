@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -90,12 +91,12 @@ def write_teacher(name, folder):
     return {path: tuple(layer.weight.shape) for path, layer in layers.items()}
 
 
-def expected_layers(layers, targets, rank):
+def expected_layers(layers, trainer, unet, rank):
     """{key of the LoRA file: shape} of down and up matrices, for every layer that is a target."""
-    shapes = {}
+    shapes, targets = {}, trainer.TARGET_MODULES.split()
     for path, (out, *inner) in layers.items():
         if any(path == target or path.endswith(f".{target}") for target in targets):
-            key = "lora_unet_" + path.replace(".", "_")
+            key = "lora_unet_" + trainer.name_in_file(path, unet).replace(".", "_")
             shapes |= {f"{key}.lora_down.weight": (rank, *inner)}
             shapes |= {f"{key}.lora_up.weight": (out, rank, *[1] * (len(inner) - 1))}
     return shapes
@@ -137,7 +138,7 @@ def main(argv=None):
         with safe_open(folder / "out" / trainer.LORA_FILE, "pt") as file:
             keys = [key for key in file.keys() if "alpha" not in key]  # noqa: SIM118
             written = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-        expected = expected_layers(layers, trainer.TARGET_MODULES.split(), 64)
+        expected = expected_layers(layers, trainer, SimpleNamespace(**UNETS[args.model]), 64)
         keys = written.keys() | expected.keys()
         if wrong := [key for key in keys if written.get(key) != expected.get(key)]:
             problem = "matrices are missing, unexpected or of another shape"

@@ -154,7 +154,8 @@ def disturbed(out, args, seconds, seed):
 def lora(out):
     """(Tensors, metadata) of a run's LoRA."""
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        about = file.metadata() | {"ss_output_name": ""}  # the folder's, in which runs may differ
+        return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
 
 
 def differences(out, other):

@@ -19,6 +19,7 @@ DIFFERS = {
     "parse_args": "SDXL has a flag more, --use_fix_crop_and_size",
     "prepare_image": "SDXL is conditioned on the image's size and crop",
     "load_teacher": "another pipeline; SDXL's first VAE overflows in fp16",
+    "name_in_file": "all programs read the original code's names for SDXL, diffusers' for SD",
     "encode_captions": "SDXL has two text encoders and a pooled output",
 }
 
