@@ -669,7 +669,7 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
                 if any((folder / part).glob(f"*.{args.variant}*.safetensors")):
                     place["variant"] = args.variant  # some parts may have no such variant
                 options[part] = open_part(part, folder, dtype, skip, **place)
-            pipe = pipeline_class.from_pretrained(folder, variant=args.variant, **options)
+            pipe = pipeline_class.from_pretrained(folder, **options, **more)
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if pipe.vae.config.get(key):
             fail(f"{flag}: its VAE has {key}, but latents are only scaled here; give another VAE")
@@ -686,7 +686,7 @@ def check_one_file(name, pipe, unet_tensors, skip):
     missing = [key for net in nets for key, p in net.named_parameters() if p.is_meta]
     if missing or unet_tensors != (needed := len(pipe.unet.state_dict())):
         what = f"{len(missing)} missing, first {missing[0]}" if missing else f"{needed} needed"
-        raise ValueError(f"its tensors do not match: {unet_tensors} of a UNet, {what}")
+        raise ValueError(f"its tensors do not match these: {unet_tensors} of a UNet, {what}")
     with safe_open(name, "pt") as file:
         keys, about, config = file.keys(), file.metadata() or {}, pipe.scheduler.config
     kind = config.prediction_type
