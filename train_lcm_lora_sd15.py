@@ -335,9 +335,6 @@ class NoiseSchedule:
         kinds = "beta_schedule may be linear, scaled_linear or squaredcos_cap_v2"
         with or_fail("the teacher's scheduler config cannot be used", kinds):
             alpha_bar = LCMScheduler.from_config(config).alphas_cumprod.double()
-            total = config.get("num_train_timesteps", 1000)
-            if len(alpha_bar) != total or not (alpha_bar[-1] >= 0 and (alpha_bar.diff() < 0).all()):
-                raise ValueError(f"its betas are not {total} numbers between 0 and 1")
         if kind == "epsilon" and alpha_bar[-1] <= 0:
             both = "prediction_type = 'epsilon' and rescale_betas_zero_snr = true"
             why = "at the last timestep nothing is left of the image; it needs v_prediction"
@@ -650,8 +647,11 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
         if configs := args.teacher_config if is_one_file(name) else name:
             # only its betas are needed, not its class, which may take further libraries
             scheduler = LCMScheduler.load_config(configs, subfolder="scheduler", **common)
-            NoiseSchedule(scheduler, "cpu")
+            alpha = NoiseSchedule(scheduler, "cpu").alpha
             options["scheduler"] = LCMScheduler.from_config(scheduler)
+            total = options["scheduler"].config.num_train_timesteps
+            if len(alpha) != total or not (alpha.diff() < 0).all():
+                raise ValueError(f"its betas are not {total} numbers between 0 and 1")
         if is_one_file(name):
             more = common | {"dtype": dtype, "config": configs}
             pipe = pipeline_class.from_single_file(name, **options, **more)
