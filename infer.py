@@ -647,8 +647,10 @@ def open_file(file, config, mask, loras, **given):
     with or_fail(f"base model {file} cannot be opened", advice):
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
         if config:
-            given["scheduler"] = check_base(file, *read_configs(config), mask)
+            scheduler = check_base(file, *read_configs(config), mask)
+            given["scheduler"] = None  # whose class may take further libraries
         pipe = kind.from_single_file(str(file), config=config, **given)
+        pipe.scheduler = scheduler if config else pipe.scheduler
     check_base(file, pipe.unet.config, pipe.scheduler.config, mask)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
@@ -676,7 +678,8 @@ def open_folder(base, place, args, dtype, **given):
     known = {kind.__name__: kind for kind in NETWORKS}
     if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= known.keys():
         fail(f"--base_model {base} is a {index['_class_name']}, not of SD 1.x, 2.x or SDXL")
-    given["scheduler"] = check_base(base, *read_configs(str(place or base)), args.mask)
+    scheduler = check_base(base, *read_configs(str(place or base)), args.mask)
+    given["scheduler"] = None  # whose class may take further libraries
     xl, more = "text_encoder_2" in kinds, {"use_safetensors": True, "dtype": dtype}
     pipeline = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     more["variant"] = args.variant
@@ -687,7 +690,9 @@ def open_folder(base, place, args, dtype, **given):
             where["variant"] = args.variant  # some parts may have no such variant
         what = f"--base_model {base}, {part},"
         given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
-    return pipeline.from_pretrained(folder, **given, **more)
+    pipe = pipeline.from_pretrained(folder, **given, **more)
+    pipe.scheduler = scheduler
+    return pipe
 
 
 def read_configs(source):

@@ -648,16 +648,19 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
         if configs := args.teacher_config if is_one_file(name) else name:
             # only its betas are needed, not its class, which may take further libraries
-            scheduler = LCMScheduler.load_config(configs, subfolder="scheduler", **common)
-            alpha = NoiseSchedule(scheduler, "cpu").alpha
-            options["scheduler"] = LCMScheduler.from_config(scheduler)
-            total = options["scheduler"].config.num_train_timesteps
+            config = LCMScheduler.load_config(configs, subfolder="scheduler", **common)
+            alpha = NoiseSchedule(config, "cpu").alpha
+            scheduler, options["scheduler"] = LCMScheduler.from_config(config), None
+            total = scheduler.config.num_train_timesteps
             if len(alpha) != total or not (alpha.diff() < 0).all():
                 raise ValueError(f"its betas are not {total} numbers between 0 and 1")
         if is_one_file(name):
             more = common | {"dtype": dtype, "config": configs}
             pipe = pipeline_class.from_single_file(name, **options, **more)
+            pipe.scheduler = scheduler if configs else pipe.scheduler
             check_one_file(name, pipe, parts.count("unet"), skip)
+            for part in needed & skip:
+                setattr(pipe, part, None)
         else:
             options |= dict.fromkeys(needed & skip)
             more = common | {"variant": args.variant, "use_safetensors": True}
@@ -670,6 +673,7 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
                     place["variant"] = args.variant  # some parts may have no such variant
                 options[part] = open_part(part, folder, dtype, skip, **place)
             pipe = pipeline_class.from_pretrained(folder, **options, **more)
+            pipe.scheduler = scheduler
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if pipe.vae.config.get(key):
             fail(f"{flag}: its VAE has {key}, but latents are only scaled here; give another VAE")
