@@ -627,15 +627,20 @@ def pick_device(args):
     return device, getattr(torch, DTYPES[usual if dtype == "auto" else dtype])
 
 
+# The classes of a base model's networks
+NETWORKS = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.AutoencoderTiny
+NETWORKS += transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+
+
 def local(name):
     """This file or folder, here or beside infer.py: a header's "demo/..." works from anywhere."""
     return next((path for path in (Path(name).expanduser(), HERE / name) if path.exists()), None)
 
 
-def open_file(file, config, loras, **more):
+def open_file(file, config, mask, loras, **given):
     """The pipeline of a checkpoint in one .safetensors file, with the original code's names."""
     with or_fail(f"base model {file}: not a whole safetensors file"), safe_open(file, "pt") as data:
-        keys = set(data.keys())
+        keys, about = set(data.keys()), data.metadata() or {}
     match_layout(loras, file, keys)
     # By this key diffusers knows SDXL's text encoders.
     xl = "conditioner.embedders.1.model.positional_embedding" in keys
@@ -643,19 +648,104 @@ def open_file(file, config, loras, **more):
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-        pipe = kind.from_single_file(str(file), config=config, **more)
+        if config:
+            scheduler = check_base(file, *read_configs(config), mask)
+            given["scheduler"] = None  # whose class may take further libraries
+        pipe = kind.from_single_file(str(file), config=config, **given)
+        pipe.scheduler = scheduler if config else pipe.scheduler
+    check_base(file, pipe.unet.config, pipe.scheduler.config, mask)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    missing = any(tensor.is_meta for part in parts for tensor in part.parameters())
+    missing = [name for part in parts for name, p in part.named_parameters() if p.is_meta]
     if missing or in_file != len(pipe.unet.state_dict()):
-        fail(f"base model {file}: its tensors do not match its configs; {advice}")
+        which = f" ({len(missing)} are missing, the first {missing[0]})" if missing else ""
+        fail(f"base model {file}: its tensors do not match its configs{which}; {advice}")
+    # What the network predicts is not seen in its tensors, but many files are marked with it.
+    kind = pipe.scheduler.config.prediction_type
+    marked = "v" if "v_pred" in keys else about.get("modelspec.prediction_type") or kind
+    marked = "EDM" if any(key.startswith("edm_") for key in keys) else marked
+    if marked[0] != kind[0]:
+        fail(
+            f"base model {file} has prediction_type {marked}, its scheduler config {kind}; {advice}"
+        )
     return pipe
 
 
-def load_pipeline(base, config, variant, tiny_vae, device, dtype, loras):
+def open_folder(base, place, args, dtype, **given):
+    """The pipeline of a folder or a Hub id in diffusers' layout, each part with all its weights."""
+    index = diffusers.DiffusionPipeline.load_config(str(place or base))
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    kinds = {part: index[part][1] for part in parts if (index.get(part) or [None])[0]}
+    known = {kind.__name__: kind for kind in NETWORKS}
+    if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= known.keys():
+        fail(f"--base_model {base} is a {index['_class_name']}, not of SD 1.x, 2.x or SDXL")
+    scheduler = check_base(base, *read_configs(str(place or base)), args.mask)
+    given["scheduler"] = None  # whose class may take further libraries
+    xl, more = "text_encoder_2" in kinds, {"use_safetensors": True, "dtype": dtype}
+    pipeline = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+    more["variant"] = args.variant
+    folder = place or Path(pipeline.download(base, **given, **more))
+    for part in kinds.keys() - given.keys():
+        where = {"subfolder": part}
+        if any((folder / part).glob(f"*.{args.variant}*.safetensors")):
+            where["variant"] = args.variant  # some parts may have no such variant
+        what = f"--base_model {base}, {part},"
+        given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
+    pipe = pipeline.from_pretrained(folder, **given, **more)
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def read_configs(source):
+    """The configs of UNet and scheduler in a folder or on the Hub."""
+    unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")
+    return unet, diffusers.LCMScheduler.load_config(source, subfolder="scheduler")
+
+
+def check_base(base, unet, scheduler, mask):
+    """The schedule of a base model, by its configs; refuse what LCM-LoRAs are not for."""
+    channels, its = unet["in_channels"], f"--base_model {base}: its"
+    if unet.get("time_cond_proj_dim"):
+        fail(f"--base_model {base} is an LCM itself; give the model that it was distilled from")
+    if channels != 4 and not (channels == 9 and mask):
+        advice = "; 9 are for inpainting with --image and --mask"
+        fail(f"{its} UNet takes {channels} channels, text-to-image takes 4{advice}")
+    name, kind = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    flow = scheduler.get("use_flow_sigmas") or scheduler.get("timestep_type") == "continuous"
+    if flow or "beta_schedule" not in scheduler or kind not in ("epsilon", "v_prediction"):
+        says = "needed are betas and epsilon or v_prediction"
+        fail(f"{its} scheduler is {name} with prediction_type {kind}; {says}")
+    kinds = "beta_schedule may be linear, scaled_linear or squaredcos_cap_v2"
+    with or_fail(f"{its} scheduler config cannot be used", kinds):
+        return diffusers.LCMScheduler.from_config(scheduler)
+
+
+def check_tokenizer(tokenizer, config, what):
+    """Refuse a tokenizer that does not fit the text encoder of this config."""
+    # Where its files are missing the library makes one up, to which all prompts are the same.
+    words = [token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]+</w>", token)]
+    word, ids, eos = max(words, key=len, default=""), tokenizer("a").input_ids, config.eos_token_id
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    size, length = len(tokenizer), tokenizer.model_max_length
+    rows, most = config.vocab_size, config.max_position_embeddings
+    if not (
+        tokenizer.tokenize(word.removesuffix("</w>")) == [word]
+        and 0 <= rows - size < 128  # some pad the rows
+        and length <= most
+        and [ids[0], ids[-1]] == ends
+        and eos in (2, ends[1])  # 2: in old configs
+    ):
+        has = f"{size} tokens of {rows}, length {length:g} of {most}, ends {ids[-1]} of {eos}"
+        advice = (
+            "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json is not its own"
+        )
+        fail(f"{what} does not fit the text encoder ({has}); {advice}")
+
+
+def load_pipeline(base, config, args, device, dtype, loras):
     """The base model as a text-to-image pipeline of the layout that the LoRAs were trained for."""
-    place, one_file = local(base), base.endswith(".safetensors")
+    place, one_file, tiny_vae = local(base), base.endswith(".safetensors"), args.tiny_vae
     if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
         valid = "a folder in diffusers' layout, a .safetensors file or a Hub id"
         fail(f"base model {base}: no such file or folder; give --base_model {valid}")
@@ -663,34 +753,43 @@ def load_pipeline(base, config, variant, tiny_vae, device, dtype, loras):
         fail(f"base model {base}: a file must be a .safetensors one; pickled weights are not read")
     if not place:
         print(f"{base} is not a folder here or next to infer.py: looking on the Hub")
-    kinds = {"dtype": dtype}
+    given, config = {"dtype": dtype}, config if one_file else place or base
     if tiny_vae:  # the VAE is then not even read
-        kinds["vae"] = load_part(diffusers.AutoencoderTiny, "tiny_vae", tiny_vae, dtype)
+        given["vae"] = load_named(diffusers.AutoencoderTiny, "tiny_vae", tiny_vae, dtype)
     if one_file:
-        pipe = open_file(place, config, loras, **kinds)
+        pipe = open_file(place, config, args.mask, loras, **given)
     else:
-        kinds |= {"variant": variant, "use_safetensors": True}
         missing = "was not found locally, next to infer.py, or on the Hub"
         what = f"base model {base} {'cannot be opened' if place else missing}"
         with or_fail(what, "--base_model names another"):
-            pipe = diffusers.AutoPipelineForText2Image.from_pretrained(str(place or base), **kinds)
-    has_unet = isinstance(getattr(pipe, "unet", None), diffusers.UNet2DConditionModel)
-    if not has_unet or not hasattr(pipe, "load_lora_weights"):
-        fail(f"--base_model {base} is a {type(pipe).__name__}, not of SD 1.x, 2.x or SDXL")
+            pipe = open_folder(base, place, args, **given)
     match_layout(loras, base, dict(pipe.unet.named_modules()))
     if tiny_vae:
-        check_tiny_vae(pipe, tiny_vae, place if not one_file else config and local(config))
+        check_tiny_vae(pipe, tiny_vae, config and local(config))
+    for end in ("", "_2"):
+        if encoder := getattr(pipe, f"text_encoder{end}", None):
+            what = f"--base_model {base}: tokenizer{end}"
+            check_tokenizer(getattr(pipe, f"tokenizer{end}"), encoder.config, what)
+    if not hasattr(pipe, "text_encoder_2") and pipe.vae.config.get("latents_mean"):
+        fail(f"--base_model {base}: its VAE has latents_mean, which only SDXL's pipelines know")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def load_part(kind, flag, name, dtype):
-    """The model of the class `kind` that a flag names."""
-    more = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+def load_named(kind, flag, name, dtype):
+    """The network of the class `kind` that a flag names."""
     with or_fail(f"--{flag} {name} cannot be opened", "valid are a diffusers folder or a Hub id"):
-        part, info = kind.from_pretrained(str(local(name) or name), **more)
-    if info["missing_keys"] or info["unexpected_keys"]:
-        fail(f"--{flag} {name}: its weights are not those of {kind.__name__}")
+        return load_part(kind, f"--{flag} {name}", str(local(name) or name), dtype)
+
+
+def load_part(kind, what, name, dtype, **where):
+    """A network with all of its weights and no others."""
+    where |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    part, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, **where)
+    for how in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(info[f"{how}_keys"]):
+            which = f"{len(keys)} are {how}, the first {keys[0]}"
+            fail(f"{what}: its weights are not those of {kind.__name__}: {which}")
     return part
 
 
@@ -708,7 +807,7 @@ def check_tiny_vae(pipe, name, folder):
 
 def load_controlnet(name, pipe):
     """A ControlNet that fits the base model, of its device and type."""
-    net = load_part(diffusers.ControlNetModel, "controlnet", name, pipe.dtype)
+    net = load_named(diffusers.ControlNetModel, "controlnet", name, pipe.dtype)
     sizes = ("cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block")
     for key in sizes:
         if net.config[key] != pipe.unet.config[key]:
@@ -911,7 +1010,7 @@ def load(args, jobs, images, loras, settings):
     device, dtype = pick_device(args)
     settings |= {"device": device, "dtype": str(dtype).removeprefix("torch.")}
     base, config = settings["base_model"], settings["base_config"]
-    pipe = load_pipeline(base, config, args.variant, args.tiny_vae, device, dtype, loras)
+    pipe = load_pipeline(base, config, args, device, dtype, loras)
     jobs = with_sizes(jobs, args, images, pipe)
     for adapter in [*loras]:
         attach_lora(pipe, adapter, *loras.pop(adapter), base)  # no second copy is kept

@@ -180,7 +180,7 @@ def parse_args(argv=None):
     one("--lora_dropout", share, 0.0, "0..1", "dropout before the LoRA")
     one("--lora_target_modules", str, TARGET_MODULES, "NAMES", "endings of names of layers")
     switch("--gradient_checkpointing", "less memory, about a fifth more time")
-    choice("--quantize_base", "nf4 int8", None, "the base's linear layers in 4 or 8 bits")
+    choice("--quantize_base", "nf4", None, "the base's linear layers in 4 bits")
 
     group = parser.add_argument_group("Data")
     name("--train_data_dir", "FOLDER", "images with metadata.jsonl or metadata.csv")
@@ -325,7 +325,6 @@ from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     DiffusionPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
@@ -354,10 +353,13 @@ class NoiseSchedule:
         self.prediction_type = kind = config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
             fail(f"the teacher's prediction_type is {kind!r}: give one of epsilon or v_prediction")
-        if "beta_schedule" not in config:
+        flow = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
+        if flow or "beta_schedule" not in config:
             name = config.get("_class_name")
             fail(f"the teacher's scheduler is {name}: only schedules of betas can be distilled")
-        alpha_bar = DDPMScheduler.from_config(config).alphas_cumprod.double()
+        kinds = "beta_schedule may be linear, scaled_linear or squaredcos_cap_v2"
+        with or_fail("the teacher's scheduler config cannot be used", kinds):
+            alpha_bar = LCMScheduler.from_config(config).alphas_cumprod.double()
         if kind == "epsilon" and alpha_bar[-1] <= 0:
             both = "prediction_type = 'epsilon' and rescale_betas_zero_snr = true"
             why = "at the last timestep nothing is left of the image; it needs v_prediction"
@@ -605,6 +607,12 @@ def train(run, batches, log, stop, args):
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the base
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+NETWORKS = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": transformers.CLIPTextModel,
+    "text_encoder_2": transformers.CLIPTextModelWithProjection,
+}
 # What the keys of a checkpoint in one file begin with
 ONE_FILE_PARTS = {
     "model.diffusion_model.": "unet",
@@ -627,25 +635,28 @@ def teacher_parts(args):
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
-def open_vae(name, without_weights, dtype, **options):
-    """A VAE; where its latents are at hand only its config is needed."""
-    if not without_weights:
-        return AutoencoderKL.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
-    with torch.device("meta"):
-        return AutoencoderKL.from_config(AutoencoderKL.load_config(name, **options))
+def open_part(part, name, dtype, skip, **options):
+    """A network with all of its weights and no others; of the parts `skip` only its shapes."""
+    kind = NETWORKS[part]
+    if part in skip:
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(name, **options))
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    net, info = kind.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True, **options)
+    for how in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(info[f"{how}_keys"]):
+            raise ValueError(f"{part}: {len(keys)} {how} tensors, the first {keys[0]}")
+    return net
 
 
 def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
     """The teacher, from a folder, the hub or one file; without the weights of the parts `skip`."""
     name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
-    flag, common = (
-        f"--pretrained_teacher_model {name}",
-        {"cache_dir": args.cache_dir, "dtype": dtype},
-    )
+    flag, common = f"--pretrained_teacher_model {name}", {"cache_dir": args.cache_dir}
     advice = "give a diffusers folder with safetensors weights or a hub id"
     if vae:
         with or_fail(f"--pretrained_vae_model_name_or_path {vae}: cannot be loaded", advice):
-            options["vae"] = open_vae(vae, "vae" in skip, **common)
+            options["vae"] = open_part("vae", vae, dtype, skip, **common)
     advice += ", or a .safetensors file"
     if is_one_file(name):
         flag += f" with --teacher_config {args.teacher_config or '(not given)'}"
@@ -660,20 +671,85 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
             fail(f"{flag}: it has {both[0]}, needed is {both[1]}; another layout takes {other}")
         if "vae" not in [*parts, *options]:
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
-        if not is_one_file(name):
-            if "vae" in skip and not vae:
-                options["vae"] = open_vae(name, True, subfolder="vae", **common)
-            options |= common | dict.fromkeys(needed & skip) | {"variant": args.variant}
-            return pipeline_class.from_pretrained(name, use_safetensors=True, **options)
-        options |= common | {"config": args.teacher_config}
-        pipe = pipeline_class.from_single_file(name, **options)
-        # Its weights are those of the pipeline: none left over, none never filled
-        weights = [p for part, net in networks(pipe) if part not in skip for p in net.parameters()]
-        if any(p.is_meta for p in weights) or parts.count("unet") != len(pipe.unet.state_dict()):
-            raise ValueError("its tensors do not match these configs: some are missing or extra")
-        for part in needed & skip:
-            setattr(pipe, part, None)
-        return pipe
+        if configs := args.teacher_config if is_one_file(name) else name:
+            # only its betas are needed, not its class, which may take further libraries
+            config = LCMScheduler.load_config(configs, subfolder="scheduler", **common)
+            alpha = NoiseSchedule(config, "cpu").alpha
+            scheduler, options["scheduler"] = LCMScheduler.from_config(config), None
+            total = scheduler.config.num_train_timesteps
+            if len(alpha) != total or not (alpha.diff() < 0).all():
+                raise ValueError(f"its betas are not {total} numbers between 0 and 1")
+        if is_one_file(name):
+            more = common | {"dtype": dtype, "config": configs}
+            pipe = pipeline_class.from_single_file(name, **options, **more)
+            pipe.scheduler = scheduler if configs else pipe.scheduler
+            check_one_file(name, pipe, parts.count("unet"), skip)
+            for part in needed & skip:
+                setattr(pipe, part, None)
+        else:
+            options |= dict.fromkeys(needed & skip)
+            more = common | {"variant": args.variant, "use_safetensors": True}
+            folder = Path(name)
+            if not folder.is_dir():
+                folder = Path(pipeline_class.download(name, **options, **more))
+            for part in {*needed, "vae"} - options.keys():
+                place = {"subfolder": part}
+                if any((folder / part).glob(f"*.{args.variant}*.safetensors")):
+                    place["variant"] = args.variant  # some parts may have no such variant
+                options[part] = open_part(part, folder, dtype, skip, **place)
+            pipe = pipeline_class.from_pretrained(folder, **options, **more)
+            pipe.scheduler = scheduler
+    for key in ("latents_mean", "latents_std", "shift_factor"):
+        if pipe.vae.config.get(key):
+            fail(f"{flag}: its VAE has {key}, but latents are only scaled here; give another VAE")
+    for number in ("", "_2"):
+        if encoder := getattr(pipe, f"text_encoder{number}", None):
+            where = f"{flag}: tokenizer{number}"
+            check_tokenizer(getattr(pipe, f"tokenizer{number}"), encoder.config, where)
+    return pipe
+
+
+def check_one_file(name, pipe, unet_tensors, skip):
+    """Its tensors are those of the pipeline; it says nothing else of itself than the configs."""
+    nets = [net for part, net in networks(pipe) if part not in skip]
+    missing = [key for net in nets for key, p in net.named_parameters() if p.is_meta]
+    if missing or unet_tensors != (needed := len(pipe.unet.state_dict())):
+        what = f"{len(missing)} missing, first {missing[0]}" if missing else f"{needed} needed"
+        raise ValueError(f"its tensors do not match these: {unet_tensors} of a UNet, {what}")
+    with safe_open(name, "pt") as file:
+        keys, about, config = file.keys(), file.metadata() or {}, pipe.scheduler.config
+    kind = config.prediction_type
+    said = "v" if "v_pred" in keys else about.get("modelspec.prediction_type") or kind
+    said = "EDM" if any(key.startswith("edm_") for key in keys) else said
+    zero_snr = "ztsnr" in keys and not config.get("rescale_betas_zero_snr")
+    if said[0] != kind[0] or zero_snr:
+        said += " with rescale_betas_zero_snr" * zero_snr
+        advice = "give --teacher_config a folder whose scheduler says so too (EDM cannot be used)"
+        fail(
+            f"--pretrained_teacher_model {name} is made for prediction_type {said}, not {kind}: {advice}"
+        )
+
+
+def check_tokenizer(tokenizer, config, where):
+    """End the run where a tokenizer does not fit the text encoder of this config."""
+    # Without its files the library makes one up, to which all captions are the same
+    words = [token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]+</w>", token)]
+    word, ids, eos = max(words, key=len, default=""), tokenizer("a").input_ids, config.eos_token_id
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    size, length = len(tokenizer), tokenizer.model_max_length
+    rows, most = config.vocab_size, config.max_position_embeddings
+    if not (
+        tokenizer.tokenize(word.removesuffix("</w>")) == [word]
+        and 0 <= rows - size < 128  # some pad the rows
+        and length <= most
+        and [ids[0], ids[-1]] == ends
+        and eos in (2, ends[1])  # 2: in old configs
+    ):
+        has = f"{size} tokens of {rows}, length {length:g} of {most}, ends {ids[-1]} of {eos}"
+        advice = (
+            "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json is not its own"
+        )
+        fail(f"{where} does not fit the text encoder ({has}); {advice}")
 
 
 def networks(pipe):
@@ -696,13 +772,15 @@ def check_teacher(pipe, args):
         fail(f"--resolution {args.resolution}: give a multiple of the VAE's factor, {factor}")
     if channels != pipe.vae.config.latent_channels:
         fail(f"the teacher's UNet takes {channels} channels; give a text-to-image teacher")
+    if pipe.unet.config.time_cond_proj_dim:
+        fail("the teacher is an LCM already; give the model it was distilled from")
     total = pipe.scheduler.config.num_train_timesteps
     if args.num_ddim_timesteps > total:
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {total} timesteps")
 
 
-def quantize_linears(unet, kind):
-    """Put the linear layers of the UNet's transformers into 4 bits (NF4) or 8, as they move."""
+def quantize_linears(unet):
+    """Put the linear layers of the UNet's transformers into 4 bits (NF4), as they move."""
     import bitsandbytes
 
     nn, dtype = bitsandbytes.nn, unet.dtype
@@ -710,12 +788,8 @@ def quantize_linears(unet, kind):
         if not isinstance(old, torch.nn.Linear) or ".attentions." not in path:
             continue
         size = old.in_features, old.out_features, old.bias is not None
-        if kind == "nf4":
-            new = nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4", device="meta")
-            new.weight = nn.Params4bit(old.weight.data, False, quant_type="nf4", module=new)
-        else:
-            new = nn.Linear8bitLt(*size, has_fp16_weights=False, device="meta")
-            new.weight = nn.Int8Params(old.weight.data, False, has_fp16_weights=False)
+        new = nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4", device="meta")
+        new.weight = nn.Params4bit(old.weight.data, False, quant_type="nf4", module=new)
         new.bias = old.bias
         # in training mode: else it would repack the shared weights on some CPUs
         unet.set_submodule(path, new)
@@ -724,9 +798,8 @@ def quantize_linears(unet, kind):
 def share_weights(unet):
     """Another UNet object over the very same parameters: a LoRA in one is not in the other."""
     shared = [*unet.parameters(), *unet.buffers()]
-    for module in unet.modules():  # the scales of quantized ones
-        scales = [vars(module).get(name) for name in ("quant_state", "state")]
-        shared += [scale for scale in scales if scale]
+    scales = [vars(module).get("quant_state") for module in unet.modules()]  # of quantized ones
+    shared += [scale for scale in scales if scale]
     return copy.deepcopy(unet, {id(thing): thing for thing in shared})
 
 
@@ -748,12 +821,9 @@ def make_student(pipe, args, device):
         # convolutions are faster with the channels last
         part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         if name == "unet" and args.quantize_base:
-            quantize_linears(part, args.quantize_base)
+            quantize_linears(part)
         if not next(part.parameters()).is_meta:  # a VAE without weights
             part.to(device)
-    for module in pipe.unet.modules():
-        if hasattr(module, "init_8bit_state"):  # of --quantize_base int8
-            module.init_8bit_state()  # takes the scales from the weight, so only once
     student = attach_lora(share_weights(pipe.unet), args).to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()

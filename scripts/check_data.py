@@ -99,6 +99,11 @@ def read_teacher(trainer, args):
                 )
                 for part in TOKENIZERS[args.family]
             ]
+            for part, tokenizer in zip(TOKENIZERS[args.family], tokenizers, strict=True):
+                options["subfolder"] = part.replace("tokenizer", "text_encoder")
+                encoder = trainer.transformers.CLIPTextConfig.from_pretrained(source, **options)
+                where = f"--pretrained_teacher_model {name}: {part}"
+                trainer.check_tokenizer(tokenizer, encoder, where)
     origin, args.resolution = "--resolution" if args.resolution else origin, args.resolution or side
     if args.resolution % factor:
         advice = f"it must be a multiple of the VAE's factor, {factor}"

@@ -127,7 +127,7 @@ BAD = {  # what is wrong: the trainer, the teacher, --teacher_config, what the m
         "sd15",
         "no-vae.safetensors.*no VAE; .*--pretrained_vae_model_name_or_path",
     ),
-    "half a text encoder": ("sd15", "torn", "sd15", "torn.safetensors.*missing or extra"),
+    "half a text encoder": ("sd15", "torn", "sd15", "torn.safetensors.*16 missing, first encoder"),
     "SDXL for SD 1.5": (
         "sd15",
         "sdxl file",
@@ -148,7 +148,7 @@ BAD = {  # what is wrong: the trainer, the teacher, --teacher_config, what the m
         "xl of one width",
         "--teacher_config .*KeyError.*label_emb",
     ),
-    "configs of SSD-1B": ("sdxl", "sdxl file", "ssd1b", "--teacher_config .*missing or extra"),
+    "configs of SSD-1B": ("sdxl", "sdxl file", "ssd1b", "--teacher_config .*do not match"),
     "configs for a folder": ("sd15", "sd15", "sd15", "teacher_config .*leave it out"),
 }
 

@@ -20,7 +20,6 @@ OPTIONS = {
     "torch_compile": (COMPILED, 1e-5),
     "torch_compile, checkpointing": (COMPILED | {"gradient_checkpointing": True}, 1e-5),
     "use_8bit_adam": ({"use_8bit_adam": True}, 1e-3),
-    "int8": ({"quantize_base": "int8"}, 0.01),
     "bf16": ({"mixed_precision": "bf16"}, 0.05),
     "nf4": ({"quantize_base": "nf4"}, 0.1),
 }
@@ -78,16 +77,15 @@ def test_fused_adam_leaves_the_losses(train_xl, plain, monkeypatch):
     assert 0 < distance(train_xl(**STEPS), plain) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantized_base(sdxl, xl_teacher, kind):
-    """Teacher and student share one base: only its transformers' linear layers in 4 or 8 bits."""
+def test_quantized_base(sdxl, xl_teacher):
+    """Teacher and student share one base: only its transformers' linear layers in 4 bits."""
     words = [
         "--pretrained_teacher_model",
         str(xl_teacher),
         "--train_data_dir",
         "x",
         "--quantize_base",
-        kind,
+        "nf4",
     ]
     args = sdxl.parse_args(words)
     pipe = sdxl.load_teacher(args, torch.float32)
@@ -101,8 +99,8 @@ def test_quantized_base(sdxl, xl_teacher, kind):
     for path in quantized:
         base = getattr(theirs[path], "base_layer", theirs[path])
         assert base.weight is new[path].weight
-        assert getattr(base, "state", None) is getattr(new[path], "state", None)
-        assert new[path].weight.numel() == old[path].weight.numel() / (2 if kind == "nf4" else 1)
+        assert base.quant_state is new[path].quant_state
+        assert new[path].weight.numel() == old[path].weight.numel() / 2
     kept = {id(p) for p in pipe.unet.parameters()}
     assert all(
         id(p) in kept or p.dtype == torch.float32 and p.requires_grad for p in student.parameters()
@@ -110,14 +108,21 @@ def test_quantized_base(sdxl, xl_teacher, kind):
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantized_run_resumes(train, train_xl, layout, kind):
+def test_quantized_run_resumes(train, train_xl, layout):
     """Checkpoints of a run on a quantized base go on to the bit."""
     train = {"sd15": train, "sdxl": train_xl}[layout]
-    flags = {"quantize_base": kind, "checkpointing_steps": 2}
+    flags = {"quantize_base": "nf4", "checkpointing_steps": 2}
     whole = train(**flags)
     half = train(**flags, resume_from_checkpoint=whole / "checkpoint-2")
     assert same(whole, half)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_base_in_8_bits_is_refused(request, family):
+    """On CUDA it would round the layers' inputs too, which is another algorithm."""
+    words = "--pretrained_teacher_model m --train_data_dir d --quantize_base int8".split()
+    with pytest.raises(SystemExit, match="error: .*--quantize_base.*'int8'.*nf4"):
+        request.getfixturevalue(family).parse_args(words)
 
 
 def test_paged_adam_needs_a_gpu(train):

@@ -313,10 +313,6 @@ def parse_args(argv=None):
     if args.product:
         counts = range(len(sets) + 1)
         sets = [sum(some, []) for n in counts for some in itertools.combinations(sets, n)]
-        sets = [names for names in sets if not {"nf4", "int8"} <= {*names}]
-    if clash := [names for names in sets if {"nf4", "int8"} <= {*names}]:
-        advice = "the base is in 4 bits or in 8; give one of nf4 and int8"
-        fail(f"--options {'+'.join(clash[0])}: {advice}")
     # The fewest first, so that what a cell is compared with is there before it
     sets = [tuple(option for option in OPTIONS if option in names) for names in [[], *sets]]
     args.sets = sorted(dict.fromkeys(sets), key=len)

@@ -12,9 +12,8 @@ rules of CUDA's: autocast normalises in float32, and attention is a kernel that 
 L x L matrix, as on a CPU. The host's copy of the batch is counted too.
 
 bitsandbytes does not run on such tensors: its layers and optimizer have stand-ins that hold as many
-bytes (NF4: half a byte a weight, a byte for 64 of them, 4 for 16,384; int8: a byte a weight, 4 a
-row; 8-bit Adam: 2 bytes a weight, 8 for 256) and make the same temporary tensors: the layer's
-weight in full precision; for int8 the quantized input and the kept input.
+bytes (NF4: half a byte a weight, a byte for 64 of them, 4 for 16,384; 8-bit Adam: 2 bytes a
+weight, 8 for 256) and make the same temporary tensors: the layer's weight in full precision.
 
 What cannot be seen from here (CUDA's context, workspaces of its libraries) is allowed for with 0.8
 GiB. A card of N GB is taken to hold N x 10^9 bytes; that it has 2^30 for each, 7% more, is left to
@@ -99,49 +98,37 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Quantized(torch.autograd.Function):
-    """A quantized layer's product, with bitsandbytes' temporary tensors, and those it keeps."""
+    """A quantized layer's product, with bitsandbytes' temporary tensors."""
 
     @staticmethod
-    def forward(ctx, x, bias, shape, kind):
+    def forward(ctx, x, bias, shape):
         """The product, of no values."""
-        ctx.shape, ctx.kept = shape, x if kind == "int8" else None
-        if kind == "int8":
-            x.half(), x.to(torch.int8)
-            return x.new_empty(*x.shape[:-1], shape[0])
+        ctx.shape = shape
         return torch.nn.functional.linear(x, x.new_empty(shape), bias)
 
     @staticmethod
     def backward(ctx, grad):
         """The gradient of the input, of no values."""
-        return grad @ grad.new_empty(ctx.shape), None, None, None
+        return grad @ grad.new_empty(ctx.shape), None, None
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """Stands for Linear4bit and Linear8bitLt."""
+    """Stands for Linear4bit."""
 
-    def __init__(self, *size, compute_dtype=None, **_):
+    def __init__(self, *size, compute_dtype, **_):
         """As bitsandbytes' layers are made."""
         super().__init__(*size, device="meta")
         self.compute_dtype = compute_dtype
 
     def forward(self, x):
         """The layer's output, of no values."""
-        inside = x.to(self.compute_dtype or x.dtype)
-        kind = "nf4" if self.compute_dtype else "int8"
-        return Quantized.apply(inside, self.bias, (self.out_features, self.in_features), kind).to(
-            x.dtype
-        )
+        shape = self.out_features, self.in_features
+        return Quantized.apply(x.to(self.compute_dtype), self.bias, shape).to(x.dtype)
 
 
 def nf4_bytes(weight, *_, **__):
     """Stands for Params4bit: NF4 with its scales quantized again."""
     size = weight.numel() * 33 // 64 + 4 * -(-weight.numel() // 16384)
-    return torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), False)
-
-
-def int8_bytes(weight, *_, **__):
-    """Stands for Int8Params with its scales."""
-    size = weight.numel() + 4 * weight.shape[0]
     return torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), False)
 
 
@@ -179,7 +166,6 @@ def stand_ins(cuda_rules):
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_tensors())
         fakes = {"nn.Linear4bit": QuantizedLinear, "nn.Params4bit": nf4_bytes}
-        fakes |= {"nn.Linear8bitLt": QuantizedLinear, "nn.Int8Params": int8_bytes}
         fakes |= {"optim.AdamW8bit": Adam8bit}
         fakes = {f"bitsandbytes.{name}": fake for name, fake in fakes.items()}
         for name in ("group_norm", "layer_norm") if cuda_rules else ():
@@ -289,7 +275,7 @@ def main(argv=None):
     add("--batch", **count, default=1, help="images in a batch")
     precision = "fp16 takes what bf16 takes, but for SDXL's VAE"
     add("--precision", choices=["no", "bf16"], default="bf16", help=precision)
-    add("--quantize_base", choices=["nf4", "int8"], help="the base's linear layers in 4 or 8 bits")
+    add("--quantize_base", choices=["nf4"], help="the base's linear layers in 4 bits")
     add("--encoded", action="store_true", help="data of encode_data.py: no VAE, no text encoders")
     for option in ("gradient_checkpointing", "use_8bit_adam"):
         add(f"--{option}", action="store_true", help="as for the trainers")

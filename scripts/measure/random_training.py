@@ -52,7 +52,6 @@ OPTIONS = {
     "gradient_checkpointing": ["--gradient_checkpointing"],
     "torch_compile": ["--torch_compile"],
     "nf4": ["--quantize_base", "nf4"],
-    "int8": ["--quantize_base", "int8"],
     "use_8bit_adam": ["--use_8bit_adam"],
     "allow_tf32": ["--allow_tf32"],
 }
