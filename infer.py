@@ -218,7 +218,7 @@ class Job(NamedTuple):
 def read_lines(file):
     """The prompts in --prompts_file, each a dict of the fields of a job that its line names."""
     with or_fail(f"--prompts_file {file}: cannot be read as text"):
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     rows = []
     for index, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):

@@ -774,6 +774,11 @@ def conditions(pipe, batch, device):
 # Endings of the files of images, by what Pillow opens
 IMAGES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 CAPTIONS = "txt text caption json".split()  # of a record in a tar shard; the first it has is taken
+# Given, because `datasets` would take them from five records
+TAR_FIELDS = datasets.Features(
+    dict.fromkeys(["image", *CAPTIONS], datasets.Value("binary"))
+    | dict.fromkeys(["__key__", "__url__"], datasets.Value("string"))
+)
 CAPTION_FILE = "caption file"  # the column of a folder's caption files
 METADATA, CAPTION_FILES = ("metadata.jsonl", "metadata.csv"), (".txt", ".caption")
 ELSEWHERE = (
@@ -798,14 +803,10 @@ def load_records(args):
         if tars:
             names = [name] if os.path.exists(name) else braceexpand(name)
             files = [glob.escape(file) if os.path.exists(file) else file for file in names]
-            # Given, because `datasets` would take them from five records
-            binary, text = datasets.Value("binary"), datasets.Value("string")
-            fields = dict.fromkeys(["image", *CAPTIONS], binary) | {
-                "__key__": text,
-                "__url__": text,
-            }
-            options["features"] = datasets.Features(fields)
+            options["features"] = TAR_FIELDS
             options["data_files"] = [f"{files[0]}/**/*.tar"] if os.path.isdir(name) else files
+            if os.path.isdir(name) and not any(Path(name).glob("**/*.tar")):
+                raise FileNotFoundError("no .tar file in it")
             data, limit = datasets.load_dataset("webdataset", **options), None
         elif flag == "train_data_dir":
             columns = args.image_column, args.caption_column

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -143,14 +144,18 @@ def sources(images, tmp_path_factory):
     datasets.load_dataset("imagefolder", data_dir=str(images), split="train").save_to_disk(
         folder / "saved"
     )
-    (folder / "zip").mkdir()
-    shutil.make_archive(str(folder / "zip" / "images"), "zip", images)
+    (folder / "kohya").mkdir()
+    shutil.copytree(images, folder / "kohya" / "10_things")
+    (folder / "kohya" / "10_things" / "metadata.jsonl").unlink()
+    for row in rows:
+        name = Path(row["file_name"]).with_suffix(".txt")
+        (folder / "kohya" / "10_things" / name).write_text(row["text"])
     shards = len(list((folder / "tar").iterdir()))
     assert shards > 2 and len(list((folder / "parquet").iterdir())) > 2
     return {
         "folder": {"train_data_dir": images},
         "metadata.csv": {"train_data_dir": folder / "csv"},
-        "zip file": {"train_data_dir": folder / "zip"},
+        "caption files": {"train_data_dir": folder / "kohya"},
         "parquet": {"dataset_name": folder / "parquet"},
         "saved": {"dataset_name": folder / "saved"},
         "folder of tars": {"train_shards_path_or_url": folder / "tar"},
@@ -213,7 +218,9 @@ def test_tars_of_the_wild(read, tmp_path):
     for streaming in (False, True):
         flags = {"train_batch_size": 13, "max_train_steps": 1, "streaming": streaming}
         batches = read(train_shards_path_or_url=tmp_path, **flags)
-        assert sorted(column(batches)) == ["", *"aaaaaabcdefg"] and batches[0]["unusable"] == []
+        assert {*column(batches)} == {*"abcdefg"}
+        (why,) = {*batches[0]["unusable"]}  # a label is no caption
+        assert why.startswith("some/12 ") and "no caption" in why and "a.tar" in why
 
 
 BROKEN = {
@@ -357,7 +364,7 @@ def broken_folder(tmp_path_factory):
 def test_unusual_images_are_what_a_person_expects(read, broken_folder, streaming):
     """Converted, the first of an animation, upright, on white; unusable ones are named."""
     batches = read(
-        train_data_dir=broken_folder, streaming=streaming, train_batch_size=15, max_train_steps=1
+        train_data_dir=broken_folder, streaming=streaming, train_batch_size=14, max_train_steps=1
     )
     seen = dict(zip(column(batches), column(batches, "pixels"), strict=True))
     assert seen.keys() == {"good.png", *gallery()}
@@ -366,8 +373,8 @@ def test_unusual_images_are_what_a_person_expects(read, broken_folder, streaming
         for side, colour in ((0, left), (7, right)):
             assert (image[:, :, side] - torch.tensor(colour)[:, None]).abs().max() <= 3, name
     unusable = sorted(set(column(batches, "unusable")))
-    assert len(unusable) == 5 and all(
-        name in why for name, why in zip(sorted([*UNUSABLE, "missing.png"]), unusable, strict=True)
+    assert len(unusable) == 4 and all(
+        name in why for name, why in zip(sorted(UNUSABLE), unusable, strict=True)
     )
 
 
@@ -375,7 +382,8 @@ def test_unusable_records_in_parquet_and_tars(read, tmp_path, monkeypatch):
     """The same where images are bytes; files of their names where one works are ignored."""
     images = {"good.png": tile(7)} | UNUSABLE
     (tmp_path / "tar").mkdir()
-    write_tar(tmp_path / "tar" / "0.tar", images.items())
+    captions = [(f"{Path(name).stem}.txt", b"a") for name in images]
+    write_tar(tmp_path / "tar" / "0.tar", sorted([*images.items(), *captions]))
     write_parquet(tmp_path / "parquet", images.values(), [*images], names=images)
     for name in images:
         (tmp_path / name).write_bytes(tile(9))
@@ -405,7 +413,7 @@ def test_a_wide_strip_needs_no_gigabytes(read, tmp_path):
 
 
 def test_captions_of_all_kinds(read, tmp_path):
-    """Missing and empty: the empty one; numbers, broken JSON, what is not UTF-8: unusable."""
+    """Empty: the empty one; missing, numbers, broken JSON, what is not UTF-8: unusable."""
     texts = {
         "good": ("txt", b"good"),
         "missing": ("cls", b"1"),
@@ -435,9 +443,11 @@ def test_captions_of_all_kinds(read, tmp_path):
         used = {}
         for caption, number in zip(column(batches), reds(batches), strict=True):
             used.setdefault([*texts][number], set()).add(caption)
-        assert used == {"good": {"good"}, "missing": {""}, "empty": {""}, "null": {""}}
-        unusable = sorted({why.split(" ")[0].split("_")[1] for why in column(batches, "unusable")})
-        assert unusable == ["broken", "half", "latin", "number", "numbers", "other"]
+        assert used == {"good": {"good"}, "empty": {""}, "null": {""}}
+        why = {line.split(" ")[0].split("_")[1]: line for line in column(batches, "unusable")}
+        assert sorted(why) == ["broken", "half", "latin", "missing", "number", "numbers", "other"]
+        assert "no caption" in why["missing"]
+        assert "--caption_column text" in why["other"] and "words" in why["other"]
 
 
 def test_texts_of_a_table_that_are_not_utf8(read, tmp_path):
@@ -459,10 +469,13 @@ def test_texts_of_a_table_that_are_not_utf8(read, tmp_path):
         read(dataset_name=tmp_path, streaming=True)
 
 
-def test_a_streamed_table_of_unknown_columns(read, tmp_path):
+def test_a_streamed_table_of_unknown_columns(read, tmp_path, monkeypatch):
+    """Such as a hub dataset of csv files."""
     (tmp_path / "a.csv").write_text("image,text\n0.png,a\n")
+    data = datasets.load_dataset(str(tmp_path), split="train", streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
     with pytest.raises(SystemExit, match="error: --dataset_name .*--no-streaming"):
-        read(dataset_name=tmp_path, streaming=True)
+        read(dataset_name="a/b", streaming=True)
 
 
 def test_captions_of_numbers_in_metadata(read, tmp_path):
