@@ -165,6 +165,7 @@ def read_folder(folder, args):
     text = (args.caption_column or [name for name in CAPTION_COLUMNS if name in names] or ["text"])[
         0
     ]
+    image = column if key in names else "image"
     bare = left.pop("images without a caption", [])
     found = [
         (row[column], row[trainer.CAPTION_FILE], own) for row, own in zip(rows, fields, strict=True)
@@ -185,7 +186,7 @@ def read_folder(folder, args):
         """The rows, each caption file read when its turn comes."""
         for path, file, own in found:
             given = {text: Path(file).read_bytes()} if file else {}
-            yield dict.fromkeys([*names, text]) | given | own | {column: path}
+            yield dict.fromkeys([image, *names, text]) | given | own | {image: path}
 
     return read() if found else None, lines
 
@@ -285,7 +286,7 @@ def read_captions(values, several, args):
             try:
                 text = text.decode("utf-8-sig") if isinstance(text, bytes) else text or ""
                 # not by splitlines, which also cuts at U+2028 and the like
-                texts += re.split(r"\r?\n", text) if args.captions_per_line else [text]
+                texts += re.split(r"\r?\n", text) if args.captions_per_line else [text.strip()]
             except (UnicodeDecodeError, AttributeError):
                 raise LeftOut("caption is not text") from None
     texts = [text.strip() for text in texts if text.strip()]
