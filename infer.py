@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 
@@ -218,7 +219,7 @@ class Job(NamedTuple):
 def read_lines(file):
     """The prompts in --prompts_file, each a dict of the fields of a job that its line names."""
     with or_fail(f"--prompts_file {file}: cannot be read as text"):
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     rows = []
     for index, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
@@ -263,15 +264,29 @@ def read_images(args):
 
 
 def read_image(flag, file):
-    """The image that a flag names, upright, with 8 bits a channel, on white if transparent."""
+    """The image that a flag names, as a viewer shows it."""
     with or_fail(f"--{flag} {file}: not a readable image"):
-        image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode.startswith("I"):  # 16-bit grey, such as a depth map, which Pillow would clip
-            image = image.point(lambda tone: tone / 256).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("L" if flag == "mask" else "RGB")
+        return to_rgb(Image.open(file)).convert("L" if flag == "mask" else "RGB")
+
+
+def to_rgb(image):
+    """A PIL image as a viewer shows it: upright, in 8 bits, on white where it is transparent."""
+    image.load()
+    with contextlib.suppress(Exception):  # broken EXIF data leave it as it is
+        image.getexif()  # and keep it from being written again
+        image.info.pop("exif", None)
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # more than 8 bits, or fractions, which Pillow would clip
+        tones = np.nan_to_num(np.asarray(image, np.float64), posinf=1)
+        most = tones.mean() if image.mode == "F" else tones.max()  # fractions may exceed 1 a little
+        most = 65535 if ";" in image.mode else most
+        white = next((white for white in (1, 255, 65535) if most <= white), 2**32 - 1)
+        tones = tones.clip(0, white) * (255 / white)
+        image = Image.fromarray(tones.round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 if __name__ == "__main__":

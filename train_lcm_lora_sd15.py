@@ -32,10 +32,13 @@ Deliberate differences from the paper:
 import argparse
 import contextlib
 import copy
+import csv
 import datetime
 import difflib
 import errno
+import glob
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -50,6 +53,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 FAMILY = "sd15"
@@ -323,6 +327,7 @@ from accelerate.utils import (
 from braceexpand import braceexpand
 from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.utils.file_utils import xopen
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -863,8 +868,20 @@ def conditions(pipe, batch, device):
 
 # ----------------------------------------------------------------------------------------- 4. Data
 
-# The fields of a record in a tar shard, by the endings of its files; the first it has is taken
-TAR_IMAGES, TAR_CAPTIONS = "jpg jpeg png webp".split(), "txt text caption json".split()
+# Endings of the files of images, by what Pillow opens
+IMAGES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+CAPTIONS = "txt text caption json".split()  # of a record in a tar shard; the first it has is taken
+# Given, because `datasets` would take them from five records
+TAR_FIELDS = datasets.Features(
+    dict.fromkeys(["image", *CAPTIONS], datasets.Value("binary"))
+    | dict.fromkeys(["__key__", "__url__"], datasets.Value("string"))
+)
+CAPTION_FILE = "caption file"  # the column of a folder's caption files
+METADATA, CAPTION_FILES = ("metadata.jsonl", "metadata.csv"), (".txt", ".caption")
+ELSEWHERE = (
+    "images belong to --train_data_dir, tars to --train_shards_path_or_url, hub ids, parquet, "
+    "saved and encoded data to --dataset_name"
+)
 # Columns of encoded data, which scripts/encode_data.py makes; it documents their format
 ENCODED = ("moments", "mirrored", "prompt", "text_embeds", "time_ids")
 STAMP, PROMPTS = "encoded.json", "prompts.safetensors"
@@ -879,43 +896,128 @@ def load_records(args):
     flag, name = next((flag, vars(args)[flag]) for flag in flags if vars(args)[flag])
     options = {"cache_dir": args.cache_dir, "split": "train", "streaming": args.streaming}
     limit, encoded, tars = args.max_train_samples, encoded_folder(args), flag == flags[-1]
-    advice = "give images with metadata.jsonl, a dataset, or tars"
-    with or_fail(f"--{flag} {name}: cannot be opened", advice):
+    with or_fail(f"--{flag} {name}: cannot be opened", ELSEWHERE):
         if tars:
-            # `datasets` would take the fields from five records, an image's file from anywhere, and
-            # end at the first text that is not UTF-8
-            WebDataset.DECODERS = {}
-            files = f"{name}/**/*.tar" if Path(name).is_dir() else name
-            if files != name and not any(Path(name).glob("**/*.tar")):
+            names = [name] if os.path.exists(name) else braceexpand(name)
+            files = [glob.escape(file) if os.path.exists(file) else file for file in names]
+            options["features"] = TAR_FIELDS
+            options["data_files"] = [f"{files[0]}/**/*.tar"] if os.path.isdir(name) else files
+            if os.path.isdir(name) and not any(Path(name).glob("**/*.tar")):
                 raise FileNotFoundError("no .tar file in it")
-            binary, text = datasets.Value("binary"), datasets.Value("string")
-            fields = dict.fromkeys([*TAR_IMAGES, *TAR_CAPTIONS], binary) | {"__key__": text}
-            options |= {
-                "data_files": list(braceexpand(files)),
-                "features": datasets.Features(fields),
-            }
             data, limit = datasets.load_dataset("webdataset", **options), None
+        elif flag == "train_data_dir":
+            columns = args.image_column, args.caption_column
+            rows, left = list_folder(name, *columns, args.output_dir)
+            told = [f"{len(all)} {what} (first {all[0]!r})" for what, all in left.items() if all]
+            told = f"left out: {', '.join(told) or 'nothing'}"
+            if not rows:
+                where = "--image_column {} --caption_column {}: no captioned image; ".format(
+                    *columns
+                )
+                raise ValueError(where + told)
+            if any(left.values()) and this_rank() == "0":
+                print(f"data: {told}")
+            kinds = dict.fromkeys(rows[0], datasets.Value("string"))
+            kinds[args.image_column] = datasets.Image(decode=False)
+            data = datasets.Dataset.from_list(rows, datasets.Features(kinds))
         elif Path(name, "dataset_info.json").exists():  # of save_to_disk or encode_data.py
             data = datasets.load_from_disk(name)
-            data = data.to_iterable_dataset() if args.streaming else data
             data = data.with_format("torch") if encoded else data
-        elif flag == "dataset_name":
-            data = datasets.load_dataset(name, args.dataset_config_name, **options)
+        elif os.path.isdir(name) and glob.escape(name) != name:
+            raise ValueError("`datasets` would read its name as a pattern: rename it")
         else:
-            data = datasets.load_dataset("imagefolder", data_dir=name, **options)
+            data = datasets.load_dataset(name, args.dataset_config_name, **options)
+            if os.path.isdir(name) and data.info.builder_name != "parquet":
+                raise ValueError(f"it is no parquet folder but holds {data.info.builder_name}")
+        if args.streaming and isinstance(data, datasets.Dataset):
+            data = data.to_iterable_dataset()
     if data.features is None:
         fail(f"--{flag} {name}: streamed, its columns are not known; give --no-streaming")
-    if not tars and not encoded:
+    if flag == "dataset_name" and not encoded:
         check_columns(data, args)
         data = data.select_columns([args.image_column, args.caption_column])
     for column, kind in data.features.items():
-        if isinstance(kind, datasets.Image) or tars and column in TAR_IMAGES:
+        if isinstance(kind, datasets.Image) or tars and column == "image":
             data = data.cast_column(column, datasets.Image(decode=False))
     if args.streaming:
         return data.take(limit) if limit else data
     if len(data) == 0:
         fail(f"--{flag} {name}: it holds no images")
     return data.select(range(len(data))[:limit])
+
+
+def walk(folder, seen):
+    """The files of a folder and of those in it, sorted; through links, but each folder once."""
+    if (real := os.path.realpath(folder)) in seen:
+        return
+    seen.add(real)
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.name.startswith("."):
+            yield from walk(entry.path, seen) if entry.is_dir() else [entry.path]
+
+
+def read_table(path):
+    """The rows of metadata.jsonl or metadata.csv."""
+    how = 'give lines such as {"file_name": "a.png", "text": "a red apple"}'
+    with or_fail(f"{path}: cannot be read", how), open(path, encoding="utf-8-sig") as file:
+        if path.endswith(".csv"):
+            return [*csv.DictReader(file)]
+        return [dict(json.loads(line)) for line in file if line.strip()]
+
+
+def list_folder(folder, image_column, caption_column, skip):
+    """The captioned images of a folder as rows, sorted; no image or caption file is opened.
+
+    Also what is left out: {what: [name, ...]}. `skip`: a folder that holds no data.
+    """
+    key = "file_name" if image_column == "image" else f"{image_column}_file_name"
+    root, found, left = os.path.realpath(folder), [], defaultdict(list)
+    files = {path: os.path.splitext(path) for path in walk(root, {os.path.realpath(skip)} - {root})}
+    texts = {stem: path for path, (stem, end) in files.items() if end.lower() in CAPTION_FILES}
+    tables = [path for path in files if os.path.basename(path) in METADATA]
+    for table in tables:
+        for row in read_table(table):
+            path = os.path.normpath(os.path.join(os.path.dirname(table), str(row.get(key))))
+            if path in files:
+                found.append((path, row))
+            else:
+                left[f"rows of metadata whose {key} is no file"].append(row)
+    images = [path for path, (_, end) in files.items() if end.lower() in IMAGES]
+    found += [(path, {}) for path in {*images} - {path for path, _ in found}]
+    rows, used = [], {*tables}
+    for path, row in sorted(found, key=lambda pair: pair[0]):
+        line, text = json.dumps(row) if caption_column in row else None, texts.get(files[path][0])
+        if line or text:
+            rows.append({image_column: path, "json": line, CAPTION_FILE: text})
+        else:
+            left["images without a caption"].append(path)
+        used |= {path, text}
+    left["other files"] = sorted({*files} - used)
+    return rows, left
+
+
+def tar_records(tar, files):
+    """The records of a tar shard: of the files that differ in their endings and stand near.
+
+    Files such as 0001.mask.png, which `datasets` takes for a field of 0001, are no records of their
+    own unless they have all that makes one.
+    """
+    near, parent = {}, ""
+    for name, file in itertools.chain(files, [(None, None)]):
+        key, _, ending = (name or "").rpartition(".")
+        kind = "image" if f".{ending.lower()}" in IMAGES else ending.lower()
+        if kind in ("image", *CAPTIONS):
+            near.setdefault(key, {"__key__": key, "__url__": tar})[kind] = file.read()
+        while near and (name is None or len(near) > 8):
+            key = next(iter(near))
+            whole = "image" in near[key] and near[key].keys() & {*CAPTIONS}
+            if whole or not any(key.startswith(f"{other}.") for other in (parent, *near)):
+                parent = key
+                yield near[key]
+            del near[key]
+
+
+WebDataset._get_pipeline_from_tar = staticmethod(tar_records)  # its own goes by the first dot
 
 
 def check_columns(data, args):
@@ -930,13 +1032,13 @@ def check_columns(data, args):
         if not (
             isinstance(kind, datasets.Image) if images else getattr(kind, "feature", kind) in texts
         ):
-            fail(f"--{flag} {column}: a column of {kind}, not of {'images' if images else 'texts'}")
+            wanted = "images: scripts/prepare_data.py reads paths and URLs" if images else "texts"
+            fail(f"--{flag} {column}: a column of {kind}, not of {wanted}")
 
 
 def encoded_folder(args):
     """The folder of encoded data that --dataset_name names, or None."""
-    name = args.dataset_name or args.train_data_dir
-    folder = name and Path(name)
+    folder = args.dataset_name and Path(args.dataset_name)
     if not folder or not (folder / STAMP).exists():
         return None
     if not (folder / "state.json").exists():
@@ -1027,16 +1129,23 @@ def to_record(row, number, args):
     """
     columns, encoded = (args.image_column, args.caption_column), "unusable" in row
     image_column, caption_column = ("image", "captions") if encoded else columns
-    image = next((row[key] for key in (image_column, *TAR_IMAGES) if row.get(key)), None)
+    image = row.get(image_column) or row.get("image")
     name = (image or {}).get("path") or row.get("__key__") or f"row {number}"
     if encoded and row["unusable"]:
         raise UnusableRecord(row["unusable"])
-    names = (caption_column, *TAR_CAPTIONS)
+    names = (caption_column, *CAPTIONS, CAPTION_FILE)
     column = next((key for key in names if row.get(key) is not None), None)
     with or_unusable(name):
         value = row.get(column)
-        if column == "json":
-            value = json.loads(value)[args.caption_column]
+        if "__key__" in row and not column:
+            raise ValueError(f"no caption stands beside it in {row['__url__']}")
+        if column == CAPTION_FILE:
+            value = Path(value).read_bytes()
+        elif column == "json":
+            value = json.loads(value)
+            if args.caption_column not in value:
+                raise ValueError(f"--caption_column {args.caption_column}: has {', '.join(value)}")
+            value = value[args.caption_column]
         texts = [
             text for text in (value if isinstance(value, list) else [value]) if text is not None
         ]
@@ -1053,9 +1162,27 @@ def open_image(image):
     """A `datasets` image as an upright RGB one; transparent parts become white."""
     if not image:
         raise ValueError("no image")
-    image = datasets.Image().decode_example(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-        image = image.point(lambda tone: tone / 256).convert("L")
+    data, path = image["bytes"], image["path"]
+    if data is None:
+        with open(path, "rb") if os.path.exists(path) else xopen(path, "rb") as file:
+            data = file.read()
+    return to_rgb(Image.open(io.BytesIO(data)))
+
+
+def to_rgb(image):
+    """A PIL image as a viewer shows it: upright, in 8 bits, on white where it is transparent."""
+    image.load()
+    with contextlib.suppress(Exception):  # broken EXIF data leave it as it is
+        image.getexif()  # and keep it from being written again
+        image.info.pop("exif", None)
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # more than 8 bits, or fractions, which Pillow would clip
+        tones = np.nan_to_num(np.asarray(image, np.float64), posinf=1)
+        most = tones.mean() if image.mode == "F" else tones.max()  # fractions may exceed 1 a little
+        most = 65535 if ";" in image.mode else most
+        white = next((white for white in (1, 255, 65535) if most <= white), 2**32 - 1)
+        tones = tones.clip(0, white) * (255 / white)
+        image = Image.fromarray(tones.round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1212,7 +1339,6 @@ def check_batch(batch):
 
 def start_reader(_):
     """In a process that reads: a signal to the whole job is the trainer's affair."""
-    WebDataset.DECODERS = {}  # as in `load_records`, where processes are not forked
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -23,12 +23,13 @@ choose one of a list of captions each time.
 
 import argparse
 import contextlib
+import glob
+import importlib
 import io
 import itertools
 import json
 import math
 import operator
-import os
 import re
 import sys
 import tarfile
@@ -43,32 +44,26 @@ from help_formatter import HelpFormatter
 from PIL import Image
 from tqdm.auto import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the trainers' folder
+
 IN_TAR = "jpg jpeg png webp".split()  # file endings of images that every reader of tar shards knows
-# The fields of tar shards. Given, because `datasets` would infer them from five records.
-TAR_FIELDS = datasets.Features(
-    {ending: datasets.Image() for ending in IN_TAR}
-    | {"txt": datasets.Value("string"), "json": datasets.Json()}
-)
 BUILDERS = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
-    ".tar": ("webdataset", {"features": TAR_FIELDS}),
+    ".tar": ("webdataset", {}),
 }
-# What `datasets` looks for in a folder of images.
-METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
-IMAGES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif".split())
-CAPTIONS = (".txt", ".caption")
-IMAGE_COLUMNS = ["image", "file_name", "path", "image_path", *IN_TAR]
+IMAGE_COLUMNS = ["image", "file_name", "path", "image_path"]
 CAPTION_COLUMNS = "text txt caption".split()
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 SIZE_FILTERS = {"min_side": ">=", "max_side": "<=", "max_aspect_ratio": "<="}
 UNREADABLE = "--drop_unreadable"
 WRITTEN = "written"
 # What a source that is missing or broken leads to, in this program and its libraries.
-ERRORS = (OSError, ValueError, TypeError, tarfile.TarError, datasets.exceptions.DatasetsError)
+ERRORS = (OSError, ValueError, TypeError, ImportError, tarfile.TarError)
+ERRORS += (datasets.exceptions.DatasetsError,)
 NAMED = 5  # records that are named for each reason
 ROWS = 100  # in a row group of parquet, and so in memory
 
@@ -153,25 +148,47 @@ def parse_args(argv=None):
     return args
 
 
-def walk(folder):
-    """The files in a folder and its subfolders, sorted; hidden ones are passed over."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+def load_trainer():
+    """A trainer as a module: what it says of folders, tars and images holds here too."""
+    trainer = importlib.import_module("train_lcm_lora_sd15")
+    trainer.__file__ = __file__  # its error messages name this program
+    return trainer
 
 
-def read_folder(folder):
-    """Rows of the images in a folder, each with the caption file beside it."""
-    warned = False
-    for path in walk(folder):
-        if path.suffix.lower() not in IMAGES:
-            continue
-        if not warned and re.match(r"\d+_", path.parent.name):
+def read_folder(folder, args):
+    """Rows of the images in a folder, as a trainer lists them, and what it left out."""
+    trainer, column = load_trainer(), args.image_column or "image"
+    key = "file_name" if column == "image" else f"{column}_file_name"  # each row of metadata has it
+    rows, left = trainer.list_folder(folder, column, key, args.output)
+    fields = [json.loads(row["json"] or "{}") for row in rows]
+    names = dict.fromkeys(name for row in fields for name in row)
+    text = (args.caption_column or [name for name in CAPTION_COLUMNS if name in names] or ["text"])[
+        0
+    ]
+    image = column if key in names else "image"
+    bare = left.pop("images without a caption", [])
+    found = [
+        (row[column], row[trainer.CAPTION_FILE], own) for row, own in zip(rows, fields, strict=True)
+    ]
+    found = sorted(found + [(path, None, {}) for path in bare], key=lambda row: row[0])
+    for path, *_ in found:
+        if re.match(r"\d+_", Path(path).parent.name):
             ignored = "repeats in folder names are ignored, each image is written once"
-            print(f"{path.parent.name}: {ignored}", flush=True)
-            warned = True
-        captions = [path.with_suffix(end) for end in CAPTIONS if path.with_suffix(end).is_file()]
-        yield {"image": str(path), "text": captions[0].read_bytes() if captions else None}
+            print(f"{Path(path).parent.name}: {ignored}", flush=True)
+            break
+    lines = [
+        f"{len(some)} {what}: {', '.join(map(repr, some[:NAMED]))}"
+        for what, some in left.items()
+        if some
+    ]
+
+    def read():
+        """The rows, each caption file read when its turn comes."""
+        for path, file, own in found:
+            given = {text: Path(file).read_bytes()} if file else {}
+            yield dict.fromkeys([image, *names, text]) | given | own | {image: path}
+
+    return read() if found else None, lines
 
 
 @contextlib.contextmanager
@@ -186,30 +203,50 @@ def reading(source):
 
 
 def read_dataset(data, args):
-    """Rows of a streamed dataset, the fields of a shard's key.json among them; no list is None."""
+    """Rows of a streamed dataset; no list is None."""
     columns = (data.features or {}).items()
     lists = [name for name, feature in columns if isinstance(feature, datasets.List)]
     with reading(args.source):
         for row in data:
-            fields = row["json"] if isinstance(row.get("json"), dict) else {}
-            yield fields | row | {name: row[name] or [] for name in lists}
+            yield row | {name: row[name] or [] for name in lists}
+
+
+def read_tars(data, args):
+    """Rows of tar shards: what stands in a record's json, and its caption, whatever its ending."""
+    with reading(args.source):
+        for row in data:
+            try:
+                fields = json.loads(row["json"] or "{}")
+            except ValueError:  # the record then has no caption
+                fields = {}
+            fields = fields if isinstance(fields, dict) else {}
+            given = fields | {name: value for name, value in row.items() if value is not None}
+            texts = [given[name] for name in ("txt", "text", "caption") if name in given]
+            yield row | given | ({"text": texts[0]} if texts else {})
 
 
 def open_source(args):
-    """(Rows of the source with undecoded images, folder that their paths are relative to)."""
-    source = Path(args.source)
+    """(Rows of the source with undecoded images, folder their paths are relative to, left out)."""
+    trainer, source = load_trainer(), Path(args.source)
     source = source.resolve() if source.is_dir() else source.absolute()
-    found = {path.name if path.name in METADATA else path.suffix.lower() for path in walk(source)}
-    if found & IMAGES and not found & METADATA:
-        return read_folder(source), source
-    files = f"{source}/**/*.tar" if ".tar" in found else args.source
+    saved = (source / "dataset_info.json").exists()  # written by save_to_disk
+    files = glob.escape(args.source) if source.is_file() else args.source
+    with reading(args.source):
+        if source.is_dir() and not saved:
+            rows, left = read_folder(source, args)
+            if rows:
+                return rows, source, left
+            if any(path.lower().endswith(".tar") for path in trainer.walk(source, set())):
+                files = f"{glob.escape(str(source))}/**/*.tar"
     builder, options = BUILDERS.get(Path(files).suffix.lower(), (None, {}))
     options = options | {"split": args.split, "streaming": True}
+    tars = builder == "webdataset"
     with reading(args.source):
-        if (source / "dataset_info.json").exists():  # written by save_to_disk
+        if saved:
             data = datasets.load_from_disk(args.source).to_iterable_dataset()
-        elif found & METADATA:
-            data = datasets.load_dataset("imagefolder", data_dir=args.source, **options)
+        elif tars:
+            options["features"] = trainer.TAR_FIELDS
+            data = datasets.load_dataset(builder, data_files=files, **options)
         elif builder:
             data = datasets.load_dataset(builder, data_files=files, **options)
         else:
@@ -217,7 +254,8 @@ def open_source(args):
         for name, feature in (data.features or {}).items():
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(name, datasets.Image(decode=False))
-    return read_dataset(data, args), source if source.is_dir() else source.parent
+    rows = read_tars(data, args) if tars else read_dataset(data, args)
+    return rows, source if source.is_dir() else source.parent, []
 
 
 def choose_columns(row, args):
@@ -247,7 +285,8 @@ def read_captions(values, several, args):
         for text in value if several and isinstance(value, list) else [value]:
             try:
                 text = text.decode("utf-8-sig") if isinstance(text, bytes) else text or ""
-                texts += text.splitlines() if args.captions_per_line else [text.strip()]
+                # not by splitlines, which also cuts at U+2028 and the like
+                texts += re.split(r"\r?\n", text) if args.captions_per_line else [text.strip()]
             except (UnicodeDecodeError, AttributeError):
                 raise LeftOut("caption is not text") from None
     texts = [text.strip() for text in texts if text.strip()]
@@ -282,7 +321,7 @@ def check_image(data, args):
     try:
         image = Image.open(io.BytesIO(data))
         if args.drop_unreadable:
-            image.load()
+            load_trainer().to_rgb(image)
         short, long = sorted(image.size)
         sizes = {"min_side": short, "max_side": long, "max_aspect_ratio": long / short}
     except Exception:  # whatever a broken file leads Pillow to
@@ -379,7 +418,7 @@ def main(argv=None):
     args = parse_args(argv)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors come as one line of ours
-    rows, base = open_source(args)
+    rows, base, left = open_source(args)
     filters = [*args.score_filters, *args.size_filters, *[UNREADABLE] * args.drop_unreadable]
     counts, names = Counter(dict.fromkeys([WRITTEN, *filters], 0)), defaultdict(list)
     prefix, beside = f"{args.output.name}.", args.output.parent
@@ -406,7 +445,7 @@ def main(argv=None):
             args.output.rmdir()
         folder.rename(args.output)
     done = f"{written} of {total} records written to {args.output}, {args.to} files: {shards}"
-    print(done, *lines, sep="\n")
+    print(done, *lines, *left, sep="\n")
 
 
 if __name__ == "__main__":

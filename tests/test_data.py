@@ -11,8 +11,10 @@ import time
 import zlib
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import datasets
+import drift
 import numpy as np
 import pytest
 import torch
@@ -143,14 +145,18 @@ def sources(images, tmp_path_factory):
     datasets.load_dataset("imagefolder", data_dir=str(images), split="train").save_to_disk(
         folder / "saved"
     )
-    (folder / "zip").mkdir()
-    shutil.make_archive(str(folder / "zip" / "images"), "zip", images)
+    (folder / "kohya").mkdir()
+    shutil.copytree(images, folder / "kohya" / "10_things")
+    (folder / "kohya" / "10_things" / "metadata.jsonl").unlink()
+    for row in rows:
+        name = Path(row["file_name"]).with_suffix(".txt")
+        (folder / "kohya" / "10_things" / name).write_text(row["text"])
     shards = len(list((folder / "tar").iterdir()))
     assert shards > 2 and len(list((folder / "parquet").iterdir())) > 2
     return {
         "folder": {"train_data_dir": images},
         "metadata.csv": {"train_data_dir": folder / "csv"},
-        "zip file": {"train_data_dir": folder / "zip"},
+        "caption files": {"train_data_dir": folder / "kohya"},
         "parquet": {"dataset_name": folder / "parquet"},
         "saved": {"dataset_name": folder / "saved"},
         "folder of tars": {"train_shards_path_or_url": folder / "tar"},
@@ -213,7 +219,9 @@ def test_tars_of_the_wild(read, tmp_path):
     for streaming in (False, True):
         flags = {"train_batch_size": 13, "max_train_steps": 1, "streaming": streaming}
         batches = read(train_shards_path_or_url=tmp_path, **flags)
-        assert sorted(column(batches)) == ["", *"aaaaaabcdefg"] and batches[0]["unusable"] == []
+        assert {*column(batches)} == {*"abcdefg"}
+        (why,) = {*batches[0]["unusable"]}  # a label is no caption
+        assert why.startswith("some/12 ") and "no caption" in why and "a.tar" in why
 
 
 BROKEN = {
@@ -259,6 +267,342 @@ def test_a_broken_source_leaves_nothing_behind(train, tmp_path, streaming):
     with pytest.raises(SystemExit, match="unexpected end of data"):
         train(train_shards_path_or_url=folder, streaming=streaming, output_dir=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+# ---------------------------------------------------------------------------------- local folders
+
+
+def write_files(folder, files):
+    """A folder of {path in it: bytes or text}; an image's bytes are those of its number."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = tile(data) if isinstance(data, int) else data
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+def rows(**captions):
+    """metadata.jsonl of {stem of a .png: caption}."""
+    lines = [
+        json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in captions.items()
+    ]
+    return "\n".join(lines)
+
+
+def listed(sd15, folder, **flags):
+    """{caption: number of the tile} of what a run would train on, and unusable records."""
+    defaults = {"pretrained_teacher_model": "x", "resolution": 8, "train_data_dir": folder}
+    args = sd15.parse_args(command_line(defaults | {"max_train_steps": 1} | flags))
+    found, unusable = {}, []
+    for number, row in enumerate(sd15.load_records(args)):
+        try:
+            record = sd15.to_record(row, number, args)
+            image = sd15.open_image(record["image"])
+        except sd15.UnusableRecord as error:
+            unusable.append(str(error))
+            continue
+        found[" | ".join(record["captions"])] = image.getpixel((0, 0))[0]
+    return found, unusable
+
+
+FOLDERS = {
+    "a name with `train`": (
+        {
+            "steam train.png": 1,
+            "b.png": 2,
+            "metadata.jsonl": rows(**{"steam train": "t", "b": "b"}),
+        },
+        "b=2 t=1",
+    ),
+    "a folder train beside others": (
+        {
+            "train/a.png": 1,
+            "train/a.txt": "a",
+            "other/b.png": 2,
+            "other/b.txt": "b",
+            "test/c.png": 3,
+            "test/c.txt": "c",
+        },
+        "b=2 c=3 a=1",
+    ),
+    "glob signs": (
+        {"x[1]/a*.png": 1, "x[1]/a*.txt": "a", "{b,c}/?.png": 2, "{b,c}/?.txt": "b"},
+        "a=1 b=2",
+    ),
+    "other letters": (
+        {"-v/ä ö.png": 1, "-v/ä ö.txt": "a", "日本/本.png": 2, "日本/本.caption": "b"},
+        "a=1 b=2",
+    ),
+    "kohya": (
+        {
+            "10_cats/a.png": 1,
+            "10_cats/a.txt": "a",
+            "2_dogs/b.v2.png": 2,
+            "2_dogs/b.v2.caption": "b",
+        },
+        "a=1 b=2",
+    ),
+    "endings in any case": ({"a.PNG": 1, "a.TXT": "a", "b.JFIF": 2, "b.Caption": "b"}, "a=1 b=2"),
+    "metadata of a folder in it": (
+        {
+            "metadata.jsonl": rows(a="a"),
+            "a.png": 1,
+            "s/metadata.jsonl": rows(a="b"),
+            "s/a.png": 2,
+            "t/metadata.csv": "file_name,text\n./a.png,c\n",
+            "t/a.png": 3,
+        },
+        "a=1 b=2 c=3",
+    ),
+    "metadata naming a folder in it": (
+        {"metadata.jsonl": rows(**{"s/a": "a", "t/../t/b": "b"}), "s/a.png": 1, "t/b.png": 2},
+        "a=1 b=2",
+    ),
+    "metadata before a caption file": (
+        {"metadata.jsonl": rows(a="a"), "a.png": 1, "a.txt": "no", "b.png": 2, "b.txt": "b"},
+        "a=1 b=2",
+    ),
+    "metadata with a byte-order mark": (
+        {
+            "metadata.jsonl": "\ufeff" + rows(a="a") + "\r\n\r\n",
+            "a.png": 1,
+            "s/metadata.csv": "\ufefffile_name,text\r\nb.png,b\r\n",
+            "s/b.png": 2,
+        },
+        "a=1 b=2",
+    ),
+    "an image of any ending that metadata name": (
+        {"metadata.csv": "file_name,text\n0001,a\n", "0001": 1},
+        "a=1",
+    ),
+    "several captions": (
+        {"metadata.jsonl": json.dumps({"file_name": "a.png", "text": ["a", "b"]}), "a.png": 1},
+        "a | b=1",
+    ),
+    "lines of one caption": ({"a.png": 1, "a.txt": "a,\nb\u2028c\n"}, "a,\nb\u2028c=1"),
+    "an empty caption": ({"a.png": 1, "a.txt": "", "b.png": 2, "b.txt": "b"}, "=1 b=2"),
+    "hidden files": (
+        {
+            "a.png": 1,
+            "a.txt": "a",
+            "._a.png": b"fork",
+            "._a.txt": "no",
+            ".ipynb_checkpoints/a-checkpoint.png": 9,
+            ".ipynb_checkpoints/a-checkpoint.txt": "no",
+            "__MACOSX/._a.png": b"fork",
+            "__MACOSX/._a.txt": "no",
+        },
+        "a=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_is_what_it_holds(sd15, tmp_path, case, streaming, capsys):
+    """Captions from metadata or beside the images, whatever the names."""
+    files, expected = FOLDERS[case]
+    folder = write_files(tmp_path / "pics[1]", files)
+    write_files(tmp_path / "pics1", {"n.png": 99, "n.txt": "neighbour"})
+    found, unusable = listed(sd15, folder, streaming=streaming)
+    words = [f"{caption}={number}" for caption, number in found.items()]
+    assert (" ".join(words), unusable) == (expected, [])
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_two_images_of_one_name_share_their_caption(sd15, tmp_path):
+    files = {"a.jpg": tile(1, "JPEG"), "a.png": 2, "a.txt": "a"}
+    args = [
+        "--pretrained_teacher_model",
+        "x",
+        "--train_data_dir",
+        str(write_files(tmp_path, files)),
+    ]
+    assert len(sd15.load_records(sd15.parse_args(args))) == 2
+
+
+def test_two_rows_of_one_image_are_two_records(sd15, tmp_path):
+    lines = rows(a="a") + "\n" + rows(a="b")
+    found, _ = listed(sd15, write_files(tmp_path, {"a.png": 1, "metadata.jsonl": lines}))
+    assert found == {"a": 1, "b": 1}
+
+
+def test_links_are_followed_and_loops_end(sd15, tmp_path):
+    """A linked image, a linked folder, a folder that links to those above it and to another."""
+    write_files(tmp_path / "far", {"c.png": 3, "c.txt": "c", "d/d.png": 4, "d/d.txt": "d"})
+    folder = write_files(
+        tmp_path / "data", {"a.png": 1, "a.txt": "a", "x/e.png": 5, "x/e.txt": "e"}
+    )
+    for i in range(1, 9):  # by names alone 2 to the 40th power of folders
+        (folder / f"loop{i}").symlink_to(folder)
+    (folder / "x" / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "d" / "back").symlink_to(folder / "x")
+    (tmp_path / "b.png").write_bytes(tile(2))
+    (folder / "b.png").symlink_to(tmp_path / "b.png")
+    (folder / "b.txt").write_text("b")
+    start = time.perf_counter()
+    found, unusable = listed(sd15, folder)
+    assert found == {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5} and not unusable
+    assert time.perf_counter() - start < 20
+
+
+def test_what_is_left_out_is_counted_and_named(sd15, tmp_path, capsys):
+    """Images without a caption, rows without an image, formats that Pillow does not know."""
+    table = rows(a="a", gone="b") + '\n{"text": "no name"}\n' + '{"file_name": "d.png", "words": 1}'
+    files = {"metadata.jsonl": table, "a.png": 1, "c.png": 3, "d.png": 4, "e.png": 5, "e.txt": "e"}
+    files |= {"f.heic": b"", "g.jxl": b"", "old.tar": b"", "notes.txt": "to do"}
+    found, unusable = listed(sd15, write_files(tmp_path, files))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert (found, unusable) == ({"a": 1, "e": 5}, [])
+    for words in ("2 images without a caption", "c.png", "2 rows of metadata", "gone.png"):
+        assert words in line
+    assert "4 other files" in line and "f.heic" in line
+
+
+def test_the_order_is_that_of_the_names(sd15, tmp_path, monkeypatch):
+    """Not that in which the file system lists them."""
+    files = {f"{name}{end}": data for name in "badc" for end, data in ((".png", 1), (".txt", name))}
+    folder, scandir = write_files(tmp_path, files), sd15.os.scandir
+    for last in "ad":
+        key = {"key": lambda entry: entry.name, "reverse": last == "a"}
+        monkeypatch.setattr(sd15.os, "scandir", lambda path, key=key: sorted(scandir(path), **key))
+        assert [*listed(sd15, folder)[0]] == [*"abcd"]
+
+
+def test_captions_in_other_encodings_are_unusable_records(sd15, tmp_path):
+    """A byte-order mark of UTF-8 is none of the caption's letters; UTF-16 and Latin-1 are named."""
+    files = {f"{name}.png": i for i, name in enumerate("abcd", 1)}
+    files |= {"a.txt": b"\xef\xbb\xbfa", "b.txt": "b".encode("utf-16"), "c.txt": b"caf\xe9"}
+    found, unusable = listed(sd15, write_files(tmp_path, files | {"d.txt": "d\r\n"}))
+    assert found == {"a": 1, "d": 4}
+    assert [("b.png" in why, "c.png" in why) for why in unusable] == [(True, False), (False, True)]
+
+
+NO_FOLDER = {
+    "no captions": ({"a.png": 1}, "--train_data_dir .*1 images without a caption"),
+    "no images": ({"a.heic": b""}, "--train_data_dir .*1 other files .*a.heic"),
+    "nothing": ({}, "--train_data_dir"),
+    "parquet": ({"a.parquet": b""}, "--train_data_dir .*a.parquet.* parquet.* --dataset_name"),
+    "tars": ({"a.tar": b""}, "--train_data_dir .*a.tar.* tars to --train_shards_path_or_url"),
+    "broken metadata": (
+        {"a.png": 1, "s/metadata.jsonl": '{"file_name'},
+        r"s/metadata.jsonl: cannot",
+    ),
+    "a list as metadata": ({"a.png": 1, "metadata.jsonl": "[1, 2]"}, r"metadata.jsonl: cannot"),
+    "metadata in UTF-16": (
+        {"a.png": 1, "metadata.csv": "a,b".encode("utf-16")},
+        "metadata.csv: cannot",
+    ),
+    "semicolons": ({"a.png": 1, "metadata.csv": "file_name;text\na.png;a"}, "file_name;text"),
+}
+
+
+@pytest.mark.parametrize("case", NO_FOLDER)
+def test_folders_that_are_no_data(sd15, tmp_path, case):
+    files, message = NO_FOLDER[case]
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit, match=message) as ended:
+        listed(sd15, write_files(tmp_path / "data", files))
+    assert "\n" not in ended.value.code
+
+
+def test_a_source_is_what_its_flag_says(sd15, tmp_path):
+    """A tar beside what was unpacked from it; a folder of images is no --dataset_name."""
+    folder = write_files(tmp_path / "data", {f"{i}.png": i for i in range(6)})
+    write_files(folder, {f"{i}.txt": f"n{i}" for i in range(6)})
+    write_tar(folder / "all.tar", [("0.png", tile(0)), ("1.png", tile(1))])
+    assert listed(sd15, folder)[0] == {f"n{i}": i for i in range(6)}
+    with pytest.raises(SystemExit, match="--dataset_name .*images belong to --train_data_dir"):
+        listed(sd15, None, dataset_name=folder)
+    named = write_parquet(tmp_path / "pics[1]", [tile(1)], ["one"])
+    write_parquet(tmp_path / "pics1", [tile(2)], ["neighbour"])
+    with pytest.raises(SystemExit, match=r"--dataset_name .*pics\[1\].*rename"):
+        listed(sd15, None, dataset_name=named)
+
+
+def test_the_images_of_another_column(sd15, tmp_path):
+    """--image_column and --caption_column of metadata."""
+    row = {"input_file_name": "a.png", "file_name": "b.png", "words": "w", "text": "t"}
+    files = {"a.png": 1, "b.png": 2, "metadata.jsonl": json.dumps(row)}
+    folder = write_files(tmp_path, files)
+    flags = {"image_column": "input", "caption_column": "words"}
+    assert listed(sd15, folder)[0] == {"t": 2} and listed(sd15, folder, **flags)[0] == {"w": 1}
+    assert listed(sd15, folder, max_train_samples=1)[0] == {"t": 2}
+
+
+def test_a_run_inside_its_data(train, tmp_path, capsys):
+    """--output_dir in --train_data_dir: a resumed run has the data of the first."""
+    files = {f"{i}.png": 60 * i for i in range(4)} | {f"{i}.txt": f"n{i}" for i in range(4)}
+    folder = write_files(tmp_path / "data", files)
+    flags = {"train_data_dir": folder, "output_dir": folder / "run", "checkpointing_steps": 1}
+    flags |= {"validation_prompts": ["a"], "validation_steps": 1}
+    train(**flags, max_train_steps=1)
+    out = train(**flags, max_train_steps=2, resume_from_checkpoint="latest")
+    said = capsys.readouterr().out
+    assert len(series(out)) == 2 and (out / "validation" / "step-000001.png").exists()
+    assert "data: 4 images" in said and "left out" not in said
+
+
+def test_a_first_run_from_images_and_caption_files(train, tmp_path, capsys):
+    """Forty images, each with a .txt, as they are: no program before the trainer."""
+    files = {f"{i:02}.png": 6 * i for i in range(40)} | {f"{i:02}.txt": f"n{i}" for i in range(40)}
+    out = train(train_data_dir=write_files(tmp_path / "mine", files), max_train_steps=2)
+    assert len(series(out)) == 2 and "data: 40 images" in capsys.readouterr().out
+
+
+def test_tables_of_urls_name_the_way(sd15, tmp_path):
+    """A column of texts where images should be."""
+    table = datasets.Dataset.from_dict({"image": ["https://a/b.png"], "text": ["a"]})
+    table.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SystemExit, match="--image_column image.*string.*prepare_data.py"):
+        listed(sd15, None, dataset_name=tmp_path)
+
+
+TARS = {
+    "capitals": ("a.JPG=1 a.TXT=a b.Png=2 b.txt=b", "a=1 b=2"),
+    "dots": ("i.0001.png=1 i.0001.txt=a i.0002.png=2 i.0002.txt=b", "a=1 b=2"),
+    "masks beside": ("1.jpg=1 1.mask.png=9 1.txt=a 2.jpg=2 2.mask.png=9 2.txt=b", "a=1 b=2"),
+    "masks before and behind": (
+        "1.a.png=9 1.png=1 1.txt=a 1.z.png=9 1.z2.png=9 2.png=2 2.txt=b",
+        "a=1 b=2",
+    ),
+    "a copy": ("1.1.png=1 1.1.txt=a 1.png=2 1.txt=b", "a=1 b=2"),
+    "other formats": ("a.bmp=1 a.txt=a b.tiff=2 b.caption=b", "a=1 b=2"),
+    "folders with dots": ("v1.0/a.png=1 v1.0/a.txt=a v1.1/a.png=2 v1.1/a.txt=b", "a=1 b=2"),
+    "a README": ("README.md=x a.png=1 a.txt=a", "a=1"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", TARS)
+def test_records_of_tars(sd15, tmp_path, case, streaming):
+    """A record is what differs in the last ending only."""
+    (tmp_path / "x[1]").mkdir()
+    files = [word.split("=") for word in TARS[case][0].split()]
+    files = [(name, tile(int(text)) if text.isdigit() else text.encode()) for name, text in files]
+    write_tar(tmp_path / "x[1]" / "a{1}.tar", files)
+    for source in (tmp_path / "x[1]", tmp_path / "x[1]" / "a{1}.tar"):
+        flags = {"train_shards_path_or_url": source, "streaming": streaming}
+        found, unusable = listed(sd15, None, **flags)
+        words = [f"{caption}={number}" for caption, number in found.items()]
+        assert (" ".join(words), unusable) == (TARS[case][1], [])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("first", ["png", "txt"])
+def test_tars_with_captions_behind_all_images(read, tmp_path, first, streaming):
+    """They do not train with empty captions: one line names the tar."""
+    files = [
+        (f"{i:02}.{end}", tile(i) if end == "png" else b"a")
+        for end in ("png", "txt")
+        for i in range(30)
+    ]
+    files.sort(key=lambda file: not file[0].endswith(first))
+    write_tar(tmp_path / "a.tar", files)
+    message = "no caption stands beside it in .*a.tar" if first == "png" else "a.tar|no image"
+    with pytest.raises(SystemExit, match=f"not one record .*{message}"):
+        read(train_shards_path_or_url=tmp_path, streaming=streaming)
 
 
 # ---------------------------------------------------------------------------------- map-style order
@@ -357,7 +701,7 @@ def broken_folder(tmp_path_factory):
 def test_unusual_images_are_what_a_person_expects(read, broken_folder, streaming):
     """Converted, the first of an animation, upright, on white; unusable ones are named."""
     batches = read(
-        train_data_dir=broken_folder, streaming=streaming, train_batch_size=15, max_train_steps=1
+        train_data_dir=broken_folder, streaming=streaming, train_batch_size=14, max_train_steps=1
     )
     seen = dict(zip(column(batches), column(batches, "pixels"), strict=True))
     assert seen.keys() == {"good.png", *gallery()}
@@ -366,16 +710,127 @@ def test_unusual_images_are_what_a_person_expects(read, broken_folder, streaming
         for side, colour in ((0, left), (7, right)):
             assert (image[:, :, side] - torch.tensor(colour)[:, None]).abs().max() <= 3, name
     unusable = sorted(set(column(batches, "unusable")))
-    assert len(unusable) == 5 and all(
-        name in why for name, why in zip(sorted([*UNUSABLE, "missing.png"]), unusable, strict=True)
+    assert len(unusable) == 4 and all(
+        name in why for name, why in zip(sorted(UNUSABLE), unusable, strict=True)
     )
+
+
+def deep(dtype, top, mode=None):
+    """A grey image whose left half is 0.25 of `top`, the right one 0.75, as a TIFF file."""
+    tones = np.full((8, 8), 0.75 * top, dtype)
+    tones[:, :4] = 0.25 * top
+    image = Image.fromarray(tones)
+    return encoded(image if mode is None else image.convert(mode), "TIFF")
+
+
+def with_alpha(mode):
+    """Red, opaque left and transparent right, in a mode with alpha."""
+    image = Image.new("RGBA", (8, 8), (*RED, 255))
+    image.paste((*BLUE, 0), (4, 0, 8, 8))
+    return image.convert(mode)
+
+
+def tags(image, kind, data):
+    """A file whose EXIF data are these bytes."""
+    return encoded(image, kind, exif=b"Exif\0\0" + data)
+
+
+def two_halves(mode):
+    """Red left, blue right, in a mode."""
+    image = Image.new("RGB", (8, 8), BLUE)
+    image.paste(RED, (0, 0, 4, 8))
+    return image.convert(mode)
+
+
+def as_viewed():
+    """{what: (file, colours left and right as a viewer shows them)}."""
+    greys, half = ((64,) * 3, (191,) * 3), two_halves("RGB")
+    turned = half.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    broken = exif.tobytes()[6:] + b"\xff" * 9
+    see_through = Image.new("1", (8, 8), 0)
+    see_through.paste(1, (4, 0, 8, 8))
+    lab = Image.new("LAB", (8, 8), (64, 0, 0))
+    lab.paste((191, 0, 0), (4, 0, 8, 8))
+    above = np.full((8, 8), 0.75, np.float32)
+    above[:, :4], above[0, 0], above[1, 0] = 0.25, 1.3, np.nan
+    return {
+        "float of 0 to 1": (deep(np.float32, 1), *greys),
+        "float of 0 to 255": (deep(np.float32, 255), *greys),
+        "float of 0 to 65535": (deep(np.float32, 65535), *greys),
+        "float a little above 1": (encoded(Image.fromarray(above), "TIFF"), *greys),
+        "32 bits of 8": (deep(np.int32, 255), *greys),
+        "32 bits of 16": (deep(np.int32, 65535), *greys),
+        "32 bits": (deep(np.int32, 2.0**31 - 1), (32,) * 3, (96,) * 3),
+        "16 bits": (deep(np.uint16, 65535), *greys),
+        "16 bits, dark": (deep(np.uint16, 1024), (1,) * 3, (3,) * 3),
+        "16 bits, big-endian": (deep(">u2", 65535), *greys),
+        "16 bits in PNG": (encoded(Image.open(io.BytesIO(deep(np.uint16, 65535)))), *greys),
+        "8 bits": (deep(np.uint8, 255), *greys),
+        "float in PFM": (encoded(Image.open(io.BytesIO(deep(np.float32, 1))), "PPM"), *greys),
+        "1 bit": (encoded(see_through, "TIFF"), (0,) * 3, WHITE),
+        "1 bit with a transparent tone": (encoded(see_through, transparency=0), WHITE, WHITE),
+        "palette": (encoded(half.quantize(4)), RED, BLUE),
+        "palette with alpha": (encoded(with_alpha("RGBA").quantize(4)), RED, WHITE),
+        "PA": (encoded(with_alpha("PA"), "TIFF"), RED, WHITE),
+        "LA": (encoded(with_alpha("LA")), (76,) * 3, WHITE),
+        "RGBA": (encoded(with_alpha("RGBA"), "WEBP", lossless=True), RED, WHITE),
+        "CMYK": (encoded(two_halves("CMYK"), "TIFF"), RED, BLUE),
+        "YCbCr": (encoded(two_halves("YCbCr"), "TIFF"), RED, BLUE),
+        "LAB": (encoded(lab, "TIFF"), (60,) * 3, (183,) * 3),
+        "turned": (encoded(turned, "JPEG", exif=exif, quality=98, subsampling=0), RED, BLUE),
+        "turned TIFF": (encoded(turned, "TIFF", exif=exif), RED, BLUE),
+        "turned, other tags broken": (tags(turned, "PNG", broken), RED, BLUE),
+        "broken EXIF": (tags(half, "PNG", b"no EXIF data at all"), RED, BLUE),
+        "cut EXIF": (tags(half, "WEBP", b"II*\0\xff\xff"), RED, BLUE),
+        "animated": (
+            encoded(half, "GIF", save_all=True, append_images=[two_halves("L")]),
+            RED,
+            BLUE,
+        ),
+    }
+
+
+@pytest.mark.parametrize("program", ["sd15", "infer"])
+@pytest.mark.parametrize("case", as_viewed())
+def test_images_are_what_a_viewer_shows(request, tmp_path, program, case):
+    """Every mode that Pillow opens, the same way in trainers and infer.py."""
+    data, left, right = as_viewed()[case]
+    (tmp_path / "a").write_bytes(data)
+    if program == "infer":
+        image = load_script("infer.py").read_image("image", tmp_path / "a")
+    else:
+        image = request.getfixturevalue(program).open_image({"bytes": data, "path": None})
+    assert image.mode == "RGB" and image.size == (8, 8)
+    for x, colour in ((2, left), (6, right)):
+        assert np.abs(np.subtract(image.getpixel((x, 4)), colour)).max() <= 4, (x, colour)
+
+
+@pytest.mark.parametrize("mode", ["HSV", "La", "RGBa", "RGBX", "I;16", "I;16L", "I;16B", "F", "I"])
+def test_images_of_modes_in_memory(sd15, mode):
+    """Those that few files or none have."""
+    grey = Image.new("L", (8, 8), 100)
+    through = {"La": "LA", "RGBa": "RGBA", "HSV": "RGB", "RGBX": "RGB"}
+    tones = grey.convert(through.get(mode, "I" if mode.startswith("I;") else "L")).convert(mode)
+    expected = round(100 / 257) if mode.startswith("I;") else 100
+    pixel = sd15.to_rgb(tones).getpixel((4, 4))
+    assert max(abs(value - expected) for value in pixel) <= 1
+
+
+def test_infer_opens_images_as_the_trainers_do():
+    """The same definition, byte for byte."""
+    names = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py", "infer.py")
+    texts = {drift.definitions((ROOT / name).read_text())["to_rgb"] for name in names}
+    assert len(texts) == 1
 
 
 def test_unusable_records_in_parquet_and_tars(read, tmp_path, monkeypatch):
     """The same where images are bytes; files of their names where one works are ignored."""
     images = {"good.png": tile(7)} | UNUSABLE
     (tmp_path / "tar").mkdir()
-    write_tar(tmp_path / "tar" / "0.tar", images.items())
+    captions = [(f"{Path(name).stem}.txt", b"a") for name in images]
+    write_tar(tmp_path / "tar" / "0.tar", sorted([*images.items(), *captions]))
     write_parquet(tmp_path / "parquet", images.values(), [*images], names=images)
     for name in images:
         (tmp_path / name).write_bytes(tile(9))
@@ -405,7 +860,7 @@ def test_a_wide_strip_needs_no_gigabytes(read, tmp_path):
 
 
 def test_captions_of_all_kinds(read, tmp_path):
-    """Missing and empty: the empty one; numbers, broken JSON, what is not UTF-8: unusable."""
+    """Empty: the empty one; missing, numbers, broken JSON, what is not UTF-8: unusable."""
     texts = {
         "good": ("txt", b"good"),
         "missing": ("cls", b"1"),
@@ -435,9 +890,11 @@ def test_captions_of_all_kinds(read, tmp_path):
         used = {}
         for caption, number in zip(column(batches), reds(batches), strict=True):
             used.setdefault([*texts][number], set()).add(caption)
-        assert used == {"good": {"good"}, "missing": {""}, "empty": {""}, "null": {""}}
-        unusable = sorted({why.split(" ")[0].split("_")[1] for why in column(batches, "unusable")})
-        assert unusable == ["broken", "half", "latin", "number", "numbers", "other"]
+        assert used == {"good": {"good"}, "empty": {""}, "null": {""}}
+        why = {line.split(" ")[0].split("_")[1]: line for line in column(batches, "unusable")}
+        assert sorted(why) == ["broken", "half", "latin", "missing", "number", "numbers", "other"]
+        assert "no caption" in why["missing"]
+        assert "--caption_column text" in why["other"] and "words" in why["other"]
 
 
 def test_texts_of_a_table_that_are_not_utf8(read, tmp_path):
@@ -459,10 +916,13 @@ def test_texts_of_a_table_that_are_not_utf8(read, tmp_path):
         read(dataset_name=tmp_path, streaming=True)
 
 
-def test_a_streamed_table_of_unknown_columns(read, tmp_path):
+def test_a_streamed_table_of_unknown_columns(read, tmp_path, monkeypatch):
+    """Such as a hub dataset of csv files."""
     (tmp_path / "a.csv").write_text("image,text\n0.png,a\n")
+    data = datasets.load_dataset(str(tmp_path), split="train", streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
     with pytest.raises(SystemExit, match="error: --dataset_name .*--no-streaming"):
-        read(dataset_name=tmp_path, streaming=True)
+        read(dataset_name="a/b", streaming=True)
 
 
 def test_captions_of_numbers_in_metadata(read, tmp_path):

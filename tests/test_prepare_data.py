@@ -1,5 +1,6 @@
 """scripts/prepare_data.py: each kind of source, filter and shard, and its messages on bad input."""
 
+import importlib.util
 import io
 import json
 import tarfile
@@ -8,7 +9,8 @@ import tracemalloc
 import datasets
 import pytest
 from conftest import command_line, load_script, write_tar
-from PIL import Image
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from PIL import Image, ImageFile
 from pyarrow.parquet import read_table
 
 RED, BLUE, GREEN = ((255, 0, 0), (0, 0, 255), (0, 255, 0))
@@ -360,7 +362,7 @@ def test_filter_by_score(prepare, trained, tmp_path, kind, conditions, kept):
     )
 
 
-def test_nothing_is_decoded_without_need(prepare, sizes, monkeypatch):
+def test_nothing_is_decoded_without_need(program, prepare, sizes, monkeypatch):
     """No filter opens no image; a filter of sizes reads headers only; --drop_unreadable decodes."""
 
     def forbidden(*_):
@@ -372,10 +374,14 @@ def test_nothing_is_decoded_without_need(prepare, sizes, monkeypatch):
         assert "5 of 6" in prepare.said
         patch.setattr("PIL.Image.open", forbidden)
         prepare(sizes, output=sizes / "none", to="tar")
-    loaded = []
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda one: loaded.append(one.size))
+    loaded, load = set(), ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda one: loaded.add(id(one)) or load(one))
+    kept = []  # images, so that no two have one id
+    trainer = program.load_trainer()
+    to_rgb = trainer.to_rgb
+    monkeypatch.setattr(trainer, "to_rgb", lambda one: kept.append(one) or to_rgb(one))
     prepare(sizes, drop_unreadable=True, output=sizes / "all")
-    assert len(loaded) == 5
+    assert len(kept) == 5 and {id(one) for one in kept} <= loaded
 
 
 # ---- shards
@@ -383,11 +389,18 @@ def test_nothing_is_decoded_without_need(prepare, sizes, monkeypatch):
 
 def read_tars(folder):
     """Rows of a folder of tar shards as `datasets` reads them, images undecoded."""
-    data = datasets.load_dataset("webdataset", data_dir=str(folder), split="train", streaming=True)
-    for name, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
-    return list(data)
+    spec = importlib.util.find_spec(WebDataset.__module__)
+    spec.loader.exec_module(untouched := importlib.util.module_from_spec(spec))
+    with pytest.MonkeyPatch.context() as patch:  # the trainers have their own
+        own = vars(untouched.WebDataset)["_get_pipeline_from_tar"]
+        patch.setattr(WebDataset, "_get_pipeline_from_tar", own)
+        data = datasets.load_dataset(
+            "webdataset", data_dir=str(folder), split="train", streaming=True
+        )
+        for name, feature in data.features.items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(name, datasets.Image(decode=False))
+        return list(data)
 
 
 @pytest.mark.parametrize("first,ending", [("PNG", "png"), ("JPEG", "jpeg"), ("GIF", "jpg")])
@@ -403,7 +416,7 @@ def test_tar_shards(prepare, trained, tmp_path, first, ending):
     expected = [(data, f"number {i}") for i, data in enumerate(images)]
     out = prepare(tmp_path / "mine", to="tar")
     assert [(row[ending]["bytes"], row["txt"]) for row in read_tars(out)] == expected
-    assert trained(out, image_column=ending, caption_column="txt") == expected
+    assert trained(None, train_shards_path_or_url=out) == expected
     with tarfile.open(out / "train-00000.tar") as tar:
         assert tar.getnames()[:2] == [f"train-00000-000000.{ending}", "train-00000-000000.txt"]
 
@@ -415,15 +428,16 @@ def test_shards(prepare, trained, tmp_path, to):
     for i in range(12):
         write(source / f"{i:02}.png", image((20, 10 + i)) + bytes(1000))
         write(source / f"{i:02}.txt", f"number {i}")
-    columns = {} if to == "parquet" else {"image_column": "png", "caption_column": "txt"}
+    flag = "dataset_name" if to == "parquet" else "train_shards_path_or_url"
     one, many, again = (
         prepare(source, to=to, shard_mb=mb, output=tmp_path / str(i))
         for i, mb in enumerate((500, 0.004, 0.004))
     )
     assert f"{to} files: {len(list(many.iterdir()))}\n" in prepare.said
     assert len(list(one.iterdir())) == 1 and 3 <= len(list(many.iterdir())) <= 5
-    assert trained(many, **columns) == trained(one, **columns)
-    assert [caption for _, caption in trained(one, **columns)] == [f"number {i}" for i in range(12)]
+    rows = trained(None, **{flag: one})
+    assert trained(None, **{flag: many}) == rows
+    assert [caption for _, caption in rows] == [f"number {i}" for i in range(12)]
     files = sorted(path.name for path in many.iterdir())
     assert [(again / name).read_bytes() for name in files] == [
         (many / name).read_bytes() for name in files
@@ -542,3 +556,40 @@ def test_interrupted(program, sizes, tmp_path, monkeypatch):
                 [str(sizes), "--output", str(tmp_path / "out"), "--to", to, "--shard_mb", "0.001"]
             )
         assert [path.name for path in tmp_path.iterdir()] == ["sizes"]
+
+
+def test_what_a_folder_holds_is_written_or_counted(prepare, trained, tmp_path):
+    """Links are followed; another folder's metadata do not hide images; other formats are named."""
+    source, red, blue = tmp_path / "mine", image(), image(colour=BLUE)
+    write(tmp_path / "elsewhere" / "c.png", blue)
+    write(tmp_path / "elsewhere" / "c.txt", "linked")
+    write(source / "a" / "a.png", red)
+    write(source / "a" / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "a row"}))
+    write(source / "b" / "b.JPG", image(kind="JPEG"))
+    write(source / "b" / "b.txt", "beside")
+    write(source / "b" / "none.png", red)
+    for name in ("d.heic", "e.jxl"):
+        write(source / name, b"no format of Pillow")
+    (source / "c").symlink_to(tmp_path / "elsewhere")
+    out = prepare(source)
+    captions = [caption for _, caption in trained(out)]
+    assert captions == ["a row", "beside", "linked"]
+    assert "1 left out: no caption (--prompt gives one): b/none.png\n" in prepare.said
+    assert "2 other files" in prepare.said and "d.heic" in prepare.said and "e.jxl" in prepare.said
+
+
+def test_captions_are_cut_at_line_breaks_only(prepare, tmp_path):
+    """Not at U+2028, U+0085 or a form feed."""
+    write(tmp_path / "mine" / "a.png", image())
+    write(tmp_path / "mine" / "a.txt", "one\u2028still one\r\ntwo\x85two\ftwo\nthree\n")
+    captions = captions_of(prepare(tmp_path / "mine", captions_per_line=True))
+    assert captions == [["one\u2028still one", "two\x85two\ftwo", "three"]]
+
+
+def test_tar_records_as_the_trainers_read_them(prepare, trained, tmp_path):
+    """Capitals, names with dots, and other images beside."""
+    red, blue = image(), image(colour=BLUE)
+    files = [("a.0001.JPG", red), ("a.0001.txt", b"one"), ("a.0002.JPG", blue)]
+    files += [("a.0002.mask.png", red), ("a.0002.txt", b"two")]
+    write_tar(tmp_path / "x[1].tar", files)
+    assert trained(prepare(tmp_path / "x[1].tar")) == [(red, "one"), (blue, "two")]
