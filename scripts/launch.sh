@@ -68,7 +68,7 @@ print(cuda.get_device_properties(0).total_memory // 10**9 if cuda.is_available()
 # that is not larger than ours, or than CARD; `precision` to fp16 on a GPU, to nothing without one.
 card() {
   local name size=$1 where="no GPU found" # a CPU takes the batch of the first card
-  : "${CARD:=$(gpu_memory)}"
+  CARD=${CARD:-$(gpu_memory)}
   for name in CARD BATCH_SIZE ACCUMULATION; do
     if [[ ! ${!name:-1} =~ ^(0|[1-9][0-9]*)$ ]]; then
       echo "$name=${!name}: give a whole number, as CARD the GPU's memory in GB" >&2

@@ -9,8 +9,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 : "${DATA:?give DATA=folder of images with captions, or a dataset\'s name}"
-model=${MODEL:-stabilityai/stable-diffusion-xl-base-1.0}
-output=${OUTPUT:-outputs/lcm-lora-${family:=sdxl}-$(model_name "$model")}
+family=${family:-sdxl} model=${MODEL:-stabilityai/stable-diffusion-xl-base-1.0}
+output=${OUTPUT:-outputs/lcm-lora-$family-$(model_name "$model")}
 vae=${VAE-madebyollin/sdxl-vae-fp16-fix}
 GC=--gradient_checkpointing
 if [ "$family" = ssd1b ]; then
