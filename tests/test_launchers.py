@@ -34,7 +34,8 @@ def printed(name, *words, cwd=ROOT, **environment):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout)
-    assert command[0] == "python"  # not a launcher, which dies of Ctrl-C before the trainer has saved
+    # `accelerate launch` would die of Ctrl-C before the trainer has saved
+    assert command[0] == "python"
     program = command[1].removeprefix(f"{ROOT}/")
     return program, load_script(program).parse_args(command[2:]), done.stderr
 
@@ -185,7 +186,9 @@ def fake_python(tmp_path):
     return fake
 
 
-@pytest.mark.parametrize("gb,batch", [(0, 6), (5, 6), (8, 6), (12, 4), (15, 4), (25, 12), (141, 12)])
+@pytest.mark.parametrize(
+    "gb,batch", [(0, 6), (5, 6), (8, 6), (12, 4), (15, 4), (25, 12), (141, 12)]
+)
 def test_the_card_is_asked(fake_python, gb, batch):
     """It decides batch and precision; without a GPU no precision is forced."""
     _, args, line = printed("train_sd15.sh", CARD="", PATH=fake_python(f"echo {gb}"))
@@ -216,7 +219,10 @@ def test_without_pytorch(fake_python, tmp_path):
 def test_what_accelerate_finds_in_the_environment_is_void(fake_python):
     """The trainer gets what the launcher printed, and its exit code is the launcher's."""
     path = fake_python("env; exit 9")
-    set_there = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    set_there = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
     done = run("bash", ROOT / "scripts/train_sd15.sh", CARD="8", DATA="x", PATH=path, **set_there)
     assert done.returncode == 9 and "ACCELERATE" not in done.stdout and "PATH=" in done.stdout
 
