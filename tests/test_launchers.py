@@ -430,7 +430,7 @@ WHERE = "import sys; print(sys.prefix, sys.version_info >= (3, 11))"
 
 @pytest.fixture
 def environment(tmp_path):
-    """environment(python3=shell text, ...) -> that of sourcing environment.sh where only they are."""
+    """environment(python3=shell text, ...): environment.sh where only these Pythons are."""
     folder, bin_ = tmp_path / "a project", tmp_path / "bin"
     folder.mkdir()
     bin_.mkdir()
