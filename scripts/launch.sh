@@ -35,7 +35,7 @@ crop() {
   grep -q '"random_flip": false' "$stamp" || echo --random_flip
 }
 # Whether a folder has a file with such a name, at any depth; small and capital letters alike.
-holds() { find -L "$1" -type f 2>/dev/null | grep -Eiqx -m1 -- "$2"; }
+holds() { [ -n "$(find -L "$1" -type f 2>/dev/null | grep -Eix -m1 -- "$2")" ]; }
 
 # MODEL as a part of a folder's name that no other model has: a hub id as the hub's cache writes it,
 # of a path the last name and a checksum of the whole.
@@ -56,6 +56,8 @@ model_name() {
 # The memory of the first GPU in units of 10^9 bytes; 0 without one.
 gpu_memory() {
   python -c '
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback
 try:
     import torch
 except ImportError:

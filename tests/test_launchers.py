@@ -127,6 +127,13 @@ def test_a_folder_is_given_by_its_flag(tmp_path, flag, files):
     assert given.count(None) == 2
 
 
+def test_a_folder_of_many_images(tmp_path):
+    """More names than a pipe holds, the first of which decides."""
+    for number in range(3000):
+        (tmp_path / f"{number:040}.png").touch()
+    assert printed("train_sd15.sh", DATA=str(tmp_path))[1].train_data_dir == str(tmp_path)
+
+
 @pytest.mark.parametrize("name,flag", [
     ("someone/images", "dataset_name"),
     ("shards/{000..009}.tar", "train_shards_path_or_url"),
@@ -205,6 +212,21 @@ def test_no_gpu_is_seen_here():
     for name in ("CARD", "BATCH_SIZE", "ACCUMULATION"):
         done = run("bash", ROOT / "scripts/train_sd15.sh", DATA="x", **{"CARD": "8", name: "8GB"})
         assert done.returncode == 1 and done.stderr.startswith(f"{name}=8GB: "), done.stderr
+
+
+def test_ctrl_c_while_the_card_is_asked(fake_python, tmp_path):
+    """The launcher ends without a word."""
+    (tmp_path / "torch.py").write_text("import time\nopen('here', 'w')\ntime.sleep(60)")
+    env = {"DATA": "x", "PATH": fake_python(f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')}
+    job = subprocess.Popen(
+        ["bash", ROOT / "scripts/train_sd15.sh"], cwd=tmp_path, env=os.environ | env,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "here").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.communicate(timeout=20)[1] == "" and job.returncode in (-2, 130)
 
 
 def test_without_pytorch(fake_python, tmp_path):
