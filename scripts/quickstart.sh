@@ -9,10 +9,7 @@ case "${1:-}" in sd15 | sdxl) family=$1 && shift ;; esac
 source scripts/environment.sh requirements.txt
 out=${OUTPUT_DIR:-outputs/quickstart-$family}
 
-cores=$(python -c 'import os; print(os.cpu_count())')
-accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
-  --dynamo_backend no --num_cpu_threads_per_process "$cores" \
-  "train_lcm_lora_$family.py" \
+python "train_lcm_lora_$family.py" --mixed_precision no \
   --pretrained_teacher_model "demo/teacher-$family" --dataset_name demo/data \
   --lora_rank 32 --learning_rate 1e-3 --lr_scheduler cosine --num_ddim_timesteps 10 \
   --w_min 1.5 --w_max 1.5 --loss_units output --train_batch_size 16 --max_train_steps 600 \

@@ -172,7 +172,7 @@ DEFECTS = (
      {"if pipe.config.force_zeros_for_empty_prompt:": "if True:"}),
     (21, "a command of README.md with an undefined variable", "README.md",
      "tests/test_defects.py::test_defect_21_commands_have_no_undefined_variables",
-     {"prepare_data.py my_images": "prepare_data.py $IMAGES"}),
+     {"check_data.py --train_data_dir my_images": "check_data.py --train_data_dir $IMAGES"}),
     (22, "PEFT keys without their prefix", SD15,
      "tests/test_train_sd15.py::test_defect_22_peft_keys_have_their_prefix",
      {"save(prefixed, ":
