@@ -816,8 +816,8 @@ def test_fused_output_is_whole_or_absent(kit, tmp_path, monkeypatch):
             "line 1: must be .*optionally with negative_prompt, seed, height, width",
         ),
         ('{"prompt": 3}', "line 1: prompt is 3, must be a text"),
-        ('{"prompt": "a", "seed": "1"}', "line 1: seed is '1', must be 0 to 4294967295"),
-        ('{"prompt": "a", "seed": -1}', "line 1: seed is -1"),
+        ('{"prompt": "a", "seed": "1"}', "line 1: seed is '1', must be -1 to 18446744073709551615"),
+        ('{"prompt": "a", "seed": -2}', "line 1: seed is -2"),
         ('{"prompt": "a", "width": true}', "line 1: width is True"),
         ('{"prompt": "a", "height": 0}', "line 1: height is 0, must be 1 to"),
         (
