@@ -601,6 +601,16 @@ def layout(names, family=None):
     return "SDXL" if "m" in places or any(map(deep.match, names)) else "SSD-1B"
 
 
+def other_layout(path, layers, metadata, base, names):
+    """Words for a LoRA that seems to be for another layout than the base with these layers has."""
+    ours, theirs = layout(layers, metadata.get("family")), layout(names)
+    if not ours or not theirs or ours == theirs:
+        return ""
+    origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
+    says = f"was trained for the {ours} layout{origin}; --base_model {base} has the {theirs} layout"
+    return f"LoRA {path} {says}"
+
+
 def match_base(pipe, path, layers, metadata, base):
     """{component: {module path: layer}}: each layer is one module of the base and fits it."""
 
@@ -618,21 +628,15 @@ def match_base(pipe, path, layers, metadata, base):
                 name = name.removesuffix(".base_layer")
                 modules[plain(component, name)] = name, module.weight
     origin = " ".join(metadata[key] for key in ("family", "base_model") if metadata.get(key))
-    says = f"was trained for {origin or 'another base (unnamed)'}"
-    says += f", it does not fit --base_model {base}"
-    ours = layout(layers, metadata.get("family"))
-    theirs = layout([name for name, _ in pipe.unet.named_modules()])
-    if ours and theirs and ours != theirs:
-        bears = f"was trained for the {ours} layout (base {metadata.get('base_model', 'unnamed')})"
-        says = f"{bears}; --base_model {base} has the {theirs} layout"
-        # Another LoRA of SDXL may leave out the middle too, and be as shallow.
-        if (ours, theirs) == ("SSD-1B", "SDXL") and base != metadata.get("base_model"):
-            warn(f"LoRA {path} seems to be another model's: by its layers it {says}")
+    says = f"LoRA {path} was trained for {origin or 'another base (unnamed)'}, "
+    says += f"it does not fit --base_model {base}"
+    theirs = [name for name, _ in pipe.unet.named_modules()]
+    says = other_layout(path, layers, metadata, base, theirs) or says
     for name, layer in layers.items():
         component, _, module = name.partition(".")
         module = diffusers_name(module, pipe.unet.config.layers_per_block)
         if plain(component, module) not in modules:
-            fail(f"LoRA {path} {says}: layer {name} has no counterpart there")
+            fail(f"{says}: layer {name} has no counterpart there")
         module, weight = modules[plain(component, module)]
         if module in matched.setdefault(component, {}):
             fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
@@ -644,7 +648,7 @@ def match_base(pipe, path, layers, metadata, base):
                 layer = layer | {part: layer[part].reshape(shape)}
         if [[*layer[part].shape] for part in "AB"] != needed:
             shapes = f"{found[0]} and {found[1]}, needed are {needed[0]} and {needed[1]}"
-            fail(f"LoRA {path} {says}: layer {name} has the shapes {shapes}")
+            fail(f"{says}: layer {name} has the shapes {shapes}")
         matched[component][module] = layer
     return matched
 
@@ -670,6 +674,11 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
         return same and math.isclose(module.scaling[adapter], scaling, rel_tol=1e-6)
 
     matched, wrong = match_base(pipe, path, layers, metadata, base), []
+    names = [name for name, _ in pipe.unet.named_modules()]
+    says = other_layout(path, layers, metadata, base, names)
+    if says and "SSD-1B" in says and base != metadata.get("base_model"):
+        # It fits nevertheless: all that SSD-1B has is in SDXL, at other places in the sequence.
+        warn(f"{says}; going by its layers, of which the base has all")
     for component, layers in matched.items():
         model = getattr(pipe, component)
         state = {f"{n}.lora_{part}.weight": layers[n][part] for n in layers for part in "AB"}
@@ -742,13 +751,15 @@ def local(name):
     return next((path for path in paths if os.path.exists(path)), None)
 
 
-def open_file(file, config, **more):
+def open_file(file, config, loras, **more):
     """The pipeline of a checkpoint in one .safetensors file, with the original code's names."""
     with or_fail(f"base model {file}: not a whole safetensors file"), safe_open(file, "pt") as data:
         keys = set(data.keys())
     # By this key diffusers knows SDXL's text encoders.
     xl = "conditioner.embedders.1.model.positional_embedding" in keys
     advice = f"its configs are those of {config or 'the Hub'}; --base_config names others"
+    for lora in loras.values():
+        advice = other_layout(*lora, file, keys) or advice
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
@@ -762,7 +773,7 @@ def open_file(file, config, **more):
     return pipe
 
 
-def load_pipeline(args, base, config, device, dtype):
+def load_pipeline(args, base, config, device, dtype, loras):
     """The base model as a text-to-image pipeline."""
     place, one_file = local(base), base.lower().endswith(".safetensors")
     if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
@@ -778,7 +789,7 @@ def load_pipeline(args, base, config, device, dtype):
     if args.vae:
         kinds["vae"] = load_part(diffusers.AutoencoderKL, "vae", args.vae, dtype)
     if one_file:
-        pipe = open_file(place, config, **kinds)
+        pipe = open_file(place, config, loras, **kinds)
     else:
         kinds |= {"variant": args.variant, "use_safetensors": True}
         missing = "was not found locally, next to infer.py, or on the Hub"
@@ -1195,10 +1206,12 @@ def load(args, jobs, images, loras, settings):
     device, dtype = pick_device(args)
     settings |= {"device": device, "dtype": str(dtype).removeprefix("torch.")}
     base, config = settings["base_model"], settings["base_config"]
-    pipe = load_pipeline(args, base, config, device, dtype)
+    pipe = load_pipeline(args, base, config, device, dtype, loras)
     jobs = with_sizes(jobs, args, images, pipe)
     check_prompts(pipe, jobs)
-    fuse(pipe, args, loras, base)
+    later = (ADAPTER,) if args.compare else ()  # after the teacher's columns
+    first = {name: loras.pop(name) for name in [*loras] if name not in later}
+    fuse(pipe, args, first, base)
     if args.compile:
         pipe.unet.compile_repeated_blocks(dynamic=True)  # its transformers, for every size
     task = with_images(pipe, args)

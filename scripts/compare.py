@@ -53,8 +53,7 @@ def compare(args):
     jobs, images, loras, settings = infer.read_inputs(args)
     if len(jobs) > ROWS:
         infer.fail(f"--compare: {len(jobs)} prompts, a grid has at most {ROWS} rows")
-    lcm = {infer.ADAPTER: loras.pop(infer.ADAPTER)}
-    path, _, metadata = lcm[infer.ADAPTER]
+    path, _, metadata = loras[infer.ADAPTER]
     original_steps = settings["original_inference_steps"]
     # Columns that nobody asked for are left out where the LoRA has too few steps, not refused.
     if not (args.scheduler or args.steps):
@@ -72,12 +71,12 @@ def compare(args):
     base = settings["base_model"]
     # The teacher's columns come first, without the LCM-LoRA; whether it fits is seen before them.
     pipe, task, jobs, schedulers = infer.load(args, jobs, images, loras, settings)
-    infer.match_base(pipe, *lcm[infer.ADAPTER], base)
+    infer.match_base(pipe, *loras[infer.ADAPTER], base)
     teacher = [column for column in plan if column[0] not in infer.DISTILLED]
     distilled = [column for column in plan if column[0] in infer.DISTILLED]
     seen = set()
     columns = make_columns(task, args, images, jobs, teacher, schedulers, seen)
-    infer.fuse(pipe, args, lcm, base)  # as who generates with it has it: its time is that
+    infer.fuse(pipe, args, loras, base)  # as who generates with it has it: its time is that
     columns |= make_columns(task, args, images, jobs, distilled, schedulers, seen)
     columns = [columns[column] for column in plan]
     given = {"image": args.image, "mask": args.mask, "control": args.control_image}

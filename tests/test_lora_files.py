@@ -98,6 +98,12 @@ def load(pipe, *paths, weights=None):
     return pipe.unet
 
 
+def merge(pipe):
+    """Merge the LoRAs that are attached, as infer.fuse does."""
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
 def count(unet):
     """How many layers bear a LoRA."""
     return sum(isinstance(module, LoraLayer) for module in unet.modules())
@@ -207,7 +213,7 @@ def test_weights_scale_exactly_and_add_linearly(sd15, teacher, tmp_path):
         open_pipe(teacher, torch.float64).unet.state_dict(),
     )
     separate = forward(load(pipe, *paths, weights=[2, 0.5]))
-    infer.fuse(pipe)
+    merge(pipe)
     assert count(pipe.unet) == 0 and torch.allclose(forward(pipe.unet), separate, atol=1e-12)
     for name, weight in pipe.unet.state_dict().items():
         layer = name.removesuffix(".weight")
@@ -216,22 +222,19 @@ def test_weights_scale_exactly_and_add_linearly(sd15, teacher, tmp_path):
 
 
 def test_lcm_off_leaves_the_styles_on(sd15, teacher, tmp_path):
-    """Without the LCM-LoRA the style LoRA alone acts, and without any the base to the bit."""
+    """Of the adapters attached, those named act, and alone."""
     for index in range(2):
         train(sd15, teacher, tmp_path / str(index), index)
     pipe = open_pipe(teacher)
     args = argparse.Namespace(lcm_weight=1, style_lora=[("x", 0.8)])
     load(pipe, tmp_path / "0", tmp_path / "1")
     both = forward(pipe.unet)
-    infer.set_loras(pipe, args, lcm=False)
+    infer.set_loras(pipe, args, ["style_0"])
     alone = forward(load(open_pipe(teacher), tmp_path / "1", weights=[0.8]))
     assert torch.allclose(forward(pipe.unet), alone, atol=1e-6) and not torch.allclose(
         both, alone, atol=1e-3
     )
-    args.style_lora = []
-    infer.set_loras(pipe, args, lcm=False)
-    assert torch.equal(forward(pipe.unet), forward(open_pipe(teacher).unet))
-    infer.set_loras(pipe, args)
+    infer.set_loras(pipe, args, ["lcm"])
     assert torch.allclose(
         forward(pipe.unet), forward(load(open_pipe(teacher), tmp_path / "0")), atol=1e-6
     )
@@ -341,6 +344,20 @@ def test_original_block_names(sdxl, xl_teacher, tmp_path):
     )
 
 
+def spelled(unet, names):
+    """{name: layer of rank 1} that fits the UNet."""
+    shapes = {name: unet.get_submodule(name).weight.shape for name in names}
+    return {
+        name: {
+            "A": torch.ones(1, *shape[1:]),
+            "B": torch.ones(shape[0], 1, *[1] * (len(shape) - 2)),
+            "rank": 1,
+            "alpha": 1,
+        }
+        for name, shape in shapes.items()
+    }
+
+
 def test_shallow_sdxl_without_a_header(tmp_path):
     """The transformers of the SDXL demo teacher are one block deep.
 
@@ -350,11 +367,11 @@ def test_shallow_sdxl_without_a_header(tmp_path):
     names = [name for name, _ in unet.named_modules()]
     layers = [name for name in names if name.endswith(tuple(PARTS))]
     assert infer.layout(names) == "SDXL" and infer.layout(layers) == "Stable Diffusion 1.x / 2.x"
-    infer.match_layout({"lcm": ("x", layers, {})}, "base", names)
-    with pytest.raises(
-        SystemExit, match="^error: LoRA x was trained for the Stable Diffusion 1.x / 2.x layout"
-    ):
-        infer.match_layout({"lcm": ("x", layers, {"family": "sd15"})}, "base", names)
+    lora = {f"unet.{name}": layer for name, layer in spelled(unet, layers).items()}
+    assert len(infer.match_base(SimpleNamespace(unet=unet), "x", lora, {}, "base")["unet"]) > 20
+    lora["unet.foo"] = lora["unet.conv_in"] = next(iter(lora.values()))
+    with pytest.raises(SystemExit, match="^error: LoRA x was trained for the Stable Diffusion 1.x"):
+        infer.match_base(SimpleNamespace(unet=unet), "x", lora, {"family": "sd15"}, "base")
 
 
 TEXT_NAMES = {
@@ -401,7 +418,7 @@ def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
         "LoRA: 6 of 6 layers loaded (rank 2, alpha 1, 3 in text_encoder, 3 in text_encoder_2"
         in capsys.readouterr().out
     )
-    infer.fuse(pipe)
+    merge(pipe)
     for (index, layer), (a, b) in layers.items():
         encoder = ("text_encoder", "text_encoder_2")[index]
         ours, theirs = (
