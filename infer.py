@@ -7,7 +7,8 @@
 
 The base model and the number of DDIM steps are read from the header of the LoRA file. After
 loading, every matrix and every scaling is compared with the file: a LoRA that is only partly
-applied is an error. scripts/compare.py makes the grids, scripts/fuse_lora.py the merged models.
+applied is an error. Images are saved batch by batch; the same command again skips those that are
+there. scripts/compare.py makes the grids, scripts/fuse_lora.py the merged models.
 """
 
 import argparse
@@ -129,7 +130,7 @@ def plain_text(text):
     raise argparse.ArgumentTypeError(f"{text!a:.80} is not valid UTF-8 text")
 
 
-def place(text):
+def usable_path(text):
     """An argparse type: a path, with ~ replaced, of which the system can tell what is there."""
     path = os.path.expanduser(text)
     try:
@@ -148,7 +149,7 @@ def weighted(weight, default):
     def convert(text):
         match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", text)
         split = match and not os.path.exists(text)
-        return (place(match[1]), weight(match[2])) if split else (place(text), default)
+        return (usable_path(match[1]), weight(match[2])) if split else (usable_path(text), default)
 
     return convert
 
@@ -158,9 +159,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage=USAGE)
     parser.formatter_class = lambda prog: Help(prog, max_help_position=32)
     parser.error = lambda message: fail(f"{message} (python infer.py --help lists every flag)")
-    model, file = ({"metavar": name, "type": place} for name in ("FOLDER_OR_ID", "FILE"))
+    model, file = ({"metavar": name, "type": usable_path} for name in ("FOLDER_OR_ID", "FILE"))
     text = {"metavar": "TEXT", "type": plain_text}
-    new = {"type": lambda text: Path(place(text))}
+    new = {"type": lambda text: Path(usable_path(text))}
     weight = {"metavar": "WEIGHT", "type": number(float, -10, 10)}
     styles = {"metavar": "PATH[:WEIGHT]", "type": weighted(weight["type"], 0.8)}
     styles |= {"nargs": "+", "action": "extend"}
@@ -174,11 +175,11 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("Model").add_argument
     ids = "USER/REPO[:FILE] on the Hub"
-    add("--lora", metavar="PATH", type=place, help=f"LCM-LoRA: .safetensors, folder or {ids}")
+    add("--lora", metavar="PATH", type=usable_path, help=f"LCM-LoRA: .safetensors, folder or {ids}")
     add("--lcm_weight", "--lora_scale", **weight, default=1.0, help="1: as strong as trained")
     add("--style_lora", **styles, default=[], help="LoRAs to add (default WEIGHT: 0.8)")
     base = "default: the one in the LoRA's header"
-    add("--base_model", metavar="PATH_OR_ID", type=place, help=base)
+    add("--base_model", metavar="PATH_OR_ID", type=usable_path, help=base)
     add("--base_config", "--teacher_config", **model, help="configs of a base model in one file")
     add("--variant", metavar="NAME", help="variant of the base model's weight files, e.g. fp16")
     add("--vae", **model, help="another VAE, e.g. madebyollin/sdxl-vae-fp16-fix")
@@ -234,8 +235,9 @@ def check_args(args, parser):
     if args.prompt and args.prompts_file:
         fail("--prompt and --prompts_file do not go together: give one of them")
     folder = args.fused_output
-    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"--fused_output {folder}: must be a new or an empty folder")
+    with or_fail(f"--fused_output {folder}: cannot be read"):
+        if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            fail(f"--fused_output {folder}: must be a new or an empty folder")
     prompts = args.prompt or args.prompts_file
     if not prompts and not args.fused_output:
         fail("nothing to do: give --prompt, --prompts_file or --fused_output")
@@ -437,7 +439,7 @@ def read_lora(path):
 def header(path, metadata, key, default, read=float):
     """A value of the header metadata, where all are strings."""
     text = metadata.get(key, default)
-    with or_fail(f"LoRA {path}: the header's {key} is {text!r}, which cannot be read"):
+    with or_fail(f"LoRA {path}: the header's {key} is {text!r:.80}, which cannot be read"):
         return read(text)
 
 
@@ -485,12 +487,12 @@ def group_layers(path, tensors, metadata, alpha=None):
 
     A layer is unet.X, text_encoder.X or text_encoder_2.X; X is a module path, in kohya's with _.
     """
-    layers, bundled = {}, [key for key in tensors if key.startswith("bundle_emb.")]
+    layers, bundled = {}, {key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}
     if bundled:
-        names = ", ".join(sorted({key.split(".")[1] for key in bundled}))
+        names = ", ".join(sorted(bundled))
         warn(f"LoRA {path}: its bundled embeddings ({names}) are not used, only its LoRA is")
     for key, tensor in tensors.items():
-        if key in bundled:
+        if key.startswith("bundle_emb."):
             continue
         if kind := next((UNSUPPORTED[word] for word in UNSUPPORTED if re.search(word, key)), None):
             way = "merge it by the tool that made it and give the result as --base_model"
@@ -830,12 +832,8 @@ def check_vae(pipe, args, folder):
         fail(f"{flag} is for {ours}; the base model has {theirs}")
 
 
-class NotFinite(Exception):
-    """NaN or infinite numbers, with the row of the batch where they appeared first."""
-
-
 def guard(vae):
-    """Stop at NaN and infinite numbers, which would be a black image.
+    """Stop at NaN and infinite numbers, which would be a black image, with their row of the batch.
 
     A VAE that overflows in 16 bits is taken to 32 for the batch. The pipelines do so by themselves
     for a VAE of SDXL whose config says force_upcast.
@@ -844,7 +842,7 @@ def guard(vae):
 
     def check(tensor, reason):
         if not (finite := tensor.isfinite().flatten(1).all(1)).all():
-            raise NotFinite(int((~finite).nonzero()[0]), f"NaN or inf {reason}")
+            raise FloatingPointError(int((~finite).nonzero()[0]), f"NaN or inf {reason}")
         return tensor
 
     def checked(part, call, x, **more):
@@ -1018,7 +1016,7 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
                 eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,
                 **more,
             ).images
-        except NotFinite as error:
+        except FloatingPointError as error:
             row, reason = error.args
             fail(f"--seed {jobs[row].seed}, --prompt {jobs[row].prompt!a:.80}: {reason}")
     if args.mask:  # the VAE does not give back to the bit what is to stay
@@ -1124,7 +1122,7 @@ def is_there(path, mark, args):
 def try_output(path):
     """Make the folder of --output and try whether a file of such a name can be written there."""
     with or_fail(f"--output {path}: cannot be written"):
-        place(str(path))
+        usable_path(str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
 
@@ -1165,14 +1163,9 @@ def read_inputs(args):
         header(path, metadata, "num_ddim_timesteps", "50", steps) if path else merged_steps(base)
     )
     used = {*files.values(), *filter(None, (args.image, args.mask, args.control_image))}
-    settings["sha256"] = {str(file): digest(file) for file in used}
+    digests = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
+    settings["sha256"] = digests  # a rerun sees whether a file of the same name is another one
     return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
-
-
-def digest(file):
-    """The SHA-256 of a file."""
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def merged_steps(base):
