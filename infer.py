@@ -69,6 +69,7 @@ def last_words(kind, error, traceback):
 
 if __name__ == "__main__":
     sys.excepthook = last_words
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     # A file's name may have letters that the terminal's encoding has not.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
@@ -371,7 +372,7 @@ PEFT_KEY = "lora_adapter_metadata"  # PEFT's settings in the header of a file th
 
 def find_lora(name, flag="--lora"):
     """The .safetensors file that a user means by a file, a folder or a Hub id."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     for file in (path, path / WEIGHTS_NAME, path / PEFT_NAME, path / "unet" / PEFT_NAME):
         if os.path.isfile(file) and file.suffix.lower() == ".safetensors":
             return file
@@ -920,8 +921,7 @@ def check_prompts(pipe, jobs):
     long = {text: ids for text, ids in tokens.items() if len(ids) > limit}
     for text, ids in itertools.islice(long.items(), 1):
         lost = tokenizer.decode(ids[limit - 1 : -1])
-        count = f"{len(long)} of {len(tokens)} prompts" if len(long) > 1 else "the prompt"
-        says = f"{count} longer than the {limit} tokens that CLIP reads"
+        says = f"{len(long)} of {len(tokens)} prompts exceed the {limit} tokens that CLIP reads"
         warn(f"{says}: of {text[:30]!r} {len(ids) - limit} are left out, {lost[:60]!r}")
 
 
@@ -1057,7 +1057,6 @@ def generate_all(pipe, args, images, jobs, work, schedulers, settings):
 def parameters(settings):
     """The settings in the words that A1111, Forge and their relatives read back from a PNG."""
     loras = [(settings["lora"], settings["lcm_weight"]), *settings["style_lora"]]
-    loras = [(path, weight) for path, weight in loras if path]
     facts = {
         "Steps": settings["steps"],
         "Sampler": SCHEDULERS[settings["scheduler"]][1],
@@ -1065,8 +1064,9 @@ def parameters(settings):
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(settings["base_model"]).name,
-        "Lora": ", ".join(f"{lora_name(path)} {weight:g}" for path, weight in loras),
     }
+    loras = ", ".join(f"{lora_name(path)} {weight:g}" for path, weight in loras if path)
+    facts |= {"Lora": loras} if loras else {}
     facts |= {"Denoising strength": f"{settings['strength']:.3g}"} if settings["image"] else {}
     for key, value in facts.items():  # a text with a comma or colon would end early: it is quoted
         facts[key] = json.dumps(value) if re.search("[,:]", str(value)) else value
@@ -1087,10 +1087,12 @@ def save(image, path, settings, text=None):
             if chunk is not None:
                 more["pnginfo"].add_text(key, chunk.encode(errors="replace").decode())
     else:  # the fields ImageDescription and UserComment, the latter as A1111 has it
-        more = {"exif": Image.Exif(), "quality": 95}
+        more, comment = {"exif": Image.Exif(), "quality": 95}, text or ""
+        if len(said) + 2 * len(comment) > 60000:  # more than a JPEG has room for
+            said, comment = json.dumps({"fingerprint": settings["fingerprint"]}), ""
         more["exif"][0x010E] = said
-        comment = (text or "").encode("utf-16-be", errors="replace")
-        more["exif"].get_ifd(0x8769)[0x9286] = b"UNICODE\0" + comment
+        comment = b"UNICODE\0" + comment.encode("utf-16-be", errors="replace")
+        more["exif"].get_ifd(0x8769)[0x9286] = comment
     kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     with or_fail(f"--output {path}: cannot be written"):
         try:

@@ -51,6 +51,8 @@ def compare(args):
     """Read, load, generate every column and save the grid; `args` are those of infer.py."""
     plan = make_plan(args)
     jobs, images, loras, settings = infer.read_inputs(args)
+    if args.output.suffix.lower() == ".webp":
+        infer.fail(f"--output {args.output}: a grid may be too high for WebP; name a .png or .jpg")
     if len(jobs) > ROWS:
         infer.fail(f"--compare: {len(jobs)} prompts, a grid has at most {ROWS} rows")
     path, _, metadata = loras[infer.ADAPTER]

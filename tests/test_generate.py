@@ -995,7 +995,7 @@ def test_vae_that_overflows_in_half_precision(kit, tmp_path, capsys, given):
         }
     file.unlink()
     save_file({key: t.clamp(-6e4, 6e4) for key, t in tensors.items()}, file)
-    flags = [word for flag in given for word in (flag, kit / "apple.png")]
+    flags = [word for flag in given for word in (flag, kit / "apple.png", "--strength", 1)]
     flags += ["--base_model", tmp_path / "base", "--steps", 1, "--batch_size", 1]
     run(kit, tmp_path / "full.png", *flags, prompt=("a cat", "a dog"))
     assert capsys.readouterr().err == ""
@@ -1117,6 +1117,8 @@ def test_other_formats(kit, tmp_path, ending, kind):
     assert sum(ImageStat.Stat(apart).mean) / 3 < 8
     said = json.loads(image.getexif()[0x010E])
     assert said["prompt"] == "a cät" and said["steps"] == 4
+    run(kit, path, "--steps", 1, prompt=("a cat " * 9999,))  # more than EXIF has room for
+    assert len(json.loads(Image.open(path).getexif()[0x010E])["fingerprint"]) == 16
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment[8:].decode("utf-16-be") == other.text["parameters"]
 
@@ -1252,8 +1254,15 @@ def test_grid_keeps_small_images(monkeypatch):
     jobs = [infer.Job("a", None, i, None, None) for i in range(compare.ROWS + 1)]
     monkeypatch.setattr(infer, "read_inputs", lambda args: (jobs, {}, {}, {}))
     words = ["--lora", "x", "--prompt", "a", "--compare"]
-    with pytest.raises(SystemExit, match="^error: --compare: 101 prompts, .* at most 100"):
-        compare.compare(infer.parse_args(words))
+    for more, says in (
+        ([], "--compare: 101 prompts, .* at most 100"),
+        (
+            ["--output", "x.webp"],
+            "--output x.webp: a grid",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {says}"):
+            compare.compare(infer.parse_args([*words, *more]))
 
 
 def test_fused_folder_generates_alone(kit, tmp_path):
@@ -1314,7 +1323,7 @@ def test_long_prompts(kit, tmp_path, capsys):
     long = "a cat " * 50 + "with a hat"
     run(kit, tmp_path / "x.png", "--steps", 1, prompt=("a cat", long, long + " red"))
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "2 of 3 prompts" in warning and "77 tokens" in warning
+    assert warning.count("\n") == 1 and "2 of 3 prompts" in warning and "32 tokens" in warning
     assert len(warning) < 250 and "endoftext" not in warning
 
 
