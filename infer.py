@@ -7,11 +7,14 @@
 
 The base model and the number of DDIM steps are read from the header of the LoRA file. After
 loading, every matrix and every scaling is compared with the file: a LoRA that is only partly
-applied is an error. scripts/compare.py makes the grids, scripts/fuse_lora.py the merged models.
+applied is an error. Images are saved batch by batch; the same command again skips those that are
+there. scripts/compare.py makes the grids, scripts/fuse_lora.py the merged models.
 """
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -19,7 +22,9 @@ import math
 import os
 import re
 import runpy
+import secrets
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -41,13 +46,33 @@ def or_fail(what, advice=""):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
+        if re.search("(?i)out ?of ?memory|t allocate memory|^MemoryError", f"{error!r} {reason}"):
+            advice = "--batch_size 1, --tiny_vae and smaller images need less memory"
         fail(f"{what} ({type(error).__name__}: {reason})" + (f"; {advice}" if advice else ""))
 
 
 def warn(message):
     """Say on stderr what probably is not intended."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+def last_words(kind, error, traceback):
+    """The program's excepthook: Ctrl-C and a closed pipe, such as `| head`, end in one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped; images named above are complete", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at exit
+        print("stopped: nothing reads the output any more", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if __name__ == "__main__":
+    sys.excepthook = last_words
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    # A file's name may have letters that the terminal's encoding has not.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 # ------------------------------------------------------------------------------------- 1. Arguments
@@ -71,7 +96,8 @@ SCHEDULERS = {
 }
 DISTILLED = ("lcm", "tcd")  # those that step over the LoRA's own timesteps
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-LIMITS = {"seed": (0, 2**32 - 1), "height": (1, 10**6), "width": (1, 10**6)}
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+LIMITS = {"seed": (-1, 2**64 - 1), "height": (1, 10**6), "width": (1, 10**6)}
 USAGE = """%(prog)s --lora PATH --prompt TEXT [TEXT ...] [--output FILE.png] [more flags]
        %(prog)s --lora PATH --prompt TEXT [TEXT ...] --compare [--output GRID.png] [more flags]
        %(prog)s --lora PATH --fused_output FOLDER [more flags]"""
@@ -92,9 +118,31 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low} to {high}")
+        says = f"{text!r:.80} is not {kind.__name__} from {low} to {high}"
+        raise argparse.ArgumentTypeError(says)
 
     return convert
+
+
+def plain_text(text):
+    """An argparse type: text that is valid Unicode, which bytes of another encoding are not."""
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode()
+        return text
+    raise argparse.ArgumentTypeError(f"{text!a:.80} is not valid UTF-8 text")
+
+
+def usable_path(text):
+    """An argparse type: a path, with ~ replaced, of which the system can tell what is there."""
+    path = os.path.expanduser(text)
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{text!a:.80} is no usable path ({reason})") from None
+    return path
 
 
 def weighted(weight, default):
@@ -102,8 +150,8 @@ def weighted(weight, default):
 
     def convert(text):
         match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", text)
-        split = match and not Path(text).exists()
-        return (match[1], weight(match[2])) if split else (text, default)
+        split = match and not os.path.exists(text)
+        return (usable_path(match[1]), weight(match[2])) if split else (usable_path(text), default)
 
     return convert
 
@@ -113,8 +161,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage=USAGE)
     parser.formatter_class = lambda prog: Help(prog, max_help_position=32)
     parser.error = lambda message: fail(f"{message} (python infer.py --help lists every flag)")
-    model, file, text = ({"metavar": name} for name in ("FOLDER_OR_ID", "FILE", "TEXT"))
-    png, folder = ({"metavar": name, "type": Path} for name in ("FILE.png", "FOLDER"))
+    model, file = ({"metavar": name, "type": usable_path} for name in ("FOLDER_OR_ID", "FILE"))
+    text = {"metavar": "TEXT", "type": plain_text}
+    new = {"type": lambda text: Path(usable_path(text))}
     weight = {"metavar": "WEIGHT", "type": number(float, -10, 10)}
     styles = {"metavar": "PATH[:WEIGHT]", "type": weighted(weight["type"], 0.8)}
     styles |= {"nargs": "+", "action": "extend"}
@@ -127,12 +176,15 @@ def parse_args(argv=None):
     share = {"metavar": "SHARE", "type": number(float, 0, 1)}
 
     add = parser.add_argument_group("Model").add_argument
-    add("--lora", required=True, metavar="PATH", help="LCM-LoRA: .safetensors file or a folder")
+    ids = "USER/REPO[:FILE] on the Hub"
+    add("--lora", metavar="PATH", type=usable_path, help=f"LCM-LoRA: .safetensors, folder or {ids}")
     add("--lcm_weight", "--lora_scale", **weight, default=1.0, help="1: as strong as trained")
     add("--style_lora", **styles, default=[], help="LoRAs to add (default WEIGHT: 0.8)")
-    add("--base_model", metavar="PATH_OR_ID", help="default: the one in the LoRA's header")
+    base = "default: the one in the LoRA's header"
+    add("--base_model", metavar="PATH_OR_ID", type=usable_path, help=base)
     add("--base_config", "--teacher_config", **model, help="configs of a base model in one file")
     add("--variant", metavar="NAME", help="variant of the base model's weight files, e.g. fp16")
+    add("--vae", **model, help="another VAE, e.g. madebyollin/sdxl-vae-fp16-fix")
     add("--tiny_vae", **model, help="AutoencoderTiny instead of the base model's VAE")
     add("--device", default="auto", help="auto: cuda, else mps, else cpu; or e.g. cuda:1")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: fp16 on cuda, else fp32")
@@ -145,10 +197,11 @@ def parse_args(argv=None):
     add("--steps", **steps, help="UNet passes per image (default: 4); several: an image for each")
     add("--scheduler", **names, help=f"{', '.join(SCHEDULERS)} (default: lcm); several in a grid")
     add("--guidance_scale", **scale, default=1.0, help="1 to 2; above 1 a step is two UNet passes")
-    add("--seed", **seed, help="of the first image; image i has SEED + i")
+    add("--seed", **seed, help="of image 0; image i has SEED + i; -1: random")
     add("--num_images", **count, default=1, help="per prompt")
-    add("--height", **pixels, help="default: that of --image, else the base model's own")
-    add("--width", **pixels, help="default: that of --image, else the base model's own")
+    size = "default: that of --image, --control_image, or the base model's own"
+    add("--height", **pixels, help=size)
+    add("--width", **pixels, help=size)
     add("--batch_size", **count, default=4, help="at a time: a matter of memory and speed only")
 
     add = parser.add_argument_group("Images to start from").add_argument
@@ -160,10 +213,13 @@ def parse_args(argv=None):
     add("--controlnet_scale", **scale, default=1.0, help="1: as strong as trained")
 
     add = parser.add_argument_group("Output").add_argument
-    add("--output", **png, default=Path("lcm.png"), help="several: FILE-0.png, FILE-1.png ...")
+    several = ".png, .jpg or .webp; several: FILE-0.png ..."
+    add("--output", **new, metavar="FILE.png", default=Path("lcm.png"), help=several)
+    add("--overwrite", action="store_true", help="generate again what is there; else it is skipped")
     add("--compare", action="store_true", help="a grid: a column per scheduler and step count")
     add("--compare_guidance", **scale, help="of the teacher (default: 1 + mean training omega)")
-    add("--fused_output", **folder, help="save the base model with the LoRA merged in")
+    fused = "save the base model with the LoRA merged in"
+    add("--fused_output", **new, metavar="FOLDER", help=fused)
 
     args = parser.parse_args(argv)
     check_args(args, parser)
@@ -172,18 +228,23 @@ def parse_args(argv=None):
 
 def check_args(args, parser):
     """Refuse what does not go together; fill in the strength."""
-    if args.output.suffix.lower() != ".png" or args.output.is_dir():
-        fail(f"--output {args.output}: must name a .png file")
+    if args.output.suffix.lower() not in ENDINGS or args.output.is_dir():
+        fail(f"--output {args.output}: must name a file that ends in {', '.join(ENDINGS)}")
+    if not args.lora and not args.base_model:
+        fail("--lora is missing: give one, or a --base_model that has its LCM-LoRA merged in")
+    if args.vae and args.tiny_vae:
+        fail("--vae and --tiny_vae do not go together: give one of them")
     if args.prompt and args.prompts_file:
         fail("--prompt and --prompts_file do not go together: give one of them")
     folder = args.fused_output
-    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"--fused_output {folder}: must be a new or an empty folder")
+    with or_fail(f"--fused_output {folder}: cannot be read"):
+        if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            fail(f"--fused_output {folder}: must be a new or an empty folder")
     prompts = args.prompt or args.prompts_file
     if not prompts and not args.fused_output:
         fail("nothing to do: give --prompt, --prompts_file or --fused_output")
     image = "image controlnet steps scheduler seed num_images height width batch_size"
-    output = "guidance_scale negative_prompt compare output compile"
+    output = "guidance_scale negative_prompt compare output overwrite compile"
     # (flags, what they need to have an effect, its name)
     for names, effect, needed in (
         (f"{image} {output}", prompts, "--prompt or --prompts_file"),
@@ -191,6 +252,7 @@ def check_args(args, parser):
         ("controlnet", args.control_image, "--control_image"),
         ("control_image controlnet_scale", args.controlnet, "--controlnet"),
         ("compare_guidance", args.compare, "--compare"),
+        ("compare fused_output lcm_weight", args.lora, "--lora"),
     ):
         for name in names.split():
             if getattr(args, name) != parser.get_default(name) and not effect:
@@ -231,15 +293,18 @@ def read_lines(file):
 
 def read_row(line, where):
     """A line of a .jsonl file: an object with a prompt, no unknown key and valid values."""
-    with or_fail(f"{where}: not JSON"):
+    with or_fail(f"{where}: not JSON of UTF-8 text and numbers"):
         row = json.loads(line)
-    if not isinstance(row, dict) or "prompt" not in row or row.keys() - set(Job._fields):
-        fail(f'{where}: must be {{"prompt": ...}}, optionally with {", ".join(Job._fields[1:])}')
-    for key, value in row.items():
-        low, high = LIMITS.get(key, (0, 0))
-        kind, valid = (int, f"{low} to {high}") if key in LIMITS else (str, "a text")
-        if type(value) is not kind or kind is int and not low <= value <= high:
-            fail(f"{where}: {key} is {value!r}, must be {valid}")
+        if not isinstance(row, dict) or "prompt" not in row or row.keys() - set(Job._fields):
+            says = f"optionally with {', '.join(Job._fields[1:])}"
+            fail(f'{where}: must be {{"prompt": ...}}, {says}')
+        for key, value in row.items():
+            low, high = LIMITS.get(key, (0, 0))
+            kind, valid = (int, f"{low} to {high}") if key in LIMITS else (str, "a text")
+            if type(value) is not kind or kind is int and not low <= value <= high:
+                fail(f"{where}: {key} is {value!r:.80}, must be {valid}")
+            if kind is str:
+                plain_text(value)
     return row
 
 
@@ -250,6 +315,7 @@ def read_jobs(args):
     for row in read_lines(args.prompts_file) if args.prompts_file else rows:
         for copy in range(args.num_images):
             seed = row["seed"] + copy if "seed" in row else args.seed + len(jobs)
+            seed = secrets.randbelow(2**32) if row.get("seed") == -1 else seed % 2**64
             jobs.append(Job(**defaults | row | {"seed": seed}))
     return jobs
 
@@ -301,9 +367,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels
 import diffusers
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
+from tqdm import tqdm
 
 for library in diffusers, transformers:
     library.utils.logging.disable_progress_bar()
@@ -317,26 +386,49 @@ PEFT_KEY = "lora_adapter_metadata"  # PEFT's settings in the header of a file th
 
 
 def find_lora(name, flag="--lora"):
-    """The .safetensors file that a user means by a file or a folder."""
-    path = Path(name).expanduser()
+    """The .safetensors file that a user means by a file, a folder or a Hub id."""
+    path = Path(os.path.expanduser(name))
     for file in (path, path / WEIGHTS_NAME, path / PEFT_NAME, path / "unet" / PEFT_NAME):
-        if file.is_file() and file.suffix == ".safetensors":
+        if os.path.isfile(file) and file.suffix.lower() == ".safetensors":
             return file
-    if path.is_dir():
+    hub = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?", str(name))
+    if hub and not os.path.exists(path):
+        return fetch_lora(*hub.groups(), f"{flag} {name}")
+    if os.path.isdir(path):
         files = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]
         others = ", ".join(sorted(file.relative_to(path).as_posix() for file in files))
         hint = f", but {others}" if others else ""
         fail(f"{flag} {name}: no {WEIGHTS_NAME} or {PEFT_NAME} in this folder{hint}")
     valid = "must be a .safetensors file or a folder with one; pickled weights are not read"
-    fail(f"{flag} {name}: {valid if path.is_file() else 'no such file or folder'}")
+    fail(f"{flag} {name}: {valid if os.path.isfile(path) else 'no such file or folder'}")
+
+
+def fetch_lora(repo, file, what):
+    """The path of a LoRA from the Hub: the file named, one of a usual name, or the only one."""
+    valid = "valid are a .safetensors file, a folder, USER/REPO or USER/REPO:FILE.safetensors"
+    with or_fail(f"{what}: no such file or folder here, and not to be had from the Hub", valid):
+        for usual in () if file else (WEIGHTS_NAME, PEFT_NAME):
+            with contextlib.suppress(EntryNotFoundError):  # found without a network if it is cached
+                hf_hub_download(repo, usual)
+                file = file or usual
+        if not file:
+            names = [name for name in list_repo_files(repo) if name.endswith(".safetensors")]
+            if len(names) != 1:
+                fail(f"{what}: name its file, {repo}:FILE; it has {', '.join(names) or 'none'}")
+            file = names[0]
+        if Path(file).name == PEFT_NAME:  # its alpha
+            hf_hub_download(repo, str(Path(file).with_name("adapter_config.json")))
+        return Path(hf_hub_download(repo, file))
 
 
 def lora_name(path, metadata):
     """What a user and A1111 call this LoRA: the file; where all have one name, what its run did."""
-    path = path.resolve()
-    if path.name in (WEIGHTS_NAME, PEFT_NAME):
-        return metadata.get("ss_output_name", path.parent.name)
-    return path.stem
+    path = Path(path).absolute()
+    if path.name not in (WEIGHTS_NAME, PEFT_NAME):
+        return path.stem
+    if path.parent.parent.name == "snapshots":  # the Hub's: models--USER--REPO/snapshots/COMMIT/
+        return path.parts[-4].split("--")[-1]
+    return metadata.get("ss_output_name", path.parent.resolve().name)
 
 
 def read_lora(path):
@@ -354,7 +446,7 @@ def read_lora(path):
             settings = dict(json.loads(config.read_text(encoding="utf-8")))
         metadata[PEFT_KEY] = json.dumps({f"unet.{key}": value for key, value in settings.items()})
         if settings.get("base_model_name_or_path"):
-            metadata.setdefault("base_model", settings["base_model_name_or_path"])
+            metadata.setdefault("base_model", str(settings["base_model_name_or_path"]))
     elif path.name == PEFT_NAME:
         warn(f"LoRA {path}: {config.name}, which contains alpha, is missing; using alpha = rank")
     return tensors, metadata
@@ -363,42 +455,46 @@ def read_lora(path):
 def header(path, metadata, key, default, read=float):
     """A value of the header metadata, where all are strings."""
     text = metadata.get(key, default)
-    with or_fail(f"LoRA {path}: the header's {key} is {text!r}, which cannot be read"):
+    with or_fail(f"LoRA {path}: the header's {key} is {text!r:.80}, which cannot be read"):
         return read(text)
 
 
-# A LoRA tensor's key: in kohya's naming lora_unet_X.lora_down.weight, in diffusers'
-# unet.X.lora_A.weight, formerly unet.X.lora.down.weight or
-# unet.X.processor.to_q_lora.down.weight, in PEFT's base_model.model.X.lora_A.weight.
-LORA_KEY = re.compile(
-    r"(?:(?P<kohya>lora_(?:unet|te[12]?)_)|(?P<component>unet|text_encoder(?:_2)?)\.)?"
-    r"(?P<peft>base_model\.model\.)?(?P<name>.+?)"
-    r"(?:[._]lora[._](?:linear_layer\.)?(?P<part>down|up|A|B)\.weight)?(?P<alpha>\.alpha)?"
+# A LoRA tensor's key is prefixes, a module's path and a role, with . or _ between them:
+# lora_unet_X.lora_down.weight (kohya), diffusion_model.X.lora_A.weight (ComfyUI), lycoris_X.alpha,
+# unet.X.lora.down.weight, unet.X.processor.to_q_lora.down.weight (diffusers, once),
+# base_model.model.X.lora_A.default.weight (PEFT), module.X (DDP).
+PREFIX = re.compile(
+    r"(?:(?P<text_encoder_2>text_encoder_2|te2|clip_g)|(?P<text_encoder>text_encoder|te1?|clip_l)"
+    r"|(?P<unet>unet|diffusion_model)|base_model[._]model|model(?=[._]diffusion_model)|module"
+    r"|_orig_mod|lora|lycoris|text_encoders|transformer(?=[._]text_model))[._]"
 )
-KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+ROLE = re.compile(
+    r"(.+?)[._]lora[._](?:linear_layer\.)?(down|up|A|B)(?:\.[\w-]+)?\.weight|(.+?)(?:[._]lora)?\.alpha"
+)
 
 
 def parse_key(key):
     """(layer, part, naming) of a LoRA tensor's key; the part is A, B or alpha."""
-    match = LORA_KEY.fullmatch(key)
-    if not match or not (match["part"] or match["alpha"]):
+    if not (match := ROLE.fullmatch(key)):
         return None
-    component, name = match["component"] or KOHYA.get(match["kohya"], "unet"), match["name"]
+    name, part, component = match[1] or match[3], match[2] or "alpha", None
+    while prefix := PREFIX.match(name):
+        name, component = name[prefix.end() :], prefix.lastgroup or component
+    component = component or ("text_encoder" if name.startswith("text_model") else "unet")
     name = re.sub(r"(?<=[._])processor[._]", "", name)
     name = re.sub(r"(self_attn[._])to_(q|k|v|out)$", r"\1\2_proj", name)
     name = re.sub(r"([._])to_out$", r"\1to_out\g<1>0", name)
-    part = "alpha" if match["alpha"] else {"down": "A", "up": "B"}.get(match["part"], match["part"])
-    naming = "lora_down/up" if match["kohya"] else "lora.down/up"
-    naming = "lora_A/B" if match["part"] in ("A", "B") else naming
-    if match["component"] and match["peft"]:
-        naming = f"{component}.{match['peft']}*.{naming}"
-    return f"{component}.{name}", part, naming
+    naming = "lora_A/B" if part in "AB" else re.sub(r".*(lora[._]).*", r"\1down/up", key)
+    if re.match(r"(unet|text_encoder(_2)?)\.base_model\.model\.", key):
+        naming = f"{component}.base_model.model.*.{naming}"
+    return f"{component}.{name}", {"down": "A", "up": "B"}.get(part, part), naming
 
 
 # {what a key of another kind of adapter contains: its name}
 UNSUPPORTED = {
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon with a core tensor", ".diff": "difference of whole weights",
+    "lora_mid": "LoCon with a core tensor", r"\.diff(_b)?$": "difference of whole weights",
+    r"\.b?oft_": "OFT", r"lora_B\.(\w+\.)?bias$": "LoRA with biases",
 }  # fmt: skip
 
 
@@ -407,10 +503,17 @@ def group_layers(path, tensors, metadata, alpha=None):
 
     A layer is unet.X, text_encoder.X or text_encoder_2.X; X is a module path, in kohya's with _.
     """
-    layers = {}
+    layers, bundled = {}, {key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}
+    if bundled:
+        names = ", ".join(sorted(bundled))
+        warn(f"LoRA {path}: its bundled embeddings ({names}) are not used, only its LoRA is")
     for key, tensor in tensors.items():
-        if kind := next((kind for word, kind in UNSUPPORTED.items() if word in key), None):
-            fail(f"LoRA {path}: {key} belongs to a {kind}; only plain LoRA (A and B) is supported")
+        if key.startswith("bundle_emb."):
+            continue
+        if kind := next((UNSUPPORTED[word] for word in UNSUPPORTED if re.search(word, key)), None):
+            way = "merge it by the tool that made it and give the result as --base_model"
+            says = f"{key} belongs to a {kind}; only plain LoRA (A and B) is supported: {way}"
+            fail(f"LoRA {path}: {says}")
         if not (parsed := parse_key(key)):
             fail(f"LoRA {path}: cannot read {key}; known are UNet and text encoder layers")
         name, part, naming = parsed
@@ -419,6 +522,8 @@ def group_layers(path, tensors, metadata, alpha=None):
             fail(f"LoRA {path}: {key} is in the file twice, under two names")
         if part == "alpha" and tensor.numel() != 1:
             fail(f"LoRA {path}: {key} is not a number but has the shape {[*tensor.shape]}")
+        if not tensor.is_floating_point() and part != "alpha":
+            fail(f"LoRA {path}: {key} is of type {tensor.dtype}, must be of a floating-point one")
         layer[part] = tensor.item() if part == "alpha" else tensor
         if part == "A":
             layer["naming"] = naming
@@ -430,12 +535,16 @@ def group_layers(path, tensors, metadata, alpha=None):
             missing = "up" if "A" in layer else "down"
             fail(f"LoRA {path}: layer {name} has no {missing} matrix; the file is incomplete")
         down, up = [*layer["A"].shape], [*layer["B"].shape]
-        if len(down) not in (2, 4) or len(up) != len(down) or down[0] != up[1] or down[0] == 0:
+        shapes = len(down) in (2, 4) and len(up) in (2, 4) and {*up[2:]} <= {1}
+        if not shapes or down[0] != up[1] or down[0] == 0:
             fail(f"LoRA {path}: the matrices of layer {name} do not fit together: {down} and {up}")
         layer["rank"] = down[0]
-        if "alpha" not in layer:  # without any, the scaling is 1
-            choices = (peft_alpha(config, *name.split(".", 1), down[0]), alpha, down[0])
-            layer["alpha"] = next(value for value in choices if value is not None)
+        with or_fail(f"LoRA {path}: the alpha of layer {name} is no number"):
+            if "alpha" not in layer:  # without any, the scaling is 1
+                choices = (peft_alpha(config, *name.split(".", 1), down[0]), alpha, down[0])
+                layer["alpha"] = next(value for value in choices if value is not None)
+            if not math.isfinite(layer["alpha"]):
+                raise ValueError(layer["alpha"])
     return layers
 
 
@@ -476,10 +585,10 @@ def diffusers_name(name, layers_per_block):
 
     Whose own renaming takes SD 1.x's upsamplers for attention, input_blocks_10 for input_blocks_1.
     """
-    name = ORIGINAL_NAMES.get(name, name)
-    match = re.fullmatch(r"(input|middle|output)_blocks?_(\d+)_(?:([0-2])_)?(.+)", name)
-    if not match:
-        return name
+    flat = name.replace(".", "_")
+    match = re.fullmatch(r"(input|middle|output)_blocks?_(\d+)_(?:([0-2])_)?(.+)", flat)
+    if flat in ORIGINAL_NAMES or not match:
+        return ORIGINAL_NAMES.get(flat, name)
     side, count, place, rest = match.groups()
     block, layer = divmod(int(count) - (side == "input"), layers_per_block + 1)
     rest = ORIGINAL_NAMES.get(rest, rest)
@@ -495,7 +604,8 @@ def diffusers_name(name, layers_per_block):
 def layout(names, family=None):
     """What a UNet, or a LoRA of all its attention, was made for, by the names of its layers.
 
-    In SD 1.x and 2.x transformers are one block deep, in SDXL deeper; SSD-1B's middle has none.
+    In SD 1.x and 2.x transformers are one block deep, in SDXL deeper; SSD-1B's middle has none, and
+    those before it have up to four. It is a guess: a LoRA may be of some layers only.
     """
     names = [re.sub("^(unet|model_diffusion_model)_", "", name.replace(".", "_")) for name in names]
     # down_blocks, mid_block, up_blocks; in the original code input_, middle_, output_blocks.
@@ -505,20 +615,18 @@ def layout(names, family=None):
     xl = re.compile("(add_embedding|label_emb|.*_transformer_blocks_1_)")
     if family != "sdxl" and not any(map(xl.match, names)):
         return "Stable Diffusion 1.x / 2.x"
-    return "SDXL" if "m" in places else "SSD-1B"
+    deep = re.compile(r"(down_blocks_2|input_blocks_[78])_.*_transformer_blocks_[4-9]_")
+    return "SDXL" if "m" in places or any(map(deep.match, names)) else "SSD-1B"
 
 
-def match_layout(loras, base, names):
-    """Each LoRA was trained for the layout of the base UNet, whose layers have these `names`."""
-    theirs = layout(names)
-    # A header without a family leaves it to the transformers, which a small SDXL may have shallow.
-    shallow = layout([name for name in names if "transformer_blocks" in name])
-    for path, layers, metadata in loras.values():
-        ours = layout(layers, metadata.get("family"))
-        if ours and theirs and ours not in (theirs, theirs if "family" in metadata else shallow):
-            origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
-            says = f"was trained for the {ours} layout{origin}"
-            fail(f"LoRA {path} {says}; --base_model {base} has the {theirs} layout")
+def other_layout(path, layers, metadata, base, names):
+    """Words for a LoRA that seems to be for another layout than the base with these layers has."""
+    ours, theirs = layout(layers, metadata.get("family")), layout(names)
+    if not ours or not theirs or ours == theirs:
+        return ""
+    origin = f" (base {metadata['base_model']})" if "base_model" in metadata else ""
+    says = f"was trained for the {ours} layout{origin}; --base_model {base} has the {theirs} layout"
+    return f"LoRA {path} {says}"
 
 
 def match_base(pipe, path, layers, metadata, base):
@@ -538,20 +646,27 @@ def match_base(pipe, path, layers, metadata, base):
                 name = name.removesuffix(".base_layer")
                 modules[plain(component, name)] = name, module.weight
     origin = " ".join(metadata[key] for key in ("family", "base_model") if metadata.get(key))
+    says = f"LoRA {path} was trained for {origin or 'another base (unnamed)'}, "
+    says += f"it does not fit --base_model {base}"
+    theirs = [name for name, _ in pipe.unet.named_modules()]
+    says = other_layout(path, layers, metadata, base, theirs) or says
     for name, layer in layers.items():
-        says = f"LoRA {path} was trained for {origin or 'another base (unnamed)'}, "
-        says += f"it does not fit --base_model {base}: layer {name}"
         component, _, module = name.partition(".")
         module = diffusers_name(module, pipe.unet.config.layers_per_block)
         if plain(component, module) not in modules:
-            fail(f"{says} has no counterpart there")
+            fail(f"{says}: layer {name} has no counterpart there")
         module, weight = modules[plain(component, module)]
         if module in matched.setdefault(component, {}):
             fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
-        rank, ours = layer["rank"], [[*layer[part].shape] for part in "AB"]
-        down, up = [rank, *weight.shape[1:]], [weight.shape[0], rank] + [1] * (weight.ndim - 2)
-        if ours != [down, up]:
-            fail(f"{says} has the shapes {ours[0]} and {ours[1]}, needed are {down} and {up}")
+        rank, found = layer["rank"], [[*layer[part].shape] for part in "AB"]
+        needed = [[rank, *weight.shape[1:]], [weight.shape[0], rank] + [1] * (weight.ndim - 2)]
+        # 1x1 convolutions may be stored as matrices, and matrices as 1x1 convolutions.
+        for (part, shape), tail in zip(zip("AB", needed), [weight.shape[2:], ()]):
+            if [*layer[part].shape[:2]] == shape[:2] and {*layer[part].shape[2:], *tail} <= {1}:
+                layer = layer | {part: layer[part].reshape(shape)}
+        if [[*layer[part].shape] for part in "AB"] != needed:
+            shapes = f"{found[0]} and {found[1]}, needed are {needed[0]} and {needed[1]}"
+            fail(f"{says}: layer {name} has the shapes {shapes}")
         matched[component][module] = layer
     return matched
 
@@ -577,6 +692,11 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
         return same and math.isclose(module.scaling[adapter], scaling, rel_tol=1e-6)
 
     matched, wrong = match_base(pipe, path, layers, metadata, base), []
+    names = [name for name, _ in pipe.unet.named_modules()]
+    says = other_layout(path, layers, metadata, base, names)
+    if says and "SSD-1B" in says and base != metadata.get("base_model"):
+        # It fits nevertheless: all that SSD-1B has is in SDXL, at other places in the sequence.
+        warn(f"{says}; going by its layers, of which the base has all")
     for component, layers in matched.items():
         model = getattr(pipe, component)
         state = {f"{n}.lora_{part}.weight": layers[n][part] for n in layers for part in "AB"}
@@ -605,21 +725,22 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
     print(f"{title}: {len(flat)} of {len(flat)} layers loaded ({', '.join(facts)})")
 
 
-def set_loras(pipe, args, lcm=True):
-    """tau' = lambda_1 tau_style + lambda_2 tau_LCM; with no LoRA left, the base to the bit."""
+def set_loras(pipe, args, adapters):
+    """tau' = lambda_1 tau_style + lambda_2 tau_LCM, of the adapters attached."""
     weights = {f"style_{index}": weight for index, (_, weight) in enumerate(args.style_lora)}
-    weights |= {ADAPTER: args.lcm_weight} if lcm else {}
-    if weights:
-        pipe.enable_lora()
-        pipe.set_adapters(list(weights), list(weights.values()))
-    else:  # a LoRA layer then calls its base layer and nothing else
-        pipe.disable_lora()
+    weights |= {ADAPTER: args.lcm_weight}
+    names = [name for name in weights if name in adapters]
+    pipe.set_adapters(names, [weights[name] for name in names])
 
 
-def fuse(pipe):
-    """Merge the LoRAs, at their weights, into the base: as fast as the base alone, and for good."""
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
+def fuse(pipe, args, loras, base):
+    """Attach LoRAs and merge them, at their weights, into the base: as fast as it, and for good."""
+    if adapters := [*loras]:
+        for adapter in adapters:
+            attach_lora(pipe, adapter, *loras.pop(adapter), base)  # no second copy is kept
+        set_loras(pipe, args, adapters)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
 
 
 # ---------------------------------------------------------------------------------- 3. The pipeline
@@ -649,17 +770,19 @@ NETWORKS += transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
 
 def local(name):
     """This file or folder, here or beside infer.py: a header's "demo/..." works from anywhere."""
-    return next((path for path in (Path(name).expanduser(), HERE / name) if path.exists()), None)
+    paths = (Path(os.path.expanduser(name)), HERE / name)
+    return next((path for path in paths if os.path.exists(path)), None)
 
 
 def open_file(file, config, mask, loras, **given):
     """The pipeline of a checkpoint in one .safetensors file, with the original code's names."""
     with or_fail(f"base model {file}: not a whole safetensors file"), safe_open(file, "pt") as data:
         keys, about = set(data.keys()), data.metadata() or {}
-    match_layout(loras, file, keys)
     # By this key diffusers knows SDXL's text encoders.
     xl = "conditioner.embedders.1.model.positional_embedding" in keys
     advice = f"its configs are those of {config or 'the Hub'}; --base_config names others"
+    for lora in loras.values():
+        advice = other_layout(*lora, file, keys) or advice
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
@@ -758,9 +881,9 @@ def check_tokenizer(tokenizer, config, what):
         fail(f"{what} does not fit the text encoder ({has}); {advice}")
 
 
-def load_pipeline(base, config, args, device, dtype, loras):
-    """The base model as a text-to-image pipeline of the layout that the LoRAs were trained for."""
-    place, one_file, tiny_vae = local(base), base.endswith(".safetensors"), args.tiny_vae
+def load_pipeline(args, base, config, device, dtype, loras):
+    """The base model as a text-to-image pipeline."""
+    place, one_file = local(base), base.lower().endswith(".safetensors")
     if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
         valid = "a folder in diffusers' layout, a .safetensors file or a Hub id"
         fail(f"base model {base}: no such file or folder; give --base_model {valid}")
@@ -769,8 +892,10 @@ def load_pipeline(base, config, args, device, dtype, loras):
     if not place:
         print(f"{base} is not a folder here or next to infer.py: looking on the Hub")
     given, config = {"dtype": dtype}, config if one_file else place or base
-    if tiny_vae:  # the VAE is then not even read
-        given["vae"] = load_named(diffusers.AutoencoderTiny, "tiny_vae", tiny_vae, dtype)
+    if args.tiny_vae:  # the base model's VAE is then not even read
+        given["vae"] = load_named(diffusers.AutoencoderTiny, "tiny_vae", args.tiny_vae, dtype)
+    if args.vae:
+        given["vae"] = load_named(diffusers.AutoencoderKL, "vae", args.vae, dtype)
     if one_file:
         pipe = open_file(place, config, args.mask, loras, **given)
     else:
@@ -778,17 +903,18 @@ def load_pipeline(base, config, args, device, dtype, loras):
         what = f"base model {base} {'cannot be opened' if place else missing}"
         with or_fail(what, "--base_model names another"):
             pipe = open_folder(base, place, args, **given)
-    match_layout(loras, base, dict(pipe.unet.named_modules()))
-    if tiny_vae:
-        check_tiny_vae(pipe, tiny_vae, config and local(config))
+    if args.vae or args.tiny_vae:
+        check_vae(pipe, args, config and local(config))
     for end in ("", "_2"):
         if encoder := getattr(pipe, f"text_encoder{end}", None):
             what = f"--base_model {base}: tokenizer{end}"
             check_tokenizer(getattr(pipe, f"tokenizer{end}"), encoder.config, what)
     if not hasattr(pipe, "text_encoder_2") and pipe.vae.config.get("latents_mean"):
         fail(f"--base_model {base}: its VAE has latents_mean, which only SDXL's pipelines know")
+    guard(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    with or_fail(f"--device {device}: the base model cannot be put there"):
+        return pipe.to(device)
 
 
 def load_named(kind, flag, name, dtype):
@@ -808,8 +934,8 @@ def load_part(kind, what, name, dtype, **where):
     return part
 
 
-def check_tiny_vae(pipe, name, folder):
-    """The tiny VAE fits the base model, whose VAE's config is in `folder`, unless on the Hub."""
+def check_vae(pipe, args, folder):
+    """The VAE given fits the base model, whose VAE's config is in `folder`, unless on the Hub."""
     channels, factor = pipe.unet.config.out_channels, pipe.vae_scale_factor
     if folder and (folder / "vae" / "config.json").is_file():
         config = diffusers.AutoencoderKL.load_config(folder / "vae")
@@ -817,7 +943,39 @@ def check_tiny_vae(pipe, name, folder):
     if (ours := (pipe.vae.config.latent_channels, pipe.vae_scale_factor)) != (channels, factor):
         has = "latents of {} channels and a side of 1/{}"
         ours, theirs = has.format(*ours), has.format(channels, factor)
-        fail(f"--tiny_vae {name} is for {ours}; the base model has {theirs}")
+        flag = f"--vae {args.vae}" if args.vae else f"--tiny_vae {args.tiny_vae}"
+        fail(f"{flag} is for {ours}; the base model has {theirs}")
+
+
+def guard(vae):
+    """Stop at NaN and infinite numbers, which would be a black image, with their row of the batch.
+
+    A VAE that overflows in 16 bits is taken to 32 for the batch. The pipelines do so by themselves
+    for a VAE of SDXL whose config says force_upcast.
+    """
+    once = functools.cache(warn)
+
+    def check(tensor, reason):
+        if not (finite := tensor.isfinite().flatten(1).all(1)).all():
+            raise FloatingPointError(int((~finite).nonzero()[0]), f"NaN or inf {reason}")
+        return tensor
+
+    def checked(part, call, x, **more):
+        way = "try --dtype fp32 or bf16, or a lower weight of each LoRA"
+        check(x, f"in the latents, from the UNet or a LoRA: {way}")
+        image = call(x, **more)
+        if x.dtype != torch.float32 and not image.isfinite().all():
+            once(f"the VAE overflows in {x.dtype}: taken to float32; --vae can name another")
+            part.float()
+            image = call(x.float(), **more).to(x.dtype)
+            part.to(x.dtype)
+        way = "--vae names another, SDXL's for fp16 is madebyollin/sdxl-vae-fp16-fix"
+        return check(image, f"from the VAE, not from the latents: {way}")
+
+    encode, decode = vae.encoder.forward, vae.decode
+    vae.encoder.forward = lambda x: checked(vae.encoder, encode, x)
+    # As the pipelines ask for it: a tuple.
+    vae.decode = lambda x, **more: (checked(vae, lambda y: decode(y, **more)[0], x),)
 
 
 def load_controlnet(name, pipe):
@@ -841,12 +999,15 @@ def with_images(pipe, args):
 
 
 def with_sizes(jobs, args, images, pipe):
-    """The jobs with a size in pixels: their own, else that of --image, else the base model's."""
+    """The jobs with a size in pixels: their own, else that of an image given, else the base's."""
     multiple, sample = math.lcm(8, pipe.vae_scale_factor), pipe.unet.config.sample_size
     latent = (sample, sample) if isinstance(sample, int) else sample
     height, width = (side * pipe.vae_scale_factor for side in latent)
-    if args.image:
+    flag = "--image" if args.image else "--control_image"
+    if images:
         width, height = (max(round(side / multiple), 1) * multiple for side in images["image"].size)
+        if any(None in (job.width, job.height) for job in jobs):
+            print(f"Size: {width} x {height}, that of {flag} in multiples of {multiple}")
     sized = [job._replace(height=job.height or height, width=job.width or width) for job in jobs]
     for job, name in itertools.product(sized, ("height", "width")):
         if (value := getattr(job, name)) % multiple:
@@ -854,7 +1015,28 @@ def with_sizes(jobs, args, images, pipe):
             flag = f"--{name}" if by_flag else f"--prompts_file: {name}"
             example = -(-value // multiple) * multiple
             fail(f"{flag} {value}: must be a multiple of {multiple}, e.g. {example}")
+    sizes = dict.fromkeys((job.width, job.height) for job in sized)
+    # A mask is cropped as its image is.
+    for name, size in itertools.product(images.keys() - {"mask_image"}, sizes):
+        scale = max(new / old for new, old in zip(size, images[name].size))
+        cut = (old * scale - new for new, old in zip(size, images[name].size))
+        if max(cut) >= multiple:
+            which = flag if name == "image" else "--control_image"
+            given, taken = ("{} x {}".format(*sides) for sides in (images[name].size, size))
+            print(f"{which}: {given}, cropped at its edges to the proportions of {taken}")
     return sized
+
+
+def check_prompts(pipe, jobs):
+    """Warn of prompts of which CLIP reads the beginning only."""
+    tokenizer, limit = pipe.tokenizer, pipe.tokenizer.model_max_length
+    texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
+    tokens = {text: tokenizer(text).input_ids for text in texts if text}
+    long = {text: ids for text, ids in tokens.items() if len(ids) > limit}
+    for text, ids in itertools.islice(long.items(), 1):
+        lost = tokenizer.decode(ids[limit - 1 : -1])
+        says = f"{len(long)} of {len(tokens)} prompts exceed the {limit} tokens that CLIP reads"
+        warn(f"{says}: of {text[:30]!r} {len(ids) - limit} are left out, {lost[:60]!r}")
 
 
 def check_plan(args, plan, jobs, original_steps):
@@ -868,6 +1050,13 @@ def check_plan(args, plan, jobs, original_steps):
         if (raised := enough(args.strength, steps)) != args.strength:
             taken = f"{args.strength:g} x {steps} step{'s' * (steps > 1)}"
             warn(f"--strength {taken} is less than one step: raised to {raised:.3g} to take one")
+    text = "\n".join(f"{job.prompt}\n{job.negative_prompt}" for job in jobs)
+    for sign, way in (
+        (r"\([^()\n]+:[\d.]+\)", "write it without"),
+        ("<lora:[^>\n]*>", "--style_lora"),
+    ):
+        if match := re.search(sign, text):
+            warn(f"--prompt: {match[0][:80]} is A1111's, CLIP reads it as text; here use: {way}")
     affected = not args.compare or any(name in DISTILLED for name, _ in plan)
     if affected and args.guidance_scale <= 1 and any(job.negative_prompt for job in jobs):
         where = "in the LCM-LoRA columns" if args.compare else "here"
@@ -883,9 +1072,10 @@ def enough(strength, steps):
 # -------------------------------------------------------------------------------------- 4. Generate
 
 
-def generate(pipe, args, images, jobs, steps, guidance, seen):
+def generate(pipe, args, images, jobs, steps, guidance, seen, keep=lambda place, image: image):
     """Images, seconds an image with text encoding and VAE, and how many of them are timed.
 
+    Of each image is kept what `keep` returns, which is called after each batch.
     The first call of a process pays for allocations, kernel choice and compilation: batches of a
     kind that is not in `seen` are left out, unless there are no others (0 are timed).
     """
@@ -894,13 +1084,17 @@ def generate(pipe, args, images, jobs, steps, guidance, seen):
         kinds.setdefault((job.height, job.width, job.negative_prompt is None), []).append(place)
     size = args.batch_size
     batches = [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
+    bar = tqdm(total=len(jobs), desc=f"{steps} steps", unit="image", disable=None, leave=False)
     for places in batches:
         start, batch = time.perf_counter(), [jobs[place] for place in places]
         # The images of Pillow are in main memory: the device has done its work.
-        made |= zip(places, generate_batch(pipe, args, images, batch, steps, guidance))
+        new = generate_batch(pipe, args, images, batch, steps, guidance)
         kind = (len(batch) == 1, batch[0].height, batch[0].width) if args.compile else "any"
         times.append((time.perf_counter() - start, len(batch), kind in seen))
         seen.add(kind)
+        made |= {place: keep(place, image) for place, image in zip(places, new)}
+        bar.update(len(batch))
+    bar.close()
     timed = [row for row in times if row[-1]]
     seconds, count, _ = map(sum, zip(*timed or times))
     return [made[place] for place in range(len(jobs))], seconds / count, count if timed else 0
@@ -913,45 +1107,61 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
     for key, image in images.items():
         # Lanczos is sharp, but overshoots: black in a mask would not stay black.
         how = Image.Resampling.BILINEAR if key == "mask_image" else Image.Resampling.LANCZOS
-        given[key] = image.resize((width, height), how)
+        if key == "mask_image" and image.size != images["image"].size:
+            image = image.resize(images["image"].size, how)
+        given[key] = ImageOps.fit(image, (width, height), how)
     more = {key: [image] * len(jobs) for key, image in given.items()}
     more |= {"strength": enough(args.strength, steps)} if args.image else {}
     more |= {"controlnet_conditioning_scale": args.controlnet_scale} if args.controlnet else {}
-    made = pipe(
-        [job.prompt for job in jobs],
-        negative_prompt=None if negative is None else [job.negative_prompt for job in jobs],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=height,
-        width=width,
-        # Noise from the CPU, with one generator each, is the same on every device, in every batch.
-        generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
-        eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,  # TCD's default
-        **more,
-    ).images
+    what = f"--seed {jobs[0].seed}, --prompt {jobs[0].prompt!a:.80} cannot be generated"
+    with or_fail(what):
+        try:
+            made = pipe(
+                [job.prompt for job in jobs],
+                negative_prompt=None if negative is None else [job.negative_prompt for job in jobs],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=height,
+                width=width,
+                # Noise from the CPU, with one generator each, is the same on every device, in
+                # every batch.
+                generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+                # TCD's default
+                eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,
+                **more,
+            ).images
+        except FloatingPointError as error:
+            row, reason = error.args
+            fail(f"--seed {jobs[row].seed}, --prompt {jobs[row].prompt!a:.80}: {reason}")
     if args.mask:  # the VAE does not give back to the bit what is to stay
         made = [Image.composite(image, given["image"], given["mask_image"]) for image in made]
     return made
 
 
-def generate_all(pipe, args, images, jobs, plan, schedulers, settings):
-    """Each job by each (scheduler, steps) of the plan, each image a file with its settings."""
+def save_job(args, settings, jobs, files, name, steps, place, image):
+    """Save the image of job `place` with its settings."""
+    output, mark = files[place]
+    one = settings | jobs[place]._asdict() | {"scheduler": name, "steps": steps}
+    one |= {"strength": enough(args.strength, steps)} if args.image else {}
+    save(image, output, one | {"fingerprint": mark}, parameters(one))
+    tqdm.write(str(output))
+
+
+def generate_all(pipe, args, images, jobs, work, schedulers, settings):
+    """Each job that `work` names, each image a file with its settings as soon as it is there."""
     seen, report = set(), []
-    if len(plan) > 1:  # step counts are compared: none of them pays for the first call
-        pipe.scheduler = schedulers[plan[0][0]]
-        generate(pipe, args, images, jobs[: args.batch_size], 1, args.guidance_scale, seen)
-    for name, steps in plan:
+    if len(work) > 1:  # step counts are compared: none of them pays for the first call
+        (name, _), *_ = work
         pipe.scheduler = schedulers[name]
-        made, seconds, count = generate(pipe, args, images, jobs, steps, args.guidance_scale, seen)
-        timed = f"{count} of {len(jobs)} timed, after a" if count else "no batch came after the"
+        generate(pipe, args, images, jobs[: args.batch_size], 1, args.guidance_scale, seen)
+    for (name, steps), files in work.items():
+        pipe.scheduler, todo = schedulers[name], [jobs[index] for index in files]
+
+        keep = functools.partial(save_job, args, settings, todo, [*files.values()], name, steps)
+        guidance = args.guidance_scale
+        _, seconds, count = generate(pipe, args, images, todo, steps, guidance, seen, keep)
+        timed = f"{count} of {len(todo)} timed, after a" if count else "no batch came after the"
         report.append(f"{steps} step{'s' * (steps > 1)}: {seconds:.3g} s/image ({timed} warm-up)")
-        for index, (image, job) in enumerate(zip(made, jobs)):
-            ending = f"-{index}" * (len(jobs) > 1) + f"-steps{steps}" * (len(plan) > 1)
-            output = args.output.with_stem(args.output.stem + ending)
-            one = settings | job._asdict() | {"scheduler": name, "steps": steps}
-            one |= {"strength": enough(args.strength, steps)} if args.image else {}
-            save(image, output, one, {"parameters": parameters(one)})
-            print(output)
     print(*report, sep="\n")
 
 
@@ -960,8 +1170,6 @@ def generate_all(pipe, args, images, jobs, plan, schedulers, settings):
 
 def parameters(settings):
     """The settings in the words that A1111, Forge and their relatives read back from a PNG."""
-    weights = settings["lcm_weight"], *(weight for _, weight in settings["style_lora"])
-    loras = zip(settings["lora_names"], weights)
     facts = {
         "Steps": settings["steps"],
         "Sampler": SCHEDULERS[settings["scheduler"]][1],
@@ -975,18 +1183,63 @@ def parameters(settings):
         facts[key] = json.dumps(value) if re.search("[,:]", str(value)) else value
     negative = settings["negative_prompt"]
     prompts = settings["prompt"]
-    prompts += "".join(f" <lora:{name}:{weight:g}>" for name, weight in loras)
+    prompts += "".join(f" <lora:{name}:{weight:g}>" for name, weight in settings["loras"])
     prompts += f"\nNegative prompt: {negative}" if negative else ""
     return prompts + "\n" + ", ".join(f"{key}: {value}" for key, value in facts.items())
 
 
-def save(image, path, settings, chunks):
-    """Write a PNG with its settings: `infer_args` as JSON, and further text chunks."""
-    info = PngImagePlugin.PngInfo()
-    for key, text in {**chunks, "infer_args": json.dumps(settings)}.items():
-        info.add_text(key, text)
+def save(image, path, settings, text=None):
+    """Write an image with its settings: `infer_args` as JSON, `parameters` as `text`.
+
+    It is written beside its place first: a file of its name is whole.
+    """
+    said, part = json.dumps(settings), path.with_name(f".{os.getpid()}.part")
+    if path.suffix.lower() == ".png":
+        more = {"pnginfo": PngImagePlugin.PngInfo()}
+        for key, chunk in {"parameters": text, "infer_args": said}.items():
+            if chunk is not None:
+                more["pnginfo"].add_text(key, chunk.encode(errors="replace").decode())
+    else:  # the fields ImageDescription and UserComment, the latter as A1111 has it
+        more, comment = {"exif": Image.Exif(), "quality": 95}, text or ""
+        if len(said) + 2 * len(comment) > 60000:  # more than a JPEG has room for
+            said, comment = json.dumps({"fingerprint": settings["fingerprint"]}), ""
+        more["exif"][0x010E] = said
+        comment = b"UNICODE\0" + comment.encode("utf-16-be", errors="replace")
+        more["exif"].get_ifd(0x8769)[0x9286] = comment
+    kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     with or_fail(f"--output {path}: cannot be written"):
-        image.save(path, pnginfo=info)
+        try:
+            image.save(part, kind, **more)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def fingerprint(settings, *facts):
+    """What an image depends on, in short: the same command has the same, other weights another."""
+    left_out = ("batch_size", "compile", "device", "seed", "diffusers")
+    known = {key: value for key, value in settings.items() if key not in left_out}
+    text = json.dumps([known, facts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_there(path, mark, args):
+    """Whether this image is there already; another file is not replaced without a word."""
+    if args.overwrite or not os.path.lexists(path):
+        return False
+    with contextlib.suppress(Exception), Image.open(path) as image:  # any other file is another's
+        said = image.info.get("infer_args") or image.getexif().get(0x010E)
+        if json.loads(said)["fingerprint"] == mark:
+            return True
+    fail(f"--output {path}: exists, of other settings; name another, or replace it by --overwrite")
+
+
+def try_output(path):
+    """Make the folder of --output and try whether a file of such a name can be written there."""
+    with or_fail(f"--output {path}: cannot be written"):
+        usable_path(str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 # ------------------------------------------------------------------------------------------ 6. Main
@@ -994,29 +1247,68 @@ def save(image, path, settings, chunks):
 
 def read_inputs(args):
     """(jobs, images, {adapter: LoRA}, settings to record), before a base model is fetched."""
-    jobs, images, files = read_jobs(args), read_images(args), {ADAPTER: find_lora(args.lora)}
+    if args.seed == -1:
+        args.seed = secrets.randbelow(2**32)
+        print(f"--seed {args.seed}")
+    jobs, images = read_jobs(args), read_images(args)
+    files = {ADAPTER: find_lora(args.lora)} if args.lora else {}
     for index, (name, _) in enumerate(args.style_lora):
         files[f"style_{index}"] = find_lora(name, "--style_lora")
     loras = {adapter: open_lora(file) for adapter, file in files.items()}
-    path, _, metadata = loras[ADAPTER]
+    path, _, metadata = loras.get(ADAPTER, (None, None, {}))
     base, config = args.base_model or metadata.get("base_model"), args.base_config
     if not base:
         fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
-    one_file = base.endswith(".safetensors")
+    one_file = base.lower().endswith(".safetensors")
     if config and not one_file:
         fail(f"--base_config has no effect: base model {base} is no .safetensors file")
     if args.variant and one_file:
         fail(f"--variant has no effect: base model {base} is one file")
     if one_file and not config:
-        config = header(path, metadata, "training_args", "{}", json.loads).get("teacher_config")
+        flags = header(path, metadata, "training_args", "{}", lambda text: dict(json.loads(text)))
+        config = flags.get("teacher_config") and str(flags["teacher_config"])
 
-    left_out = ("prompt", "prompts_file", "output", "num_images", "compare", "fused_output")
+    left_out = "prompt prompts_file output overwrite num_images compare fused_output".split()
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
     styles = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
-    settings |= {"lora": str(path), "style_lora": styles, "base_model": base, "base_config": config}
-    settings["lora_names"] = [lora_name(path, metadata) for path, _, metadata in loras.values()]
-    settings["original_inference_steps"] = int(header(path, metadata, "num_ddim_timesteps", 50))
+    settings |= {"lora": path and str(path), "style_lora": styles}
+    settings |= {"base_model": base, "base_config": config}
+    weights = [args.lcm_weight] * bool(path) + [weight for _, weight in args.style_lora]
+    names = [lora_name(path, metadata) for path, _, metadata in loras.values()]
+    settings["loras"] = list(zip(names, weights, strict=True))
+    steps = number(int, 1, 1000)
+    settings["original_inference_steps"] = (
+        header(path, metadata, "num_ddim_timesteps", "50", steps) if path else merged_steps(base)
+    )
+    used = {*files.values(), *filter(None, (args.image, args.mask, args.control_image))}
+    digests = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
+    settings["sha256"] = digests  # a rerun sees whether a file of the same name is another one
     return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
+
+
+def merged_steps(base):
+    """The DDIM steps of a base model with its LCM-LoRA inside, such as --fused_output writes."""
+    with or_fail(f"--base_model {base}: without --lora its scheduler is needed, and not found"):
+        config = diffusers.LCMScheduler.load_config(local(base) or base, subfolder="scheduler")
+    if config.get("_class_name") not in ("LCMScheduler", "TCDScheduler"):
+        fail(f"--base_model {base}: no LCM-LoRA is merged in, by its scheduler: give --lora")
+    return config.get("original_inference_steps", 50)
+
+
+def find_work(args, jobs, plan, settings):
+    """{(scheduler, steps): {index of a job: (file, fingerprint)}} of what is not there yet."""
+    work, count = {}, len(plan) * len(jobs)
+    for (name, steps), (index, job) in itertools.product(plan, enumerate(jobs)):
+        ending = f"-{index}" * (len(jobs) > 1) + f"-steps{steps}" * (len(plan) > 1)
+        output = args.output.with_stem(args.output.stem + ending)
+        mark = fingerprint(settings, job, name, steps)
+        if not is_there(output, mark, args):
+            work.setdefault((name, steps), {})[index] = output, mark
+    if work:
+        try_output(output)  # the last name is the longest
+    if done := count - sum(map(len, work.values())):
+        print(f"{done} of {count} images are there already (--overwrite generates them again)")
+    return work
 
 
 def load(args, jobs, images, loras, settings):
@@ -1025,13 +1317,12 @@ def load(args, jobs, images, loras, settings):
     device, dtype = pick_device(args)
     settings |= {"device": device, "dtype": str(dtype).removeprefix("torch.")}
     base, config = settings["base_model"], settings["base_config"]
-    pipe = load_pipeline(base, config, args, device, dtype, loras)
+    pipe = load_pipeline(args, base, config, device, dtype, loras)
     jobs = with_sizes(jobs, args, images, pipe)
-    for adapter in [*loras]:
-        attach_lora(pipe, adapter, *loras.pop(adapter), base)  # no second copy is kept
-    set_loras(pipe, args)
-    if not args.compare:
-        fuse(pipe)
+    check_prompts(pipe, jobs)
+    later = (ADAPTER,) if args.compare else ()  # after the teacher's columns
+    first = {name: loras.pop(name) for name in [*loras] if name not in later}
+    fuse(pipe, args, first, base)
     if args.compile:
         pipe.unet.compile_repeated_blocks(dynamic=True)  # its transformers, for every size
     task = with_images(pipe, args)
@@ -1039,12 +1330,6 @@ def load(args, jobs, images, loras, settings):
     for name, (kind, _, more) in SCHEDULERS.items():
         more = more | grid if name in DISTILLED else more
         schedulers[name] = getattr(diffusers, kind).from_config(pipe.scheduler.config, **more)
-    with or_fail(f"--output {args.output}: its folder cannot be made"):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    # From here on the libraries warn about the user's input, such as a prompt cut at 77 tokens.
-    diffusers.utils.logging.set_verbosity_warning()
-    # SDXL's pipelines take their VAE to float32 and back, of which this one warns at each image.
-    diffusers.utils.logging.get_logger("diffusers.models.modeling_utils").setLevel("ERROR")
     return pipe, task, jobs, schedulers
 
 
@@ -1057,9 +1342,12 @@ def main(argv=None):
     steps = dict.fromkeys(args.steps or [4])
     plan = [(name, count) for name in args.scheduler or ["lcm"] for count in steps]
     check_plan(args, plan, jobs, settings["original_inference_steps"])
+    work = find_work(args, jobs, plan, settings)
+    if not work and not args.fused_output:
+        return
     pipe, task, jobs, schedulers = load(args, jobs, images, loras, settings)
-    if jobs:
-        generate_all(task, args, images, jobs, plan, schedulers, settings)
+    if work:
+        generate_all(task, args, images, jobs, work, schedulers, settings)
     if args.fused_output:
         pipe.scheduler = schedulers["lcm"]
         runpy.run_path(str(FUSE))["save"](pipe, args.fused_output)

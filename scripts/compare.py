@@ -8,6 +8,7 @@ This is `python infer.py --compare`, with the flags of infer.py. By default the 
 columns of the LoRA, every other scheduler is one of the teacher, with guidance.
 """
 
+import contextlib
 import itertools
 import runpy
 import sys
@@ -35,12 +36,25 @@ GROUPS = {
     "dpm++": ("Teacher, DPM-Solver++", "#bc4c00"),
     "euler": ("Teacher, Euler", "#9a6700"),
 }
+ROWS, CELL = 100, 512  # of a grid at most; pixels
+# Pillow's own font has ASCII; others, where they are found, have more.
+FONTS = (
+    "DejaVuSans.ttf",
+    "Arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "Arial Unicode.ttf",
+    "msgothic.ttc",
+)
 
 
 def compare(args):
     """Read, load, generate every column and save the grid; `args` are those of infer.py."""
     plan = make_plan(args)
     jobs, images, loras, settings = infer.read_inputs(args)
+    if args.output.suffix.lower() == ".webp":
+        infer.fail(f"--output {args.output}: a grid may be too high for WebP; name a .png or .jpg")
+    if len(jobs) > ROWS:
+        infer.fail(f"--compare: {len(jobs)} prompts, a grid has at most {ROWS} rows")
     path, _, metadata = loras[infer.ADAPTER]
     original_steps = settings["original_inference_steps"]
     # Columns that nobody asked for are left out where the LoRA has too few steps, not refused.
@@ -51,24 +65,38 @@ def compare(args):
     if args.compare_guidance is None:
         omegas = [infer.header(path, metadata, key, 6.5) for key in ("w_min", "w_max")]
         args.compare_guidance = 1 + sum(omegas) / 2
+    mark = infer.fingerprint(settings, jobs, plan, args.compare_guidance)
+    if infer.is_there(args.output, mark, args) and not args.fused_output:
+        print(f"{args.output} is there already (--overwrite generates it again)")
+        return
+    infer.try_output(args.output)
+    base = settings["base_model"]
+    # The teacher's columns come first, without the LCM-LoRA; whether it fits is seen before them.
     pipe, task, jobs, schedulers = infer.load(args, jobs, images, loras, settings)
-
-    columns = make_columns(task, args, images, jobs, plan, schedulers)
+    infer.match_base(pipe, *loras[infer.ADAPTER], base)
+    teacher = [column for column in plan if column[0] not in infer.DISTILLED]
+    distilled = [column for column in plan if column[0] in infer.DISTILLED]
+    seen = set()
+    columns = make_columns(task, args, images, jobs, teacher, schedulers, seen)
+    infer.fuse(pipe, args, loras, base)  # as who generates with it has it: its time is that
+    columns |= make_columns(task, args, images, jobs, distilled, schedulers, seen)
+    columns = [columns[column] for column in plan]
     given = {"image": args.image, "mask": args.mask, "control": args.control_image}
     sources = [
         {"group": "Source", "label": label, "images": [image] * len(jobs)}
         for label, image in zip(filter(given.get, given), images.values())
     ]
-    base, size = Path(settings["base_model"]).name, f"{jobs[0].width} x {jobs[0].height} px"
-    title = f"{infer.lora_name(path, metadata)} on {base}, {size}, seed {args.seed}"
+    names = [f"{name} {weight:g}" for name, weight in settings["loras"]]
+    facts = [f"{' + '.join(names)} on {Path(base).name}", f"{jobs[0].width} x {jobs[0].height} px"]
+    facts += [f"seed {args.seed}"] + ([f"strength {args.strength:g}"] if args.image else [])
+    title = ", ".join(facts)
     sheet = grid(sources + columns, [job.prompt for job in jobs], title)
     facts = [{key: column[key] for key in column if key != "images"} for column in columns]
     settings |= {"jobs": [job._asdict() for job in jobs], "columns": facts}
-    settings["compare_guidance"] = args.compare_guidance
-    infer.save(sheet, args.output, settings, {})
+    settings |= {"compare_guidance": args.compare_guidance, "fingerprint": mark}
+    infer.save(sheet, args.output, settings)
     print(f"{args.output} ({sum(column['seconds'] for column in columns):.3g} s a row)")
     if args.fused_output:
-        infer.fuse(pipe)
         pipe.scheduler = schedulers["lcm"]
         runpy.run_path(str(infer.FUSE))["save"](pipe, args.fused_output)
 
@@ -89,32 +117,50 @@ def make_plan(args):
     return [(name, steps) for name, counts in plan.items() for steps in counts]
 
 
-def make_columns(pipe, args, images, jobs, plan, schedulers):
-    """The columns, each a dict with its images (a row per prompt), UNet passes and s/image."""
-    columns, seen = [], set()
+def make_columns(pipe, args, images, jobs, plan, schedulers, seen):
+    """{(scheduler, steps): column}, each a dict with its images (a row per prompt) and s/image."""
+    columns = {}
     for name, steps in plan:
         group, teacher = GROUPS[name][0], name not in infer.DISTILLED
         guidance = args.compare_guidance if teacher else args.guidance_scale
         pipe.scheduler = schedulers[name]
-        infer.set_loras(pipe, args, lcm=not teacher)
         if args.compile:
-            seen.clear()  # a LoRA or guidance that goes on or off is compiled anew
+            seen.clear()  # what is new is compiled anew
         if not seen:  # not timed: the first call is slow
             infer.generate(pipe, args, images, jobs[: args.batch_size], 1, guidance, seen)
-        made, seconds, _ = infer.generate(pipe, args, images, jobs, steps, guidance, seen)
+        made, seconds, _ = infer.generate(pipe, args, images, jobs, steps, guidance, seen, shrink)
         passes = int(steps * infer.enough(args.strength, steps)) if args.image else steps
         column = {"group": group, "scheduler": name, "steps": steps, "guidance": guidance}
         column |= {"passes": passes * (2 if guidance > 1 else 1), "seconds": seconds}
-        columns.append(column | {"images": made})
+        columns[name, steps] = column | {"images": made}
         steps, passes = plural(steps, "step"), plural(column["passes"], "UNet pass")
         print(f"{group}, {steps}: {passes}, {seconds:.3g} s/image")
-    infer.set_loras(pipe, args)
     return columns
+
+
+def shrink(_, image):
+    """An image as a cell has it, at most CELL wide and high: all that is kept of it."""
+    return ImageOps.contain(image, (CELL, CELL)) if max(image.size) > CELL else image
 
 
 def plural(count, noun):
     """1 step, 2 steps, 2 passes."""
     return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def shows(font, text):
+    """Whether a font has all letters of a text: what it has not comes out as the same box."""
+    box = bytes(font.getmask("\U0010fffe"))
+    return all(letter.isspace() or bytes(font.getmask(letter)) != box for letter in set(text))
+
+
+def font_for(text, font):
+    """This font, else one of the system's of its size, that has all letters of a text."""
+    fonts = [font]
+    for name in FONTS:
+        with contextlib.suppress(OSError):  # it is not installed
+            fonts.append(ImageFont.truetype(name, font.size))
+    return next((font for font in fonts if shows(font, text)), None)
 
 
 def wrap(text, font, width, limit):
@@ -128,7 +174,7 @@ def grid(columns, prompts, title):
     # Small images grow by a whole factor to 128 px or more; large ones shrink to 512 so that the
     # grid fits a screen.
     width, height = columns[-1]["images"][0].size
-    factor = min(1, 512 / max(width, height))
+    factor = min(1, CELL / max(width, height))
     if min(width, height) < 128:
         factor = -(-128 // min(width, height))
     width, height = round(width * factor), round(height * factor)
@@ -145,12 +191,15 @@ def grid(columns, prompts, title):
         left += 2 * gap if before and before["group"] != column["group"] else 0
         lefts.append(left)
         left += width + gap
-    top = 2 * gap + 2 * line + 6 * line  # title, band, column header
+    title = "".join(letter if shows(large, letter) else "?" for letter in title)
+    titles = wrap(title, large, left - 3 * gap, 4)
+    band = 2 * gap + (len(titles) + 1) * line
+    top = band + 6 * line  # the header of a column
     sheet = Image.new("RGB", (left + gap, top + len(prompts) * (height + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((2 * gap, 2 * gap), wrap(title, large, sheet.width - 4 * gap, 1)[0], ink, large)
+    for row, text in enumerate(titles):
+        pen.text((2 * gap, 2 * gap + row * line), text, ink, large)
 
-    band = 2 * gap + 2 * line
     for group, members in itertools.groupby(zip(lefts, columns), lambda member: member[1]["group"]):
         (first, column), *_, (last, _) = [*members] * 2
         colour, right = colours.get(group, faint), last + width - 1
@@ -173,8 +222,12 @@ def grid(columns, prompts, title):
             if "label" in column:  # a mask is white on the white sheet
                 pen.rectangle((x, y, x + width - 1, y + height - 1), outline=faint)
     for row, prompt in enumerate(prompts):
-        lines = wrap(prompt, font, label - gap, max(1, height // line))
+        if not (letters := font_for(prompt, font)):
+            letters, name = font, f"Row {row + 1}"
+            print(f"{name}: {prompt}")  # boxes would tell nothing
+            prompt = name
+        lines = wrap(prompt, letters, label - gap, max(1, height // line))
         y = top + row * (height + gap) + (height - len(lines) * line) // 2
         for index, text in enumerate(lines):
-            pen.text((2 * gap, y + index * line), text, ink, font)
+            pen.text((2 * gap, y + index * line), text, ink, letters)
     return sheet

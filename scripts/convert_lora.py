@@ -63,7 +63,7 @@ def parse_args(argv=None):
     where = "a .safetensors file, an output folder of a trainer, or a PEFT folder"
     add("input", metavar="INPUT", help=where)
     where = "a new .safetensors file, for peft a new folder"
-    add("output", metavar="OUTPUT", type=Path, help=where)
+    add("output", metavar="OUTPUT", type=lambda text: Path(infer.usable_path(text)), help=where)
     add("--to", choices=["kohya", "diffusers", "peft"], default="kohya", help="naming to write")
     alpha = "alpha the LoRA was trained with, for a file that does not contain it"
     add("--alpha", type=float, metavar="NUMBER", help=f"{alpha} (default: the rank)")

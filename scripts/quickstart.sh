@@ -18,7 +18,7 @@ python "train_lcm_lora_$family.py" --mixed_precision no \
   --validation_steps 300 \
   --report_to tensorboard --resume_from_checkpoint latest --output_dir "$out" "$@"
 
-python infer.py --lora "$out" --compare --output "$out/compare.png" \
+python infer.py --lora "$out" --compare --output "$out/compare.png" --overwrite \
   --prompt "red apple, noto style" "penguin, fluent flat style" "rocket, noto style" \
   "face with tears of joy, fluent flat style"
 echo "Done. The LoRA: $out/pytorch_lora_weights.safetensors  The images: $out/compare.png"

@@ -361,3 +361,12 @@ def test_peft_settings_are_plain(sd15, teacher, tmp_path):
         and len(text["target_modules"]) > 50
     )
     assert (tmp_path / "run" / LORA).exists()
+
+
+def test_names_that_are_too_long(tmp_path, capsys):
+    """Over 255 bytes, as input and as output: one line."""
+    for words in (["x" * 300, tmp_path / "y.safetensors"], ["x.safetensors", "x" * 300]):
+        with pytest.raises(SystemExit) as caught:
+            convert.main([*map(str, words)])
+        said = str(caught.value) + capsys.readouterr().err
+        assert "x" * 60 in said and "Traceback" not in said

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from conftest import run as run_program
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 from test_infer import compare, difference, infer, make_lora, make_tiny_vae, start
 
 DEMO = {family: ROOT / "demo" / f"teacher-{family}" for family in ("sd15", "sdxl")}
@@ -87,6 +88,11 @@ def pipeline(kit, kind, family="sd15", scheduler=("LCMScheduler", {}), lora=True
     return pipe
 
 
+def fitted(path, size=(88, 64)):
+    """An image as infer.py takes it: its edges cropped, not stretched."""
+    return ImageOps.fit(Image.open(path), size, Image.Resampling.LANCZOS)
+
+
 def call(pipe, path, *args, steps=4, guidance=1.0, seed=0, **kwargs):
     """The pipeline's image as a file."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -155,7 +161,7 @@ def test_img2img(kit, tmp_path, family, capsys):
     half = run(kit, tmp_path / "half.png", *flags, 0.5, family=family)
     assert capsys.readouterr().err == ""
     assert is_image(half, (88, 64))
-    source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
+    source = fitted(kit / "apple.png")
     pipe = pipeline(kit, "Img2ImgPipeline", family)
     # img2img wants an image per prompt: with one image, a list of generators would share its noise.
     theirs = call(pipe, tmp_path / "theirs.png", "a cat", image=source, strength=0.5)
@@ -186,7 +192,7 @@ def test_each_scheduler_starts_from_images(kit, tmp_path, name):
     for kind, flags, size in (
         ("img2img", ("--image", kit / "apple.png"), (88, 64)),
         ("inpainting", ("--image", kit / "apple.png", "--mask", kit / "mask.png"), (88, 64)),
-        ("controlnet", control, (64, 64)),
+        ("controlnet", control, (88, 64)),
     ):
         path = run(kit, tmp_path / f"{kind}.png", "--scheduler", name, *flags)
         assert is_image(path, size)
@@ -248,7 +254,7 @@ def test_inpainting(kit, tmp_path, family, capsys):
     assert capsys.readouterr().err == ""
     assert is_image(path, (88, 64)) and settings(path)["strength"] == 1
     base = run(kit, tmp_path / "base.png", *flags, "--lora_scale", 0, family=family)
-    source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
+    source = fitted(kit / "apple.png")
 
     def moved(path, box, other=source):
         return max(
@@ -354,8 +360,12 @@ def test_merged_loras_leave_the_weights_of_the_base_alone(kit, tmp_path, monkeyp
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
-    seen, generate_all, fuse = {}, infer.generate_all, infer.fuse
-    monkeypatch.setattr(infer, "fuse", lambda pipe: seen.update(loaded=parts(pipe)) or fuse(pipe))
+    seen, generate_all, set_loras = {}, infer.generate_all, infer.set_loras
+    monkeypatch.setattr(
+        infer,
+        "set_loras",
+        lambda pipe, *rest: seen.update(loaded=parts(pipe)) or set_loras(pipe, *rest),
+    )
     monkeypatch.setattr(
         infer,
         "generate_all",
@@ -411,7 +421,7 @@ def test_tiny_vae(kit, tmp_path, monkeypatch, family, given):
         family,
         vae=AutoencoderTiny.from_pretrained(vae),
     )
-    source = Image.open(kit / "apple.png").resize((88, 64), Image.Resampling.LANCZOS)
+    source = fitted(kit / "apple.png")
     more = {"image": source, "strength": 0.8} if given else {}
     assert difference(path, call(pipe, tmp_path / "theirs.png", "a cat", **more)) <= 1
 
@@ -816,8 +826,8 @@ def test_fused_output_is_whole_or_absent(kit, tmp_path, monkeypatch):
             "line 1: must be .*optionally with negative_prompt, seed, height, width",
         ),
         ('{"prompt": 3}', "line 1: prompt is 3, must be a text"),
-        ('{"prompt": "a", "seed": "1"}', "line 1: seed is '1', must be 0 to 4294967295"),
-        ('{"prompt": "a", "seed": -1}', "line 1: seed is -1"),
+        ('{"prompt": "a", "seed": "1"}', "line 1: seed is '1', must be -1 to 18446744073709551615"),
+        ('{"prompt": "a", "seed": -2}', "line 1: seed is -2"),
         ('{"prompt": "a", "width": true}', "line 1: width is True"),
         ('{"prompt": "a", "height": 0}', "line 1: height is 0, must be 1 to"),
         (
@@ -918,3 +928,435 @@ def test_warnings(capsys, flags, message):
     plan = compare.make_plan(args) if args.compare else [("lcm", 4)]
     infer.check_plan(args, plan, infer.read_jobs(args), 50)
     assert re.fullmatch(f"warning: {message}.*\n" if message else "", capsys.readouterr().err)
+
+
+def broken_base(folder, part, tensor, value):
+    """The demo base with one weight set to `value`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO["sd15"], folder)
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor] = torch.full_like(tensors[tensor], value)
+    file.unlink()
+    save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize("given", [(), ("image",), ("image", "mask"), ("control_image",)])
+@pytest.mark.parametrize(
+    ("part", "tensor", "message"),
+    [
+        ("vae", "decoder.conv_out.bias", "from the VAE.* --vae "),
+        ("vae", "post_quant_conv.bias", "from the VAE.* --vae "),
+        ("unet", "conv_out.bias", "in the latents, from the UNet or a LoRA.* --dtype"),
+    ],
+)
+def test_nan_stops(kit, tmp_path, part, tensor, message, given):
+    """No black image: one line with seed, prompt, where it came from, and a way out."""
+    base = broken_base(tmp_path / "base", part, tensor, torch.nan)
+    files = {"image": "apple.png", "mask": "mask.png", "control_image": "apple.png"}
+    flags = [word for name in given for word in (f"--{name}", kit / files[name])]
+    flags += ["--controlnet", kit / "control-sd15"] if "control_image" in given else []
+    flags += ["--base_model", base, "--steps", 1, "--seed", 7]
+    with pytest.raises(SystemExit, match=f"^error: --seed 7, --prompt 'a cat': .*{message}"):
+        run(kit, tmp_path / "x.png", *flags)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_nan_names_the_image_of_the_batch(kit, tmp_path, monkeypatch):
+    """The one of four that is NaN, though all are generated at once; no file is written for it."""
+    from diffusers import AutoencoderKL
+
+    decode = AutoencoderKL.decode
+
+    def third(vae, latents, **kwargs):
+        image = decode(vae, latents, **kwargs)[0]
+        image[2:] = torch.inf
+        return (image,)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", third)
+    with pytest.raises(SystemExit, match="^error: --seed 2, --prompt 'c': NaN or inf from the VAE"):
+        run(kit, tmp_path / "x.png", "--steps", 1, prompt="abcd")
+
+
+@pytest.mark.parametrize("given", [(), ("--image",)])
+def test_vae_that_overflows_in_half_precision(kit, tmp_path, capsys, given):
+    """It is taken to fp32 with one warning, and generates what it does where all is fp32."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO["sd15"], tmp_path / "base")
+    file = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    # Norms take the scale of what is before them away, in fp32.
+    for name in "decoder.conv_in", "encoder.conv_in":
+        tensors |= {
+            f"{name}.{part}": tensors[f"{name}.{part}"] * 1e5 for part in ("weight", "bias")
+        }
+    file.unlink()
+    save_file({key: t.clamp(-6e4, 6e4) for key, t in tensors.items()}, file)
+    flags = [word for flag in given for word in (flag, kit / "apple.png", "--strength", 1)]
+    flags += ["--base_model", tmp_path / "base", "--steps", 1, "--batch_size", 1]
+    run(kit, tmp_path / "full.png", *flags, prompt=("a cat", "a dog"))
+    assert capsys.readouterr().err == ""
+    run(kit, tmp_path / "half.png", *flags, "--dtype", "fp16", prompt=("a cat", "a dog"))
+    assert re.fullmatch(r"warning: the VAE overflows in .*--vae .*\n", capsys.readouterr().err)
+    for index in range(2):
+        assert difference(tmp_path / f"half-{index}.png", tmp_path / f"full-{index}.png") <= 6
+
+
+def test_vae(kit, tmp_path, monkeypatch):
+    """--vae takes the place of the base's: as diffusers generates with it; others are refused."""
+    from diffusers import AutoencoderKL
+
+    vae = broken_base(tmp_path / "base", "vae", "decoder.conv_out.bias", 0.5) / "vae"
+    path = run(kit, tmp_path / "x.png", "--vae", vae)
+    pipe = pipeline(kit, "Pipeline", vae=AutoencoderKL.from_pretrained(vae))
+    assert difference(path, call(pipe, tmp_path / "theirs.png", "a cat")) <= 1
+    assert difference(path, run(kit, tmp_path / "base.png")) > 8
+    assert settings(path)["vae"] == str(vae)
+    tiny = make_tiny_vae(tmp_path / "tiny")
+    for flags, message in (
+        (["--vae", tiny], "--vae .*tiny"),
+        (["--vae", vae, "--tiny_vae", tiny], "--vae and --tiny_vae do not go together"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {message}"):
+            run(kit, tmp_path / "no.png", *flags)
+
+
+def generated(monkeypatch):
+    """How many images each call of the pipeline generates, from here on."""
+    sizes, generate = [], infer.generate_batch
+    monkeypatch.setattr(
+        infer,
+        "generate_batch",
+        lambda pipe, args, images, jobs, *rest: (
+            sizes.append(len(jobs)) or generate(pipe, args, images, jobs, *rest)
+        ),
+    )
+    return sizes
+
+
+def again(kit, output, *flags, prompt="abcde"):
+    """infer.main as a user repeats it."""
+    words = ["--lora", kit / "sd15.safetensors", "--device", "cpu", "--prompt", *prompt]
+    infer.main([*map(str, [*words, "--steps", 1, "--batch_size", 2, "--output", output, *flags])])
+
+
+def test_stopped_run_goes_on(kit, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second batch leaves the first's images, whole; the same command does the rest.
+
+    Once more it does nothing, and does not even load the base.
+    """
+    sizes, save = generated(monkeypatch), infer.Image.Image.save
+
+    def stop(image, path, *args, **kwargs):
+        if len(list(tmp_path.glob("*.png"))) == 3:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(image, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer.Image.Image, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            again(kit, tmp_path / "x.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.png", "x-1.png", "x-2.png"]
+    before = [(tmp_path / f"x-{index}.png").stat().st_mtime_ns for index in range(3)]
+    sizes.clear()
+    again(kit, tmp_path / "x.png")
+    assert sizes == [2] and "3 of 5 images are there already" in capsys.readouterr().out
+    assert before == [(tmp_path / f"x-{index}.png").stat().st_mtime_ns for index in range(3)]
+    assert all(is_image(tmp_path / f"x-{index}.png") for index in range(5))
+    run(kit, tmp_path / "alone.png", "--steps", 1, "--seed", 3, prompt="d")
+    assert difference(tmp_path / "alone.png", tmp_path / "x-3.png") <= 1
+    sizes.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "load_pipeline", lambda *args: pytest.fail("the base was read"))
+        again(kit, tmp_path / "x.png")
+    again(kit, tmp_path / "x.png", "--overwrite")
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_other_images_are_not_overwritten(kit, tmp_path, monkeypatch, ending):
+    """Another prompt, other weights under the same name, a file of the user's: one line, no loss."""
+    shutil.copy(kit / "sd15.safetensors", tmp_path / "sd15.safetensors")
+    sizes, output = generated(monkeypatch), tmp_path / f"x.{ending}"
+    again(tmp_path, output, prompt="a")
+    again(tmp_path, output, prompt="a")
+    assert sizes == [1]
+    before = output.read_bytes()
+    monkeypatch.setattr(infer, "load_pipeline", lambda *args: pytest.fail("the base was read"))
+    says = "^error: --output .*: exists.*--overwrite"
+    for flags in (["--seed", 2], ["--lcm_weight", 0.5], ["--width", 64], ["--guidance_scale", 2]):
+        with pytest.raises(SystemExit, match=says):
+            again(tmp_path, output, *flags, prompt="a")
+    with pytest.raises(SystemExit, match=says):
+        again(tmp_path, output, prompt="b")
+    from safetensors.torch import load_file, save_file
+
+    header = {"base_model": str(DEMO["sd15"])}
+    save_file(load_file(kit / "sd15.safetensors"), tmp_path / "sd15.safetensors", header)
+    with pytest.raises(SystemExit, match=says):
+        again(tmp_path, output, prompt="a")
+    assert output.read_bytes() == before
+    output.write_text("notes")
+    with pytest.raises(SystemExit, match=says):
+        again(kit, output, prompt="a")
+    assert output.read_text() == "notes"
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
+def test_other_formats(kit, tmp_path, ending, kind):
+    """The image, with settings and with parameters where A1111 reads them."""
+    path = run(kit, tmp_path / f"x.{ending}", prompt=("a cät",))
+    ours = run(kit, tmp_path / "x.png", prompt=("a cät",))
+    image, other = Image.open(path), Image.open(ours)
+    assert image.format == kind and image.size == (64, 64)
+    apart = ImageChops.difference(image.convert("RGB"), other.convert("RGB"))
+    assert sum(ImageStat.Stat(apart).mean) / 3 < 8
+    said = json.loads(image.getexif()[0x010E])
+    assert said["prompt"] == "a cät" and said["steps"] == 4
+    run(kit, path, "--steps", 1, prompt=("a cat " * 9999,))  # more than EXIF has room for
+    assert len(json.loads(Image.open(path).getexif()[0x010E])["fingerprint"]) == 16
+    comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment[8:].decode("utf-16-be") == other.text["parameters"]
+
+
+def test_output_folder_is_tried_first(kit, tmp_path, monkeypatch):
+    """A file in the folder's place, names that are too long with an ending: before the base."""
+    monkeypatch.setattr(infer, "load_pipeline", lambda *args: pytest.fail("the base was read"))
+    (tmp_path / "file").touch()
+    for output in (
+        tmp_path / "file" / "x.png",
+        tmp_path / f"{'x' * 300}.png",
+        tmp_path / f"{'x' * 251}.png",  # fits, but x...-0.png does not
+    ):
+        with pytest.raises(SystemExit, match="^error: .*--output"):
+            again(kit, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_images_are_not_kept(kit, tmp_path, monkeypatch):
+    """While a batch is generated, none of the images of earlier ones is in memory."""
+    import gc
+    import weakref
+
+    seen, generate, alive = [], infer.generate_batch, []
+
+    def watched(*args):
+        gc.collect()
+        alive.append(sum(image() is not None for image in seen))
+        made = generate(*args)
+        seen.extend(map(weakref.ref, made))
+        return made
+
+    monkeypatch.setattr(infer, "generate_batch", watched)
+    again(kit, tmp_path / "x.png", prompt="abcdefgh")
+    assert len(seen) == 8 and max(alive) <= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "words"),
+    [
+        (["--image"], (88, 64), ["Size: 88 x 64, that of --image"]),
+        (["--control_image"], (88, 64), ["Size: 88 x 64, that of --control_image"]),
+        (["--image", "--width", 64], (64, 64), ["--image: 90 x 64, cropped .* of 64 x 64"]),
+        (["--control_image", "--height", 96], (88, 96), ["--control_image: 90 x 64, cropped"]),
+    ],
+)
+def test_images_are_cropped_never_stretched(kit, tmp_path, monkeypatch, capsys, flags, size, words):
+    """Their size is the default; other proportions crop them, and a line says which."""
+    given, fit = [], infer.ImageOps.fit
+    monkeypatch.setattr(infer.ImageOps, "fit", lambda *args: given.append(fit(*args)) or given[-1])
+    flags = [flags[0], kit / "apple.png", *flags[1:]]
+    flags += ["--controlnet", kit / "control-sd15"] if "--control_image" in flags else []
+    path = run(kit, tmp_path / "x.png", *flags, "--steps", 1)
+    assert Image.open(path).size == size == given[0].size
+    out = capsys.readouterr().out
+    assert all(len(re.findall(word, out)) == 1 for word in words), out
+    # A disc of the image is a disc in what the pipeline gets: its width is its height in scale.
+    scale = max(size[0] / 90, size[1] / 64)
+    row = [given[0].getpixel((x, size[1] // 2))[1] < 128 for x in range(size[0])]
+    assert abs(sum(row) - min(50 * scale, size[0])) <= 4
+
+
+def test_mask_follows_its_image(kit):
+    """A mask of another size is that of the whole image, and cropped with it."""
+
+    class Pipe:
+        scheduler = None
+
+        def __call__(self, prompts, **kwargs):
+            self.given = kwargs
+            return type("Result", (), {"images": kwargs["image"]})
+
+    pipe, image = Pipe(), Image.new("RGB", (128, 64), "red")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    words = ["--lora", "x", "--prompt", "a", "--image", "x", "--mask", "x"]
+    jobs = [infer.Job("a", None, 0, 64, 64)]
+    infer.generate_batch(
+        pipe, infer.parse_args(words), {"image": image, "mask_image": mask}, jobs, 1, 1
+    )
+    (mask,) = pipe.given["mask_image"]
+    assert mask.size == (64, 64) and mask.getpixel((20, 32)) < 10 and mask.getpixel((44, 32)) > 245
+
+
+def test_grid_times_merged_loras(kit, tmp_path, monkeypatch):
+    """No LoRA layer is left in the UNet, in any column; its columns are generated last."""
+    from peft.tuners.lora import LoraLayer
+
+    seen, generate = [], infer.generate
+
+    def watched(pipe, args, images, jobs, steps, *rest):
+        loras = sum(isinstance(module, LoraLayer) for module in pipe.unet.modules())
+        seen.append((type(pipe.scheduler).__name__[:3], loras))
+        return generate(pipe, args, images, jobs, steps, *rest)
+
+    monkeypatch.setattr(infer, "generate", watched)
+    flags = ("--compare", "--scheduler", "lcm", "dpm++", "--steps", 1)
+    path = run(kit, tmp_path / "x.png", *flags)
+    assert seen == [("DPM", 0), ("DPM", 0), ("LCM", 0)]
+    assert [column["scheduler"] for column in settings(path)["columns"]] == ["lcm", "dpm++"]
+
+
+def test_grid_names_what_made_it(kit, tmp_path, monkeypatch):
+    """LoRAs with their weights, and the strength."""
+    titles, grid = [], compare.grid
+    monkeypatch.setattr(compare, "grid", lambda *args: titles.append(args[-1]) or grid(*args))
+    flags = ["--lcm_weight", 0.9, "--style_lora", f"{kit / 'sd15.safetensors'}:0.25"]
+    flags += ["--image", kit / "apple.png", "--strength", 0.6]
+    run(kit, tmp_path / "x.png", *flags, "--compare", "--scheduler", "lcm", "--steps", 2)
+    for words in "sd15 0.9 + sd15 0.25 on teacher-sd15", "88 x 64 px", "seed 0", "strength 0.6":
+        assert words in titles[0]
+
+
+def test_grid_of_prompts_in_other_scripts(kit, tmp_path, monkeypatch, capsys):
+    """Where no font has its letters, a row has its number, and the prompt is printed."""
+    from PIL import ImageDraw as Draw
+
+    texts, draw = [], Draw.ImageDraw.text
+    monkeypatch.setattr(Draw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or draw(*a, **k))
+    monkeypatch.setattr(compare, "FONTS", ("no such font.ttf",))
+    prompts = ("a cat", "красный дом", "\u732b")
+    flags = ("--compare", "--scheduler", "lcm", "--steps", 1)
+    run(kit, tmp_path / "x.png", *flags, prompt=prompts)
+    assert "a cat" in texts and "Row 2" in texts and "Row 3" in texts
+    assert "Row 2: красный дом\nRow 3: \u732b\n" in capsys.readouterr().out
+
+
+def test_grid_keeps_small_images(monkeypatch):
+    """Of an image that the grid shrinks only that is kept; too many rows are refused."""
+    assert compare.shrink(0, Image.new("RGB", (1024, 512))).size == (512, 256)
+    small = Image.new("RGB", (64, 96))
+    assert compare.shrink(0, small) is small
+    jobs = [infer.Job("a", None, i, None, None) for i in range(compare.ROWS + 1)]
+    monkeypatch.setattr(infer, "read_inputs", lambda args: (jobs, {}, {}, {}))
+    words = ["--lora", "x", "--prompt", "a", "--compare"]
+    for more, says in (
+        ([], "--compare: 101 prompts, .* at most 100"),
+        (
+            ["--output", "x.webp"],
+            "--output x.webp: a grid",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {says}"):
+            compare.compare(infer.parse_args([*words, *more]))
+
+
+def test_fused_folder_generates_alone(kit, tmp_path):
+    """--base_model without --lora: what the LoRA generates; another base is refused."""
+    from safetensors.torch import load_file, save_file
+
+    header = {"base_model": str(DEMO["sd15"]), "num_ddim_timesteps": "20"}
+    save_file(load_file(kit / "sd15.safetensors"), tmp_path / "sd15.safetensors", header)
+    run(tmp_path, None, "--fused_output", tmp_path / "fused", prompt=())
+    ours = run(tmp_path, tmp_path / "ours.png", "--steps", 3)
+    flags = ["--prompt", "a cat", "--device", "cpu", "--base_model"]
+    output = ["--steps", 3, "--output", tmp_path / "x.png"]
+    start(*flags, tmp_path / "fused", *output)
+    assert difference(ours, tmp_path / "x.png") <= 3
+    assert settings(tmp_path / "x.png")["original_inference_steps"] == 20
+    assert "Lora" not in Image.open(tmp_path / "x.png").text["parameters"]
+    for words, message in (
+        ([*flags, DEMO["sd15"]], "no LCM-LoRA is merged in.* give --lora"),
+        ([*flags, tmp_path / "fused", "--steps", 21], "--steps 21: must be from 1 to 20"),
+        ([*flags, tmp_path / "fused", "--compare"], "--compare has no effect without --lora"),
+        (["--prompt", "a"], "--lora is missing"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            infer.main([*map(str, words)])
+
+
+def test_seeds(kit, tmp_path, capsys):
+    """64 bits, of which the next after the last is 0; -1 is another one each time, and printed."""
+    words = ["--lora", "x", "--prompt", "a", "b", "--seed"]
+    jobs = infer.read_jobs(infer.parse_args([*words, str(2**64 - 1)]))
+    assert [job.seed for job in jobs] == [2**64 - 1, 0]
+    path = run(kit, tmp_path / "x.png", "--steps", 1, "--seed", 2**64 - 1)
+    assert settings(path)["seed"] == 2**64 - 1
+    capsys.readouterr()
+    seeds = set()
+    for _ in range(2):
+        run(kit, path, "--steps", 1, "--seed", -1)
+        (seed,) = re.findall(r"--seed (\d+)\n", capsys.readouterr().out)
+        assert settings(path)["seed"] == int(seed)
+        seeds.add(seed)
+    assert len(seeds) == 2
+
+
+def test_prompts_of_a1111_are_named(capsys):
+    """Weights and LoRAs in a prompt, which CLIP reads as text: one line each; brackets are none."""
+    for prompt, message in {
+        "a (red:1.3) cat": r"warning: --prompt: \(red:1.3\) .*\n",
+        "a cat <lora:ink:0.8>": "warning: --prompt: <lora:ink:0.8> .*--style_lora\n",
+        "at (about) 12:30, [a|b] <3": "",
+    }.items():
+        args = infer.parse_args(["--lora", "x", "--prompt", prompt, prompt])
+        infer.check_plan(args, [("lcm", 4)], infer.read_jobs(args), 50)
+        assert re.fullmatch(message, capsys.readouterr().err), prompt
+
+
+def test_long_prompts(kit, tmp_path, capsys):
+    """One short line tells how many are too long, and what is left out of the first."""
+    long = "a cat " * 50 + "with a hat"
+    run(kit, tmp_path / "x.png", "--steps", 1, prompt=("a cat", long, long + " red"))
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "2 of 3 prompts" in warning and "32 tokens" in warning
+    assert len(warning) < 250 and "endoftext" not in warning
+
+
+def test_out_of_memory_names_the_flags(kit, tmp_path, monkeypatch):
+    """Where it is generated, and where the base is put on the device."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore text")
+
+    for kind, name in (UNet2DConditionModel, "forward"), (StableDiffusionPipeline, "to"):
+        monkeypatch.setattr(kind, name, full)
+        with pytest.raises(SystemExit, match="^error: .*--batch_size 1, --tiny_vae") as caught:
+            run(kit, tmp_path / "x.png")
+        assert "\n" not in str(caught.value) and "More text" not in str(caught.value)
+
+
+def test_closed_pipe_and_narrow_terminal(kit, tmp_path):
+    """`| head` and a stdout of ASCII: no traceback, and the images are whole."""
+    program = f"{sys.executable} infer.py --device cpu --lora {kit / 'sd15.safetensors'} --steps 1"
+    program += f" --prompt a b c --batch_size 1 --output {tmp_path}/cät.png"
+    done = run_program("bash", "-c", f"{program} | head -n 1", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines() == ["stopped: nothing reads the output any more"]
+    done = run_program("bash", "-c", program, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert r"c\xe4t-2.png" in done.stdout
+    assert all(is_image(tmp_path / f"cät-{index}.png") for index in range(3))
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    """The hook for what ends the program; any other error keeps its traceback."""
+    infer.last_words(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert re.fullmatch("stopped.*complete\n", capsys.readouterr().err)
+    infer.last_words(ValueError, ValueError("x"), None)
+    assert "ValueError: x" in capsys.readouterr().err

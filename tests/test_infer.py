@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import re
 import shutil
 import sys
@@ -162,6 +163,8 @@ def tiny(tmp_path_factory):
 def start(*words):
     """infer.main; a grid by this process's own scripts/compare.py, in which tests replace parts."""
     words = [*map(str, words)]
+    if "--prompt" in words or "--prompts_file" in words:
+        words.append("--overwrite")  # a test asks for an image, not for one that is there
     if "--compare" in words:
         compare.compare(infer.parse_args(words))
     else:
@@ -602,7 +605,7 @@ def test_bad_file(tiny, tmp_path, kind, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--output", "x.jpg"], r"--output x.jpg: must name a .png"),
+        (["--output", "x.gif"], r"--output x.gif: must name a file that ends in .png, .jpg"),
         (["--steps", "0"], "--steps.*from 1 to"),
         (["--steps", "51"], "--steps 51: must be from 1 to 50"),
         (["--num_images", "2", "--compare"], "does not go with --compare"),
@@ -745,14 +748,21 @@ def refused(lora, message, out, *flags):
 @pytest.mark.parametrize(
     ("lora", "base"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("sdxl", "ssd1b"), ("ssd1b", "sdxl")]
 )
-def test_lora_of_another_layout(layouts, tmp_path, lora, base, one_file):
-    """Both layouts are named; an SSD-1B LoRA, all of whose layers SDXL has, would load silently."""
+def test_lora_of_another_layout(layouts, tmp_path, lora, base, one_file, capsys):
+    """Both layouts are named; of an SSD-1B LoRA SDXL has all layers: it loads, with a warning."""
     ours, theirs = layouts[lora], layouts[base]
     says = rf"was trained for the {LAYOUTS[lora]} layout \(base {ours[1].name}\); "
     says += f"--base_model .* has the {LAYOUTS[base]} layout"
-    refused(
-        ours[2], f"lora.safetensors {says}$", tmp_path / "x.png", "--base_model", theirs[one_file]
-    )
+    flags = ("--base_model", theirs[one_file], "--base_config", theirs[0])
+    flags = flags if one_file else flags[:2]
+    if lora == "ssd1b":
+        words = ("--prompt", "a", "--steps", 1, "--output", tmp_path / "x.png", *flags)
+        run(ours[2].parent, *words, lora=ours[2].name)
+        assert re.fullmatch(f"warning: LoRA .* {says}; .*\n", capsys.readouterr().err)
+        return
+    refused(ours[2], f"lora.safetensors {says}: layer unet", tmp_path / "x.png", *flags)
+    if one_file:  # by the configs of the LoRA's own teacher, which the header names
+        refused(ours[2], f"cannot be opened .*; .* {says}$", tmp_path / "x.png", *flags[:2])
 
 
 @pytest.mark.parametrize(
@@ -837,3 +847,151 @@ def test_warnings(tiny, tmp_path, capsys):
     run(folder, *flags, "--negative_prompt", "b", "--guidance_scale", "7.5")
     assert "--guidance_scale 7.5" in capsys.readouterr().err
     assert "\nNegative prompt: b\n" in Image.open(tmp_path / "x.png").text["parameters"]
+
+
+TEXTS = [
+    "a cat",
+    "",
+    "\udcff",
+    "x\ud800",
+    "a " * 3000,
+    "(red:1.3)",
+    "\U0001f600",
+    "\u2028",
+    "%s{x}",
+]
+PATHS = [
+    "no such",
+    "x" * 300,
+    "a/" * 3000,
+    "~nobody/x",
+    "",
+    ".",
+    "/",
+    "a/b",
+    "\udcff",
+    "text",
+    "\ud800",
+]
+NUMBERS = [
+    "nan",
+    "inf",
+    "-1",
+    "1e400",
+    "9" * 5000,
+    "0",
+    "1",
+    "2",
+    "0x10",
+    "\uff11",
+    "",
+    "1.5",
+    "64",
+]
+VALUES = {
+    "prompt": TEXTS, "negative_prompt": TEXTS, "lora": PATHS, "style_lora": PATHS, "image": PATHS,
+    "mask": PATHS, "control_image": PATHS, "controlnet": PATHS, "vae": PATHS, "tiny_vae": PATHS,
+    "base_model": PATHS, "base_config": PATHS, "variant": PATHS, "prompts_file": PATHS,
+    "output": [f"{path}.png" for path in PATHS] + PATHS, "fused_output": PATHS, "steps": NUMBERS,
+    "seed": NUMBERS, "width": NUMBERS, "height": NUMBERS, "strength": NUMBERS,
+    "lcm_weight": NUMBERS, "guidance_scale": NUMBERS, "batch_size": NUMBERS, "num_images": NUMBERS,
+    "device": ["cpu", "meta", "cuda:99", "nonsense", "\udcff"], "dtype": ["fp16", "bf16", "int8"],
+    "scheduler": ["lcm", "euler", "pndm"], "controlnet_scale": NUMBERS, "compare_guidance": NUMBERS,
+}  # fmt: skip
+JSON = ["{", "[" * 99999, "[[" * 490 + "]]" * 490, "9" * 5000, "NaN", '"\\ud800"', "null", "-1"]
+JSON += ["1e999", "{}", "[]", "true", '"a"', '{"a": 1}', "3", "1", '"\\u0000"', "\udcff"]
+
+
+def strange_case(random, folder):
+    """A command line of infer.py and its files in `folder`: each but for one to three things good.
+
+    Flags, prompt files, a LoRA's header and matrices, and the settings of PEFT beside it.
+    """
+    good = load_file(folder.parent / "good.safetensors")
+    header = {"base_model": str(folder.parent / "base"), "num_ddim_timesteps": "50"}
+    flags = {"prompt": "a", "lora": "lora.safetensors", "steps": "1", "output": "x.png"}
+    lora = folder / "lora.safetensors"
+    for _ in range(random.randint(1, 3)):
+        kind = random.choice(["flag", "flag", "flag", "prompts", "header", "tensors", "config"])
+        if kind == "flag":
+            name = random.choice(sorted(VALUES))
+            flags[name] = random.choice(VALUES[name])
+        elif kind == "prompts":
+            flags.pop("prompt", None)
+            flags["prompts_file"] = random.choice(["p.txt", "p.jsonl"])
+            keys = random.sample(("prompt", "seed", "width", "negative_prompt", "x"), 2)
+            row = ", ".join(f'"{key}": {random.choice(JSON)}' for key in keys)
+            lines = [f"{{{row}}}", random.choice(JSON), random.choice(TEXTS), '{"prompt": "a"}']
+            text = random.choice(["\n", "\r\n"]).join(random.sample(lines, random.randint(0, 3)))
+            (folder / flags["prompts_file"]).write_bytes(text.encode(errors="surrogatepass"))
+        elif kind == "header":
+            keys = [
+                "base_model",
+                "family",
+                "step",
+                "rank",
+                "lora_adapter_metadata",
+                "training_args",
+            ]
+            keys += ["num_ddim_timesteps", "w_min", "lcm_lora_version"]
+            text = random.choice(NUMBERS + PATHS + JSON + ['{"unet.lora_alpha": "abc"}'])
+            header[random.choice(keys)] = text.encode(errors="replace").decode()
+        elif kind == "tensors":
+            key = random.choice(sorted(good))
+            tensor = good.pop(key)
+            change = random.choice("drop twist integers rename huge empty".split())
+            if change == "twist":
+                good[key] = tensor[None].clone()
+            elif change == "integers":
+                good[key] = tensor.to(torch.int8)
+            elif change == "huge":
+                good[key] = tensor * 1e38
+            elif change == "empty":
+                good[key] = tensor.flatten()[:0].clone()
+            elif change == "rename":
+                name = random.choice(["x", "lora_unet_", f"{key}.alpha", "a.lora_A.weight", "."])
+                good[name] = tensor
+        else:
+            lora = folder / "adapter_model.safetensors"
+            flags["lora"] = "."
+            keys = ["lora_alpha", "alpha_pattern", "use_rslora", "base_model_name_or_path"]
+            rows = (f'"{key}": {random.choice(JSON)}' for key in random.sample(keys, 2))
+            text = random.choice([f"{{{', '.join(rows)}}}", random.choice(JSON)])
+            (folder / "adapter_config.json").write_bytes(text.encode(errors="surrogatepass"))
+    save_file(good, lora, header)
+    (folder / "text").write_text("no image")
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(30), pytest.param(range(30, 330), marks=pytest.mark.slow)], ids=["30", "300"]
+)
+def test_strange_input_is_a_result_or_one_line(tiny, tmp_path, monkeypatch, seeds):
+    """Never a traceback, several lines, a half-written or a black file."""
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(tiny[0] / "base", tmp_path / "base")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "base", subfolder="unet")
+    make_lora(unet, tmp_path / "good.safetensors", "base", rank=2)
+    ends = {"image": 0, "line": 0}
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        words = strange_case(random.Random(seed), folder)
+        try:
+            infer.main(words)
+        except SystemExit as stop:
+            assert re.fullmatch("error: [^\n]+", str(stop)), (seed, words)
+            ends["line"] += 1
+        except BaseException as error:
+            raise AssertionError(f"case {seed}: {str(words)[:500]}") from error
+        else:
+            ends["image"] += 1
+        assert not list(folder.glob(".*.part")), seed
+        for path in folder.glob("*.png"):
+            low, high = Image.open(path).convert("L").getextrema()
+            assert low < high, (seed, words)
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree(folder)
+    assert min(ends.values()) > len(seeds) // 20, ends

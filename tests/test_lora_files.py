@@ -94,8 +94,14 @@ def load(pipe, *paths, weights=None):
     args = argparse.Namespace(
         lcm_weight=weights[0], style_lora=[("x", weight) for weight in weights[1:]]
     )
-    infer.set_loras(pipe, args)
+    infer.set_loras(pipe, args, [infer.ADAPTER, *(f"style_{i}" for i in range(len(paths) - 1))])
     return pipe.unet
+
+
+def merge(pipe):
+    """Merge the LoRAs that are attached, as infer.fuse does."""
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
 
 
 def count(unet):
@@ -207,7 +213,7 @@ def test_weights_scale_exactly_and_add_linearly(sd15, teacher, tmp_path):
         open_pipe(teacher, torch.float64).unet.state_dict(),
     )
     separate = forward(load(pipe, *paths, weights=[2, 0.5]))
-    infer.fuse(pipe)
+    merge(pipe)
     assert count(pipe.unet) == 0 and torch.allclose(forward(pipe.unet), separate, atol=1e-12)
     for name, weight in pipe.unet.state_dict().items():
         layer = name.removesuffix(".weight")
@@ -216,22 +222,19 @@ def test_weights_scale_exactly_and_add_linearly(sd15, teacher, tmp_path):
 
 
 def test_lcm_off_leaves_the_styles_on(sd15, teacher, tmp_path):
-    """Without the LCM-LoRA the style LoRA alone acts, and without any the base to the bit."""
+    """Of the adapters attached, those named act, and alone."""
     for index in range(2):
         train(sd15, teacher, tmp_path / str(index), index)
     pipe = open_pipe(teacher)
     args = argparse.Namespace(lcm_weight=1, style_lora=[("x", 0.8)])
     load(pipe, tmp_path / "0", tmp_path / "1")
     both = forward(pipe.unet)
-    infer.set_loras(pipe, args, lcm=False)
+    infer.set_loras(pipe, args, ["style_0"])
     alone = forward(load(open_pipe(teacher), tmp_path / "1", weights=[0.8]))
     assert torch.allclose(forward(pipe.unet), alone, atol=1e-6) and not torch.allclose(
         both, alone, atol=1e-3
     )
-    args.style_lora = []
-    infer.set_loras(pipe, args, lcm=False)
-    assert torch.equal(forward(pipe.unet), forward(open_pipe(teacher).unet))
-    infer.set_loras(pipe, args)
+    infer.set_loras(pipe, args, ["lcm"])
     assert torch.allclose(
         forward(pipe.unet), forward(load(open_pipe(teacher), tmp_path / "0")), atol=1e-6
     )
@@ -345,6 +348,20 @@ def test_original_block_names(sdxl, xl_teacher, tmp_path):
     assert all(torch.equal(read[path][0], live[path][0]) for path in live)
 
 
+def spelled(unet, names):
+    """{name: layer of rank 1} that fits the UNet."""
+    shapes = {name: unet.get_submodule(name).weight.shape for name in names}
+    return {
+        name: {
+            "A": torch.ones(1, *shape[1:]),
+            "B": torch.ones(shape[0], 1, *[1] * (len(shape) - 2)),
+            "rank": 1,
+            "alpha": 1,
+        }
+        for name, shape in shapes.items()
+    }
+
+
 def test_shallow_sdxl_without_a_header(tmp_path):
     """The transformers of the SDXL demo teacher are one block deep.
 
@@ -354,11 +371,11 @@ def test_shallow_sdxl_without_a_header(tmp_path):
     names = [name for name, _ in unet.named_modules()]
     layers = [name for name in names if name.endswith(tuple(PARTS))]
     assert infer.layout(names) == "SDXL" and infer.layout(layers) == "Stable Diffusion 1.x / 2.x"
-    infer.match_layout({"lcm": ("x", layers, {})}, "base", names)
-    with pytest.raises(
-        SystemExit, match="^error: LoRA x was trained for the Stable Diffusion 1.x / 2.x layout"
-    ):
-        infer.match_layout({"lcm": ("x", layers, {"family": "sd15"})}, "base", names)
+    lora = {f"unet.{name}": layer for name, layer in spelled(unet, layers).items()}
+    assert len(infer.match_base(SimpleNamespace(unet=unet), "x", lora, {}, "base")["unet"]) > 20
+    lora["unet.foo"] = lora["unet.conv_in"] = next(iter(lora.values()))
+    with pytest.raises(SystemExit, match="^error: LoRA x was trained for the Stable Diffusion 1.x"):
+        infer.match_base(SimpleNamespace(unet=unet), "x", lora, {"family": "sd15"}, "base")
 
 
 TEXT_NAMES = {
@@ -405,7 +422,7 @@ def test_text_encoders(naming, xl_teacher, tmp_path, capsys):
         "LoRA: 6 of 6 layers loaded (rank 2, alpha 1, 3 in text_encoder, 3 in text_encoder_2"
         in capsys.readouterr().out
     )
-    infer.fuse(pipe)
+    merge(pipe)
     for (index, layer), (a, b) in layers.items():
         encoder = ("text_encoder", "text_encoder_2")[index]
         ours, theirs = (
@@ -646,3 +663,197 @@ def test_layers_of_no_module(teacher, tmp_path):
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             load(open_pipe(teacher), tmp_path / "x.safetensors")
+
+
+def spell(student, naming):
+    """The student's LoRA tensors as another tool names and shapes them."""
+    tensors = {}
+    for key, tensor in get_peft_model_state_dict(student).items():
+        path, part = key.removesuffix(".weight").rsplit(".lora_", 1)
+        original = unet_name(path, student)
+        flat, down_up = path.replace(".", "_"), {"A": "lora_down", "B": "lora_up"}[part]
+        name = {
+            "ComfyUI": f"diffusion_model.{original}.lora_{part}.weight",
+            "ComfyUI, down and up": f"diffusion_model.{original}.{down_up}.weight",
+            "checkpoint": f"model.diffusion_model.{original}.lora_{part}.weight",
+            "LyCORIS": f"lycoris_{flat}.{down_up}.weight",
+            "LyCORIS, UNet named": f"lycoris_unet_{flat}.{down_up}.weight",
+            "PEFT's state": f"base_model.model.{path}.lora_{part}.default.weight",
+            "PEFT's adapter": f"base_model.model.{path}.lora_{part}.my-style.weight",
+            "DDP": f"module.{path}.lora_{part}.weight",
+            "DDP of PEFT": f"module.base_model.model.{path}.lora_{part}.weight",
+            "compiled": f"_orig_mod.{path}.lora_{part}.weight",
+            "UNet of DDP": f"unet.module.{path}.lora_{part}.weight",
+            "kohya": f"lora_unet_{flat}.{down_up}.weight",
+            "kohya, original": f"lora_unet_{original.replace('.', '_')}.{down_up}.weight",
+            "diffusers, once": f"unet.{path}.lora.{down_up.removeprefix('lora_')}.weight",
+            "bare": f"{path}.lora_{part}.weight",
+            "matrices": f"lora_unet_{flat}.{down_up}.weight",
+            "convolutions": f"unet.{path}.lora_{part}.weight",
+        }[naming]
+        if naming == "matrices" and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]
+        if naming == "convolutions" and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        tensors[name] = tensor.clone()
+    return tensors
+
+
+NAMINGS = (
+    "ComfyUI,ComfyUI: down and up,checkpoint,LyCORIS,LyCORIS: UNet named,PEFT's state,"
+    "PEFT's adapter,DDP,DDP of PEFT,compiled,UNet of DDP,kohya,kohya: original,diffusers: once,"
+    "bare,matrices,convolutions"
+).split(",")
+
+
+@pytest.mark.parametrize("alpha", [False, True], ids=["no alpha", "alpha"])
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_any_tools_naming_is_read(layout, alpha, make_teacher, tmp_path):
+    """Every layer in every naming, to the same forward pass; alpha 1 of rank 4, or none."""
+    teacher, trainer = make_teacher(layout), load_script(f"train_lcm_lora_{layout}.py")
+    student = train(trainer, teacher, tmp_path, rank=4, alpha=1 if alpha else 4)
+    expected = forward(student)
+    for naming in NAMINGS:
+        tensors = spell(student, naming.replace(":", ","))
+        if alpha:
+            ups = [key for key in tensors if "lora_A" in key or "down" in key.split("lora")[-1]]
+            stems = [key[: key.replace("lora.", "lora_").rindex("lora_") - 1] for key in ups]
+            tensors |= {f"{stem}.alpha": torch.tensor(1.0) for stem in stems}
+        save_file(tensors, tmp_path / "x.SAFETENSORS")
+        unet = load(open_pipe(teacher), tmp_path / "x.SAFETENSORS")
+        assert count(unet) == count(student), naming
+        assert torch.allclose(forward(unet), expected, atol=1e-6), naming
+
+
+@pytest.mark.parametrize(
+    ("key", "layer"),
+    [
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1", "text_encoder"),
+        ("clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2"),
+        ("lycoris_te_text_model_encoder_layers_0_mlp_fc1", "text_encoder"),
+        ("base_model.model.text_model.encoder.layers.0.mlp.fc1", "text_encoder"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "text_encoder_2"),
+        ("text_encoder_2.base_model.model.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2"),
+    ],
+)
+def test_text_encoders_of_any_tool(key, layer):
+    """The encoder that a prefix names; without any it is the first."""
+    name, part, _ = infer.parse_key(f"{key}.lora_A.weight")
+    assert part == "A" and name.partition(".")[0] == layer
+    assert name.replace("_", ".").endswith("text.model.encoder.layers.0.mlp.fc1")
+
+
+def test_bundled_embeddings_are_left_out(sd15, teacher, tmp_path, capsys):
+    """The LoRA beside them is used whole, and the line names them."""
+    student = train(sd15, teacher, tmp_path)
+    tensors = load_file(tmp_path / LORA)
+    tensors["bundle_emb.red-hat.clip_l"] = torch.ones(2, 32)
+    tensors["bundle_emb.red-hat.string_to_param.*"] = torch.ones(2, 32)
+    save_file(tensors, tmp_path / "bundle.safetensors")
+    unet = load(open_pipe(teacher), tmp_path / "bundle.safetensors")
+    assert torch.allclose(forward(unet), forward(student), atol=1e-6)
+    warning = capsys.readouterr().err
+    assert "red-hat" in warning and "embeddings" in warning and warning.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("model.diffusion_model.input_blocks.0.0.diff", "whole weights"),
+        ("lora_unet_conv_in.diff_b", "whole weights"),
+        ("lycoris_conv_in.hada_w1_a", "LoHa"),
+        ("diffusion_model.out.2.lokr_w1", "LoKr"),
+        ("unet.conv_in.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.conv_in.lora_B.bias", "biases"),
+    ],
+)
+def test_other_adapters_are_named(tmp_path, key, kind):
+    """By what they are, with a way out."""
+    save_file(GOOD | {key: torch.ones(2)}, tmp_path / "x.safetensors")
+    refused({"lora": tmp_path / "x.safetensors"}, f"{kind}.*merge it", tmp_path)
+
+
+@pytest.mark.parametrize("drop", ["mid_block", "attn1", "up_blocks", "resnets", "down_blocks"])
+def test_part_of_the_layers_proves_no_layout(sdxl, xl_teacher, tmp_path, drop, capsys):
+    """An SDXL LoRA without some layers loads on SDXL; the header's base is the same: no warning."""
+    student = train(sdxl, xl_teacher, tmp_path)
+    tensors = {key: t for key, t in load_file(tmp_path / LORA).items() if drop not in key}
+    save_file(tensors, tmp_path / "x.safetensors", {"family": "sdxl", "base_model": "base"})
+    unet = load(open_pipe(xl_teacher), tmp_path / "x.safetensors")
+    assert 0 < count(unet) == len(tensors) // 3 < count(student)
+    assert capsys.readouterr().err == ""
+
+
+HEADERS = [
+    ({"num_ddim_timesteps": "nan"}, "num_ddim_timesteps"),
+    ({"num_ddim_timesteps": "-5"}, "num_ddim_timesteps"),
+    ({"num_ddim_timesteps": "9" * 5000}, "num_ddim_timesteps"),
+    ({"lora_adapter_metadata": "[" * 100000}, "lora_adapter_metadata"),
+    ({"lora_adapter_metadata": '{"unet.lora_alpha": NaN}'}, "alpha of layer"),
+    ({"lora_adapter_metadata": '{"unet.lora_alpha": "abc"}'}, "alpha of layer"),
+    ({"lora_adapter_metadata": '{"unet.lora_alpha": [1]}'}, "alpha of layer"),
+    ({"lora_adapter_metadata": f'{{"unet.lora_alpha": {"9" * 400}}}'}, "alpha of layer"),
+    ({"lora_adapter_metadata": '{"unet.alpha_pattern": [3]}'}, "alpha of layer"),
+    ({"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 3}}'}, "alpha of layer"),
+    ({"lora_adapter_metadata": "7"}, "lora_adapter_metadata"),
+    ({"base_model": "x" * 5000}, "base_model"),
+    ({"base_model": "a\0b"}, "base_model"),
+    ({"base_model": "./x.safetensors", "training_args": "[1]"}, "training_args"),
+    ({"lcm_lora_version": "\n2"}, "version"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "message"), HEADERS)
+def test_strange_numbers_in_a_header(tmp_path, metadata, message):
+    """One line that names the file and the field."""
+    save_file(GOOD, tmp_path / "x.safetensors", {"base_model": "/no/such/base"} | metadata)
+    words = ["--lora", tmp_path / "x.safetensors", "--prompt", "a"]
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        infer.main([*map(str, words), "--output", str(tmp_path / "x.png")])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 6000
+
+
+def test_types_that_are_no_weights(tmp_path):
+    """Integers and complex numbers are refused by name."""
+    for dtype in torch.int64, torch.complex64:
+        bad = {key: tensor.to(dtype) for key, tensor in GOOD.items()}
+        save_file(bad, tmp_path / "x.safetensors")
+        refused({"lora": tmp_path / "x.safetensors"}, "must be of a floating-point", tmp_path)
+
+
+def test_lora_from_the_hub(sd15, teacher, tmp_path, monkeypatch):
+    """USER/REPO gives the usual or the only file, USER/REPO:FILE the one named."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    train(sd15, teacher, tmp_path / "run")
+    files = {"me/run": [LORA, "other.safetensors"], "me/one": ["a.safetensors"]}
+    files |= {"me/two": ["a.safetensors", "b.safetensors"], "me/none": ["a.bin"]}
+
+    def download(repo, name):
+        if name not in files[repo]:
+            raise EntryNotFoundError(name)
+        return str(tmp_path / "hub" / repo / name)
+
+    monkeypatch.setattr(infer, "hf_hub_download", download)
+    monkeypatch.setattr(infer, "list_repo_files", files.get)
+    for name, file in {
+        "me/run": f"me/run/{LORA}",
+        "me/run:other.safetensors": "me/run/other.safetensors",
+        "me/one": "me/one/a.safetensors",
+    }.items():
+        assert infer.find_lora(name) == tmp_path / "hub" / file
+    read = infer.weighted(infer.number(float, -10, 10), 0.8)
+    assert read("me/run:other.safetensors:0.5") == ("me/run:other.safetensors", 0.5)
+    for name, message in (
+        ("me/two", "name its file, me/two:FILE; it has a.safetensors, b.safetensors"),
+        ("me/none", "it has none"),
+        ("me/one:z.safetensors", "not to be had from the Hub"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: --style_lora {name}: .*{message}"):
+            infer.find_lora(name, "--style_lora")
+
+
+def test_hub_without_a_network(tmp_path):
+    """One line that says that the path is not here either."""
+    files = {"lora": "nobody/nothing"}
+    refused(files, "--lora nobody/nothing: no such file or folder here, .*USER/REPO", tmp_path)
