@@ -63,6 +63,66 @@ def test_the_teacher_opens_and_generates(family):
     assert np.abs(np.diff(pixels, axis=1)).mean() < 40, "noise"
 
 
+def test_crops_lie_where_their_sizes_say():
+    """A ramp's values tell where a crop was cut; every second set says a smaller original."""
+    import numpy as np
+    import torch
+    import train_teacher
+
+    side = 128
+    ramp = torch.arange(side, dtype=torch.uint8).expand(16, 3, side, side)
+    images = torch.cat([ramp[:8], ramp[:8].transpose(2, 3)])
+    torch.manual_seed(0)
+    for number in range(2):
+        cut, sizes = train_teacher.crops(images, number)
+        assert (sizes[:, 4:] == side).all()
+        assert (sizes[:, :2] == side).all() if number == 0 else (sizes[:, :2] < side).all()
+        assert sizes[:, 2:4].float().std(0).min() > 1
+        for place, (image, size) in enumerate(zip(cut, sizes, strict=True)):
+            line = image[0].float().mean(0 if place < 8 else 1).numpy()[8:-8]
+            slope, first = np.polyfit(np.arange(8, side - 8), line, 1)
+            start = size[3 if place < 8 else 2].item()
+            assert 1 / 1.31 < slope < 1.02
+            assert abs(first - ((start + 0.5) * slope - 0.5)) < 1
+
+
+def test_a_part_ends_by_time_and_goes_on(tmp_path):
+    """With --unet_minutes the rate falls to 0 within the time, which a resumed run goes on from."""
+    import time
+    from types import SimpleNamespace
+
+    import torch
+    import train_teacher
+
+    args = SimpleNamespace(
+        work_dir=tmp_path,
+        cuda_graph=False,
+        seed=0,
+        sheet_every=10**9,
+        ema_decay=0.9,
+        save_minutes=9,
+    )
+
+    def run():
+        model = torch.nn.Linear(2, 1)
+        return train_teacher.Run("part", 9, model, 1e-3, args, 10**9, 0.02, cooldown=0.5)
+
+    part, rates = run(), []
+
+    def draw():
+        rates.append(part.opt.param_groups[0]["lr"])
+        return lambda x: part.modules(x).square().mean(), (torch.randn(4, 2),)
+
+    start = time.time()
+    part.train(draw)
+    assert 1.1 < time.time() - start < 5
+    assert part.step > 200 and rates[-1] < 1e-5 < max(rates)
+    again = run()
+    assert again.step == part.step
+    again.train(draw)
+    assert again.step == part.step, "its time was used up"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quickstart_and_its_quality(tmp_path, family):

@@ -18,13 +18,16 @@ start. --cooldown 0.1 keeps the learning rate until the last tenth of the steps:
 diffusers folder, fp16 safetensors; with --unet_steps at or below the saved step nothing is
 trained, and it shows the run so far. --decoder_steps makes images sharper at any later time.
 On two CPU cores the UNet was seen to train on 36 (AMD EPYC) to 75 (Intel Xeon) images/s: 10,000
-steps take 70 to 150 minutes. The larger set and its teacher have only been begun: no figure yet.
+steps take 70 to 150 minutes. On a GPU add --cuda_graph, larger batches, and --vae_minutes and
+--unet_minutes: a part then ends in time, cooldown and all, however fast the GPU is.
 """
 
 import argparse
 import copy
+import functools
 import gzip
 import importlib.util
+import io
 import json
 import math
 import os
@@ -34,9 +37,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from datasets import load_dataset
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -49,6 +52,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import make_image_grid
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
@@ -58,6 +62,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LATENT_STD = 1 / 0.18215  # so that the scaling factor is Stable Diffusion's
 MAX_TOKENS = 32  # the longest caption has 26
 SHEET_PROMPTS = 32
+CROP_SHARE = 0.3  # of SDXL's batches
 
 
 def parse_args(argv=None):
@@ -80,6 +85,9 @@ def parse_args(argv=None):
         "--init_from", type=Path, help="go on from this teacher, of this layout or the other"
     )
     p.add_argument("--vae_steps", type=int, default=3600, help="optimizer steps of the autoencoder")
+    p.add_argument(
+        "--vae_minutes", type=float, default=math.inf, help="or as many steps as this time allows"
+    )
     p.add_argument(
         "--decoder_steps",
         type=int,
@@ -109,19 +117,28 @@ def parse_args(argv=None):
     p.add_argument(
         "--unet_steps", type=int, default=10000, help="optimizer steps of text encoder and UNet"
     )
+    p.add_argument(
+        "--unet_minutes", type=float, default=math.inf, help="or as many steps as this time allows"
+    )
     p.add_argument("--unet_batch", type=int, default=32)
     p.add_argument("--unet_lr", type=float, default=8e-4)
     p.add_argument(
         "--cooldown",
         type=float,
         default=1.0,
-        help="the last share of --unet_steps, over which the learning rate falls to 0",
+        help="the last share of the UNet's run, over which the learning rate falls to 0",
     )
     p.add_argument(
         "--freeze_text",
         type=int,
         default=10**9,
         help="after so many steps the text encoders stay as they are, and a step is faster",
+    )
+    p.add_argument(
+        "--crop_sets",
+        type=int,
+        default=1,
+        help="SDXL: crops of each image, every second set of them from smaller originals",
     )
     p.add_argument("--ema_decay", type=float, default=0.999)
     p.add_argument(
@@ -133,10 +150,17 @@ def parse_args(argv=None):
         action="store_true",
         help="on a CPU too: faster where the CPU has bfloat16 instructions, slower elsewhere",
     )
+    p.add_argument(
+        "--cuda_graph",
+        action="store_true",
+        help="on a GPU: record a step's many small kernels once, then start them all with one call",
+    )
     p.add_argument("--sheet_every", type=int, default=2000, help="steps between sample sheets")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     args.output_dir = args.output_dir or ROOT / "demo" / f"teacher-{args.layout}"
+    if args.cuda_graph and not torch.cuda.is_available():
+        p.error("--cuda_graph: PyTorch finds no CUDA GPU here")
     return args
 
 
@@ -175,12 +199,12 @@ def build_tokenizer(captions, folder):
 
 
 def build_vae(side):
-    """Factor 4, 0.95M parameters (64 px), or factor 8, 0.98M parameters (128 px).
+    """Factor 4, 0.95M parameters (64 px), or factor 8, 1.10M parameters (128 px).
 
     Few norm groups: many would rob a small network of its sense of colour. At 128 px few channels
-    in the outermost level, where they cost most.
+    in the outermost levels, where they cost most.
     """
-    levels = {64: (32, 64, 64), 128: (16, 32, 64, 64)}
+    levels = {64: (32, 64, 64), 128: (24, 48, 64, 64)}
     if side not in levels:
         sys.exit(f"--data_dir: the images have {side} px, a teacher is made for 64 or 128")
     channels = levels[side]
@@ -190,7 +214,7 @@ def build_vae(side):
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=channels[0] // 4,
+        norm_num_groups={64: 8, 128: 4}[side],
         sample_size=side,
         scaling_factor=1 / LATENT_STD,
     )
@@ -263,9 +287,10 @@ def ddim_scheduler():
 
 def read_images(data_dir, split):
     """All images of a split as uint8 [N,3,H,W], and their captions."""
-    data = load_dataset("parquet", data_files=str(data_dir / f"{split}.parquet"), split="train")
-    pixels = np.stack([np.asarray(p.convert("RGB")) for p in data["image"]])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(data["text"])
+    data = pyarrow.parquet.read_table(data_dir / f"{split}.parquet", columns=["image", "text"])
+    files = [io.BytesIO(image["bytes"]) for image in data["image"].to_pylist()]
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), data["text"].to_pylist()
 
 
 def to_unit(pixels, device):
@@ -277,63 +302,123 @@ def to_unit(pixels, device):
 
 
 class Run:
-    """What all training parts share: schedule, EMA copy, a state to go on from, a status line."""
+    """What all training parts share: schedule, EMA copy, a state to go on from, a status line.
 
-    def __init__(self, name, modules, lr, steps, args, cooldown=1.0):
-        self.name, self.modules, self.steps, self.args = name, modules, steps, args
+    A part ends after `steps`, or after `minutes` of training if that comes first.
+    """
+
+    def __init__(self, name, purpose, modules, lr, args, steps, minutes=math.inf, cooldown=1.0):
+        self.name, self.purpose, self.modules, self.args = name, purpose, modules, args
+        self.lr, self.steps, self.minutes, self.cooldown = lr, steps, minutes, cooldown
         self.path = args.work_dir / f"{name}_state.pt"
         self.ema = copy.deepcopy(modules).requires_grad_(False)
+        self.averages, self.parameters = list(self.ema.parameters()), list(modules.parameters())
         self.opt = torch.optim.AdamW(
-            modules.parameters(), lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True
+            self.parameters, lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=True
         )
-        warmup = min(200, steps // 10 + 1)
-
-        def factor(step):
-            """Up over the warm-up, 1, then half a cosine down to 0 over the cooldown."""
-            done = (step / max(1, steps) - 1 + cooldown) / cooldown
-            return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, done))))
-
-        self.lr = torch.optim.lr_scheduler.LambdaLR(self.opt, factor)
-        self.step = 0
+        self.step, seconds, self.recorded = 0, 0.0, None
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
-            for key in ("modules", "ema", "opt", "lr"):
+            for key in ("modules", "ema", "opt"):
                 getattr(self, key).load_state_dict(state[key])
-            self.step = state["step"]
+            self.step, seconds = state["step"], state["seconds"]
             print(f"{name}: goes on after step {self.step}", flush=True)
-        self.clock, self.saved, self.mean = time.time(), time.time(), None
+        self.clock = self.saved = time.time()
+        self.start, self.mean = self.clock - seconds, None
 
-    def update(self, loss, images):
-        """One optimizer step."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+    def share(self):
+        """How much of the run is done, by steps or by time; 1 or more: all of it."""
+        minutes = (time.time() - self.start) / 60
+        return max(self.step / max(1, self.steps), minutes / self.minutes)
+
+    def train(self, draw, report=None):
+        """From here to the end. draw() gives a loss function and the batch that it is called with.
+
+        All that is random is drawn there, so that the function itself can be recorded.
+        """
+        begun = self.step
+        while self.share() < 1:
+            seed_step(self.args, self.step, self.purpose)
+            self.update(*draw())
+            if report and self.step % self.args.sheet_every == 0:
+                report()
+                self.clock = time.time()
+        if self.step > begun:
+            self.save()
+            if report and self.step % self.args.sheet_every:
+                report()
+        return self.ema
+
+    def update(self, loss_of, batch):
+        """One optimizer step: up over the warm-up, 1, then half a cosine down over the cooldown."""
+        loss = self.gradients(loss_of, batch)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        done = min(1, max(0, self.share() - 1 + self.cooldown) / self.cooldown)
+        factor = min((self.step + 1) / min(200, self.steps // 10 + 1), 1)
+        factor = min(factor, 0.5 + 0.5 * math.cos(math.pi * done))
+        self.opt.param_groups[0]["lr"] = self.lr * factor
         self.opt.step()
-        self.opt.zero_grad()
-        self.lr.step()
         self.step += 1
         decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.ema.parameters()), list(self.modules.parameters()), 1 - decay
-            )
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         if self.step % 50 == 0:
             value, seconds = loss.item(), (time.time() - self.clock) / 50
             self.mean = value if self.mean is None else 0.9 * self.mean + 0.1 * value
-            left = seconds * (self.steps - self.step) / 60
+            left = seconds * (self.steps - self.step)
+            left = min(left, self.start + 60 * self.minutes - time.time()) / 60
             print(
                 f"{self.name} {self.step}/{self.steps} loss {self.mean:.4f} "
-                f"lr {self.lr.get_last_lr()[0]:.1e} {images / seconds:.0f} images/s, "
-                f"{left:.0f} min left",
+                f"lr {self.lr * factor:.1e} {len(batch[0]) / seconds:.0f} images/s, "
+                f"{left:.1f} min left",
                 flush=True,
             )
             self.clock = time.time()
-        if time.time() - self.saved > 60 * self.args.save_minutes or self.step == self.steps:
+        if time.time() - self.saved > 60 * self.args.save_minutes:
             self.save()
+
+    def gradients(self, loss_of, batch):
+        """Forward and backward pass; the loss."""
+        if self.args.cuda_graph:
+            if loss_of is not self.recorded:
+                self.record(loss_of, batch)
+            for ours, new in zip(self.inputs, batch, strict=True):
+                ours.copy_(new)
+            self.graph.replay()  # writes the gradients to the same places again, adds nothing
+            return self.loss
+        self.opt.zero_grad()
+        loss = loss_of(*batch)
+        loss.backward()
+        return loss.detach()
+
+    def record(self, loss_of, batch):
+        """Record both passes as a CUDA graph, whose inputs, loss and gradients have fixed places.
+
+        PyTorch wants some passes on another stream first; in them cuDNN also tries its kernels.
+        """
+        self.graph = self.loss = None
+        self.inputs = [x.clone() for x in batch]
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(main)
+        torch.backends.cudnn.benchmark = True
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.opt.zero_grad()
+                loss_of(*self.inputs).backward()
+        main.wait_stream(side)
+        self.opt.zero_grad()  # so that the gradients are made within the graph
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            loss = loss_of(*self.inputs)
+            loss.backward()
+        torch.backends.cudnn.benchmark = False
+        self.loss, self.recorded = loss.detach(), loss_of
 
     def save(self):
         """Write the state beside the old one and put it in its place: a kill leaves one of both."""
-        state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt", "lr")}
-        torch.save(state | {"step": self.step}, self.path.with_suffix(".new"))
+        state = {k: getattr(self, k).state_dict() for k in ("modules", "ema", "opt")}
+        state |= {"step": self.step, "seconds": time.time() - self.start}
+        torch.save(state, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)
         self.saved = time.time()
 
@@ -370,19 +455,33 @@ def image_distance(y, x):
 
 def mixed_precision(args, device):
     """The autocast of a training step."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
-def suit_to_bf16(model):
-    """Leave group norm in float32, and attention to plain matrix products.
+class GroupNorm(torch.nn.GroupNorm):
+    """Group norm under autocast: float32 on a CPU; on a GPU bfloat16 stays (sums are float32)."""
+
+    def forward(self, x):
+        """Normalised x [B,C,h,w]."""
+        if x.device.type == "cpu":
+            return super().forward(x.float())
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def suit_to_bf16(model, device):
+    """Give group norm the precision that is fast here; on a CPU leave attention to plain products.
 
     On a CPU bfloat16 halves the time of convolutions and matrix products, but PyTorch's group norm
-    and fused attention are several times slower in it.
+    and fused attention are several times slower in it. On a GPU autocast would have group norm
+    read and write twice the memory.
     """
-    model.set_attn_processor(AttnProcessor())
+    if device.type == "cpu":
+        model.set_attn_processor(AttnProcessor())
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            module.__class__ = GroupNorm
 
 
 def train_vae(vae, pixels, args, device):
@@ -395,65 +494,83 @@ def train_vae(vae, pixels, args, device):
     """
     vae.to(device, memory_format=torch.channels_last)
     if args.bf16:
-        suit_to_bf16(vae)
-    run = Run("vae", vae, args.vae_lr, args.vae_steps, args)
+        suit_to_bf16(vae, device)
+    run = Run("vae", 1, vae, args.vae_lr, args, args.vae_steps, args.vae_minutes)
     print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters", flush=True)
-    while run.step < run.steps:
-        seed_step(args, run.step, 1)
-        x = sample_images(pixels, args.vae_batch, device)
-        ramp = min(1, max(0, 3 * run.step / run.steps - 1))
+    size = pixels.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def loss_of(halved, x, noise, ramp):
+        """The image's distance and KL and, if `halved`, the distance of the half-size image."""
         with mixed_precision(args, device):
             posterior = vae.encode(x).latent_dist
             posterior = DiagonalGaussianDistribution(posterior.parameters.float())
-            z = posterior.sample()
+            z = posterior.mean + posterior.std * noise
             whole = vae.decode(z).sample
-            half = vae.decode(F.avg_pool2d(z, 2)).sample if ramp else None
+            half = vae.decode(F.avg_pool2d(z, 2)).sample if halved else None
         kl = posterior.kl().mean() / z[0].numel()
-        loss = image_distance(whole.float(), x) + args.kl_weight * max(ramp, 0.01) * kl
-        if ramp:
+        loss = image_distance(whole.float(), x) + args.kl_weight * ramp.clamp(min=0.01) * kl
+        if halved:
             half_loss = image_distance(half.float(), F.avg_pool2d(x, 2))
             loss = loss + args.se_weight * ramp * half_loss
-        run.update(loss, args.vae_batch)
-        report_vae(run, run.ema, pixels, args, device)
-    return run.ema.eval()
+        return loss
+
+    whole_loss, both_losses = (functools.partial(loss_of, halved) for halved in (False, True))
+
+    def draw():
+        """Images, noise for their latents, and how far both terms have come in."""
+        ramp = min(1, max(0, 3 * run.share() - 1))
+        x = sample_images(pixels, args.vae_batch, device)
+        noise = torch.randn(len(x), 4, size, size, device=device)
+        return both_losses if ramp else whole_loss, (x, noise, torch.full((), ramp, device=device))
+
+    return run.train(draw, lambda: report_vae(run, run.ema, pixels, args, device)).eval()
 
 
 def train_decoder(vae, pixels, args, device):
     """The autoencoder's second half alone goes on: sharper images of the same latents."""
     if args.bf16:
-        suit_to_bf16(vae)
+        suit_to_bf16(vae, device)
     half = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
-    run = Run("decoder", half.requires_grad_(True), args.vae_lr, args.decoder_steps, args)
+    run = Run("decoder", 6, half.requires_grad_(True), args.vae_lr, args, args.decoder_steps)
     averaged = copy.deepcopy(vae)
     averaged.decoder, averaged.post_quant_conv = run.ema["decoder"], run.ema["post_quant_conv"]
-    while run.step < run.steps:
-        seed_step(args, run.step, 6)
-        x = sample_images(pixels, args.vae_batch, device)
+    size = pixels.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def loss_of(x, noise):
+        """The image's distance."""
         with mixed_precision(args, device):
             with torch.no_grad():
                 posterior = vae.encode(x).latent_dist
-                z = DiagonalGaussianDistribution(posterior.parameters.float()).sample()
-            y = run.modules["decoder"](run.modules["post_quant_conv"](z))
-        run.update(image_distance(y.float(), x), args.vae_batch)
-        report_vae(run, averaged, pixels, args, device)
+                posterior = DiagonalGaussianDistribution(posterior.parameters.float())
+                z = posterior.mean + posterior.std * noise
+            y = half["decoder"](half["post_quant_conv"](z))
+        return image_distance(y.float(), x)
+
+    def draw():
+        """Images and noise for their latents."""
+        x = sample_images(pixels, args.vae_batch, device)
+        return loss_of, (x, torch.randn(len(x), 4, size, size, device=device))
+
+    run.train(draw, lambda: report_vae(run, averaged, pixels, args, device))
     return averaged.eval()
 
 
 def sample_images(pixels, count, device):
-    """Random images -1..1, mirrored or not, shifted by up to a sixteenth of their side."""
+    """Random images -1..1, each mirrored or not and shifted by up to a sixteenth of its side."""
     side, shift = pixels.shape[-1], pixels.shape[-1] // 16
-    x = to_unit(pixels[torch.randint(len(pixels), (count,))], device)
-    x = x.flip(-1) if torch.rand(()) < 0.5 else x
-    dy, dx = torch.randint(0, 2 * shift + 1, (2,)).tolist()
-    x = F.pad(x, (shift,) * 4, value=1.0)[..., dy : dy + side, dx : dx + side]  # white comes in
-    return x.contiguous(memory_format=torch.channels_last)
+    random = functools.partial(torch.randint, device=pixels.device)
+    x = F.pad(pixels[random(len(pixels), (count,))], (shift,) * 4, value=255)  # white comes in
+    start = random(2 * shift + 1, (2, count, 1))
+    rows, columns = start + torch.arange(side, device=pixels.device)
+    columns = torch.where(random(2, (count, 1)) == 0, columns.flip(-1), columns)
+    image = torch.arange(count, device=pixels.device)[:, None, None]
+    x = x[image, :, rows[:, :, None], columns[:, None]]  # [B,side,side,3]
+    return to_unit(x, device).permute(0, 3, 1, 2)  # so it is channels_last
 
 
 @torch.no_grad()
 def report_vae(run, vae, pixels, args, device):
-    """Now and then a sheet of images above their reconstructions, and figures on both halves."""
-    if run.step % args.sheet_every and run.step != run.steps:
-        return
+    """A sheet of images above their reconstructions, and figures on both halves."""
     rows = to_unit(pixels[:: len(pixels) // SHEET_PROMPTS][:SHEET_PROMPTS], device)
     z = vae.encode(rows).latent_dist
     rebuilt = vae.decode(z.mode()).sample
@@ -463,7 +580,6 @@ def report_vae(run, vae, pixels, args, device):
         f"means {z.mean.std():.3f}, mean posterior std {z.std.mean():.3f}",
         flush=True,
     )
-    run.clock = time.time()
 
 
 def pipe_sheet(images, path):
@@ -522,15 +638,22 @@ def borrow(unet, other):
 def train_text(encoders, other, tokenizer, captions, args, device):
     """Two text encoders learn to say together what another teacher's one says (MSE, all tokens)."""
     ids = token_ids(tokenizer, captions, device)
+    empty = ids[-1]
     with torch.no_grad():
         said = other.to(device)(ids[:-1]).last_hidden_state
-    run = Run("text", torch.nn.ModuleDict(encoders).to(device), 2e-3, args.text_steps, args)
-    while run.step < run.steps:
-        seed_step(args, run.step, 4)
-        i = torch.randint(len(captions), (128,)).to(device)
-        prompt, _ = conditions(run.modules, ids[i], ids[-1], None)
-        run.update(F.mse_loss(prompt, said[i]), len(i))
-    return dict(run.ema.items())
+    encoders = torch.nn.ModuleDict(encoders).to(device)
+    run = Run("text", 4, encoders, 2e-3, args, args.text_steps)
+
+    def loss_of(ids, said):
+        """The distance to what the other encoder says."""
+        return F.mse_loss(conditions(encoders, ids, empty, None)[0], said)
+
+    def draw():
+        """Some captions, and what the other encoder says of them."""
+        i = torch.randint(len(captions), (128,), device=device)
+        return loss_of, (ids[i], said[i])
+
+    return dict(run.train(draw).items())
 
 
 def token_ids(tokenizer, captions, device):
@@ -544,18 +667,29 @@ def token_ids(tokenizer, captions, device):
     return tokenizer([*captions, ""], **padded).input_ids.to(device)
 
 
-def crops(pixels):
-    """Each image enlarged by a quarter and cut at a random place, and its sizes for SDXL."""
-    side = pixels.shape[-1]
-    places = torch.randint(0, side // 4 + 1, (len(pixels), 2))
-    large = (side + side // 4,) * 2
-    large = F.interpolate(pixels.float(), size=large, mode="bicubic", antialias=True)
-    cut = [
-        p[:, y : y + side, x : x + side]
-        for p, (y, x) in zip(large.clamp(0, 255), places.tolist(), strict=True)
-    ]
-    sides = torch.full((len(pixels), 2), side)
-    return torch.stack(cut), torch.cat([sides, places, sides], dim=1)
+def crops(pixels, number):
+    """Each image enlarged by up to three tenths and cut at a random place, and its sizes for SDXL.
+
+    Odd sets come from originals that were smaller, and so are blurred: half to nearly all of the
+    side, the same one for a set.
+    """
+    count, side = len(pixels), pixels.shape[-1]
+    original = side if number % 2 == 0 else torch.randint(side // 2, side, ()).item()
+    x = pixels.float()
+    if original < side:
+        x = F.interpolate(x, size=(original,) * 2, mode="bicubic", antialias=True)
+    zoom = 1 + 0.3 * torch.rand(count, device=x.device)
+    room = ((zoom - 1) * side).floor()[:, None]
+    places = (torch.rand(count, 2, device=x.device) * (room + 1)).floor()
+    # Where the crop's pixels lie in the image, whose corners are at -1 and 1.
+    window = torch.zeros(count, 2, 3, device=x.device)
+    window[:, 0, 0] = window[:, 1, 1] = 1 / zoom
+    window[:, :, 2] = (2 * places.flip(1) + side) / (side * zoom[:, None]) - 1
+    grid = F.affine_grid(window, (count, 3, side, side), align_corners=False)
+    x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    sizes = torch.full((count, 6), side, device=x.device)
+    sizes[:, :2], sizes[:, 2:4] = original, places.long()
+    return x.round().clamp(0, 255).byte(), sizes
 
 
 @torch.no_grad()
@@ -567,19 +701,20 @@ def freeze_text(run, ids):
             run.modules[name].requires_grad_(False)
     parts = [conditions(run.modules, part, ids[-1], None) for part in ids.split(256)]
     added = [added for _, added in parts if added]
-    pooled = torch.cat([a["text_embeds"] for a in added]) if added else None
+    pooled = [torch.cat([a["text_embeds"] for a in added])] if added else []
     print(f"text encoders: frozen at step {run.step}", flush=True)
-    return torch.cat([prompt for prompt, _ in parts]), pooled
+    return torch.cat([prompt for prompt, _ in parts]), *pooled
 
 
 def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     """Text encoders and UNet on the cached latents; eps-prediction, min-SNR weights."""
     seed_step(args, 0, 3)
     count, side = len(captions), pixels.shape[-1]
-    sizes = torch.tensor([side, side, 0, 0, side, side]).repeat(count, 1)
-    if args.layout == "sdxl":  # the second half of the latents is crops, to give sizes a meaning
-        cut, cut_sizes = crops(pixels)
-        pixels, sizes = torch.cat([pixels, cut]), torch.cat([sizes, cut_sizes])
+    sizes = torch.tensor([side, side, 0, 0, side, side], device=device).repeat(count, 1)
+    if args.layout == "sdxl":  # crops behind the images, to give sizes a meaning
+        cut = [crops(pixels, number) for number in range(args.crop_sets)]
+        pixels = torch.cat([pixels, *(images for images, _ in cut)])
+        sizes = torch.cat([sizes, *(their for _, their in cut)])
     with torch.no_grad():
         posts = [vae.encode(to_unit(p, device)).latent_dist for p in pixels.split(64)]
     mean, std = (
@@ -589,63 +724,71 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     print(
         f"latents: std of means {mean.std():.3f}, mean posterior std {std.mean():.3f}", flush=True
     )
-    sizes = sizes.to(device)
     ids = token_ids(tokenizer, captions, device)
-    scheduler = ddim_scheduler()
-    alpha_bar = scheduler.alphas_cumprod.to(device)
+    empty = ids[-1]
+    alpha_bar = ddim_scheduler().alphas_cumprod.to(device)
     net = torch.nn.ModuleDict(net).requires_grad_(True).to(device)
     net["unet"].to(memory_format=torch.channels_last)
     if args.bf16:
-        suit_to_bf16(net["unet"])
+        suit_to_bf16(net["unet"], device)
     for part in net:
         millions = sum(p.numel() for p in net[part].parameters()) / 1e6
         print(f"{part}: {millions:.2f}M parameters", flush=True)
-    run = Run("unet", net, args.unet_lr, args.unet_steps, args, args.cooldown)
+    minutes, cooldown = args.unet_minutes, args.cooldown
+    run = Run("unet", 2, net, args.unet_lr, args, args.unet_steps, minutes, cooldown)
     frozen = None
-    while run.step < run.steps:
+
+    def loss_of(still, z_t, t, eps, sizes, *text):
+        """min-SNR weighted squared error; text: token ids or, if `still`, what was said of them."""
+        with mixed_precision(args, device):
+            if still:
+                prompt, added = text[0], {"time_ids": sizes}
+                added = {"text_embeds": text[1], **added} if len(text) > 1 else None
+            else:
+                prompt, added = conditions(net, text[0], empty, sizes)
+            found = net["unet"](z_t, t, prompt, added_cond_kwargs=added).sample
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        weight = snr.clamp(max=args.snr_gamma) / snr
+        return (weight * (found.float() - eps).square().mean(dim=(1, 2, 3))).mean()
+
+    losses = [functools.partial(loss_of, still) for still in (False, True)]
+    random = functools.partial(torch.rand, args.unet_batch, device=device)
+
+    def draw():
+        """Noised latents z_t, timesteps, the noise, sizes and captions."""
+        nonlocal frozen
         if frozen is None and run.step >= args.freeze_text:
             frozen = freeze_text(run, ids)
-        seed_step(args, run.step, 2)
-        i = torch.randint(count, (args.unet_batch,)).to(device)
+        i = torch.randint(count, (args.unet_batch,), device=device)
         place = i
-        if args.layout == "sdxl":  # one image in ten
-            place = i + count * (torch.rand(len(i)).to(device) < 0.1)
-        noise = torch.randn(2, len(i), *mean.shape[1:]).to(device)
+        if args.layout == "sdxl":
+            number = torch.randint(args.crop_sets, (len(i),), device=device) + 1
+            place = i + count * torch.where(random() < CROP_SHARE, number, 0)
+        noise = torch.randn(2, len(i), *mean.shape[1:], device=device)
         z = mean[place] + std[place] * noise[0]
-        i = torch.where(torch.rand(len(i)).to(device) < 0.1, count, i)
+        i = torch.where(random() < 0.1, count, i)
         # One timestep from each of B equal parts of 0..999: less noise in the loss.
-        t = (((torch.arange(len(i)) + torch.rand(len(i))) / len(i)) * 1000).long().to(device)
+        t = (((torch.arange(len(i), device=device) + random()) / len(i)) * 1000).long()
         a = alpha_bar[t][:, None, None, None]
         z_t = a.sqrt() * z + (1 - a).sqrt() * noise[1]
         z_t = z_t.contiguous(memory_format=torch.channels_last)
-        with mixed_precision(args, device):
-            if frozen is None:
-                prompt, added = conditions(net, ids[i], ids[-1], sizes[place])
-            else:
-                prompt, pooled = frozen[0][i], frozen[1]
-                added = pooled is not None and {
-                    "text_embeds": pooled[i],
-                    "time_ids": sizes[place],
-                }
-            eps = net["unet"](z_t, t, prompt, added_cond_kwargs=added or None).sample
-        snr = alpha_bar[t] / (1 - alpha_bar[t])
-        weight = snr.clamp(max=args.snr_gamma) / snr
-        error = (eps.float() - noise[1]).square().mean(dim=(1, 2, 3))
-        run.update((weight * error).mean(), args.unet_batch)
-        if run.step % args.sheet_every == 0 or run.step == run.steps:
-            pipe = build_pipeline(vae, run.ema, tokenizer)
-            prompts = captions[:: len(captions) // SHEET_PROMPTS][:SHEET_PROMPTS]
-            images = pipe(
-                prompts,
-                num_inference_steps=50,
-                guidance_scale=4.0,
-                generator=torch.Generator().manual_seed(0),
-            ).images
-            make_image_grid(images, len(images) // 16, 16).save(
-                args.work_dir / f"unet_{run.step:06d}.png"
-            )
-            run.clock = time.time()
-    return run.ema.eval()
+        text = [ids[i]] if frozen is None else [said[i] for said in frozen]
+        return losses[frozen is not None], (z_t, t, noise[1], sizes[place], *text)
+
+    def report():
+        """A sheet of samples."""
+        pipe = build_pipeline(vae, run.ema, tokenizer)
+        prompts = captions[:: len(captions) // SHEET_PROMPTS][:SHEET_PROMPTS]
+        images = pipe(
+            prompts,
+            num_inference_steps=50,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        sheet = args.work_dir / f"unet_{run.step:06d}.png"
+        make_image_grid(images, len(images) // 16, 16).save(sheet)
+
+    return run.train(draw, report).eval()
 
 
 def build_pipeline(vae, net, tokenizer):
@@ -673,8 +816,10 @@ def main():
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.bf16 |= device.type == "cuda"
     pixels, captions = read_images(args.data_dir, "train")
     unseen, unseen_captions = read_images(args.data_dir, "twemoji")
+    pixels, unseen = pixels.to(device), unseen.to(device)
     torch.manual_seed(args.seed)  # the first weights
     start = None
     if args.init_from:
