@@ -863,9 +863,7 @@ def test_the_scaler_of_fp16_goes_on_after_a_loss_that_is_not_finite(sd15, fused)
     def step():
         scaler.step(adam), scaler.update()
 
-    optimizer = SimpleNamespace(
-        step=step, zero_grad=adam.zero_grad, param_groups=adam.param_groups
-    )
+    optimizer = SimpleNamespace(step=step, zero_grad=adam.zero_grad, param_groups=adam.param_groups)
     accelerator = SimpleNamespace(
         scaler=scaler, clip_grad_norm_=clip, reduce=lambda value, _: value
     )
