@@ -305,6 +305,7 @@ def is_one_file(name):
 
 if __name__ == "__main__":
     parse_args()  # answers --help and mistakes at once: the libraries take seconds to load
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a library; `main` undoes it
 
 # They warn of torchvision and of kernels for some CPUs, which nothing here needs
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -1824,8 +1825,10 @@ class Stop:
 
 def launch_command():
     """How this process was started, with the launcher's options where they can be seen."""
+    if not LAUNCHER:
+        return ["python", *sys.argv]
     try:
-        words = psutil.Process(LAUNCHER).cmdline() if LAUNCHER else []
+        words = psutil.Process(LAUNCHER).cmdline()
         first = next(i for i, word in enumerate(words) if word.endswith("launch"))
         return ["accelerate", "launch", *words[first + 1 :]]
     except (psutil.Error, StopIteration):
@@ -2248,6 +2251,7 @@ def distil(args):
 def main(argv=None):
     """The run, and how it ends where it cannot go on."""
     args = parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for flag in IGNORED:
         if vars(args).pop(flag) is not None and this_rank() == "0":
             print(f"warning: --{flag} is ignored: it means nothing here", file=sys.stderr)

@@ -288,7 +288,7 @@ def test_every_layer_is_read(unets, sd15, sdxl, model, program):
     assert found.get(f"{first}_x") not in layers_of(unet)
 
 
-@pytest.mark.parametrize("program", PROGRAMS.keys() - {"kohya", "stable-diffusion.cpp"})
+@pytest.mark.parametrize("program", sorted(PROGRAMS.keys() - {"kohya", "stable-diffusion.cpp"}))
 def test_layers_outside_the_blocks_are_read(unets, sdxl, program):
     """Time, sizes, first and last convolution, where a user names them; two programs have none."""
     paths = targets(sdxl, unets["SDXL"], "conv_in conv_out linear_1 linear_2")

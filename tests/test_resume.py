@@ -501,7 +501,7 @@ def test_the_command_goes_on_from_the_newest(sd15, start, copy):
     )
     command = stopped(sd15, program, copy.parent / "new", 3, signal.SIGTERM)
     words = shlex.split(command)
-    assert sd15.parse_args(words[3:]).resume_from_checkpoint == "latest"
+    assert sd15.parse_args(words[2:]).resume_from_checkpoint == "latest"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
