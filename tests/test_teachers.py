@@ -312,6 +312,7 @@ def test_schedulers(copy, program, kind):
         betas = {key: value for key, value in config.items() if "beta" in key}
         expected = DDPMScheduler(**betas).alphas_cumprod
         assert torch.equal(pipe.scheduler.alphas_cumprod, expected)
+        assert pipe.config["scheduler"] == ("diffusers", "LCMScheduler")  # saved with the others
         return None
     shutil.rmtree(folder / "unet")
     config = json.dumps({"in_channels": 4})
