@@ -10,6 +10,7 @@ import json
 import shutil
 
 import check_data
+import encode_data
 import pytest
 import torch
 from conftest import command_line
@@ -121,6 +122,30 @@ def test_separate_vae(copy):
     change(other, "vae", without_last)
     message = f"--pretrained_vae_model_name_or_path {other}/vae.*1 missing"
     refused(message, "trainer", "sd15", folder, **flags)
+
+
+def test_teacher_in_the_hub_cache(copy, tmp_path):
+    """What was downloaded before is checked as a folder is."""
+    place = tmp_path / "models--a--b"
+    folder = place / "snapshots" / ("0" * 40)
+    folder.parent.mkdir(parents=True)
+    shutil.move(copy(), folder)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(folder.name)
+    load("trainer", "sd15", "a/b", cache_dir=tmp_path)
+    change(folder, "text_encoder", without_last)
+    refused("a/b.*text_encoder.*1 missing", "trainer", "sd15", "a/b", cache_dir=tmp_path)
+
+
+def test_encode_data_checks_too(copy, images, tmp_path):
+    """Embeddings of random weights are not written."""
+    folder, out = copy(), tmp_path / "out"
+    change(folder, "text_encoder", without_last)
+    words = {"family": "sd15", "pretrained_teacher_model": folder, "train_data_dir": images}
+    words |= {"center_crop": True, "resolution": 32, "output": out}
+    with pytest.raises(SystemExit, match=f"{folder}.*text_encoder.*1 missing"):
+        encode_data.main(command_line(words))
+    assert not [*out.glob("*.arrow")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
