@@ -302,6 +302,7 @@ def test_zero_terminal_snr_of_one_file(one_file, make_teacher, tmp_path):
     refused("rescale_betas_zero_snr.*--teacher_config", *given, teacher_config=plain)
 
 
+CONTINUOUS = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
 BETAS = [0.0001 + 1e-5 * i for i in range(1000)]
 SCHEDULERS = {  # settings, what the message says; None: it is taken
     "needs scipy": ({"_class_name": "LMSDiscreteScheduler"}, None),
@@ -311,7 +312,7 @@ SCHEDULERS = {  # settings, what the message says; None: it is taken
     "sigmoid": ({"beta_schedule": "sigmoid"}, "scaled_linear"),
     "unknown": ({"beta_schedule": "x"}, "scaled_linear"),
     "sample": ({"prediction_type": "sample"}, "sample"),
-    "continuous": ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "Euler"),
+    "continuous": (CONTINUOUS, "Euler"),
     "flow": ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "DPMSolver"),
     "EDM": (None, "EDMEulerScheduler"),
 }  # fmt: skip
@@ -320,7 +321,7 @@ SCHEDULERS = {  # settings, what the message says; None: it is taken
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_schedulers(copy, program, kind):
-    """Only betas count, whatever else a scheduler's class needs; others are named before loading."""
+    """Only betas count, whatever a scheduler's class needs; others are named before loading."""
     folder, (settings, message) = copy(), SCHEDULERS[kind]
     path = folder / "scheduler" / "scheduler_config.json"
     if settings is None:
