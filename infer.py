@@ -790,7 +790,8 @@ def open_file(file, config, mask, loras, **given):
             scheduler = check_base(file, *read_configs(config), mask)
             given["scheduler"] = None  # whose class may take further libraries
         pipe = kind.from_single_file(str(file), config=config, **given)
-        pipe.scheduler = scheduler if config else pipe.scheduler
+        if config:
+            pipe.register_modules(scheduler=scheduler)
     check_base(file, pipe.unet.config, pipe.scheduler.config, mask)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
@@ -831,7 +832,7 @@ def open_folder(base, place, args, dtype, **given):
         what = f"--base_model {base}, {part},"
         given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
     pipe = pipeline.from_pretrained(folder, **given, **more)
-    pipe.scheduler = scheduler
+    pipe.register_modules(scheduler=scheduler)
     return pipe
 
 

@@ -690,7 +690,8 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
         if is_one_file(name):
             more = common | {"dtype": dtype, "config": configs}
             pipe = pipeline_class.from_single_file(name, **options, **more)
-            pipe.scheduler = scheduler if configs else pipe.scheduler
+            if configs:
+                pipe.register_modules(scheduler=scheduler)
             check_one_file(name, pipe, parts.count("unet"), skip)
             for part in needed & skip:
                 setattr(pipe, part, None)
@@ -706,7 +707,7 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
                     place["variant"] = args.variant  # some parts may have no such variant
                 options[part] = open_part(part, folder, dtype, skip, **place)
             pipe = pipeline_class.from_pretrained(folder, **options, **more)
-            pipe.scheduler = scheduler
+            pipe.register_modules(scheduler=scheduler)
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if pipe.vae.config.get(key):
             fail(f"{flag}: its VAE has {key}, but latents are only scaled here; give another VAE")
@@ -731,11 +732,9 @@ def check_one_file(name, pipe, unet_tensors, skip):
     said = "EDM" if any(key.startswith("edm_") for key in keys) else said
     zero_snr = "ztsnr" in keys and not config.get("rescale_betas_zero_snr")
     if said[0] != kind[0] or zero_snr:
-        said += " with rescale_betas_zero_snr" * zero_snr
+        what = f"has prediction_type {said}{' with rescale_betas_zero_snr' * zero_snr}, not {kind}"
         advice = "give --teacher_config a folder whose scheduler says so too (EDM cannot be used)"
-        fail(
-            f"--pretrained_teacher_model {name} is made for prediction_type {said}, not {kind}: {advice}"
-        )
+        fail(f"--pretrained_teacher_model {name} {what}: {advice}")
 
 
 def check_tokenizer(tokenizer, config, where):

@@ -10,6 +10,7 @@ import json
 import shutil
 
 import check_data
+import encode_data
 import pytest
 import torch
 from conftest import command_line
@@ -121,6 +122,30 @@ def test_separate_vae(copy):
     change(other, "vae", without_last)
     message = f"--pretrained_vae_model_name_or_path {other}/vae.*1 missing"
     refused(message, "trainer", "sd15", folder, **flags)
+
+
+def test_teacher_in_the_hub_cache(copy, tmp_path):
+    """What was downloaded before is checked as a folder is."""
+    place = tmp_path / "models--a--b"
+    folder = place / "snapshots" / ("0" * 40)
+    folder.parent.mkdir(parents=True)
+    shutil.move(copy(), folder)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(folder.name)
+    load("trainer", "sd15", "a/b", cache_dir=tmp_path)
+    change(folder, "text_encoder", without_last)
+    refused("a/b.*text_encoder.*1 missing", "trainer", "sd15", "a/b", cache_dir=tmp_path)
+
+
+def test_encode_data_checks_too(copy, images, tmp_path):
+    """Embeddings of random weights are not written."""
+    folder, out = copy(), tmp_path / "out"
+    change(folder, "text_encoder", without_last)
+    words = {"family": "sd15", "pretrained_teacher_model": folder, "train_data_dir": images}
+    words |= {"center_crop": True, "resolution": 32, "output": out}
+    with pytest.raises(SystemExit, match=f"{folder}.*text_encoder.*1 missing"):
+        encode_data.main(command_line(words))
+    assert not [*out.glob("*.arrow")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -277,6 +302,7 @@ def test_zero_terminal_snr_of_one_file(one_file, make_teacher, tmp_path):
     refused("rescale_betas_zero_snr.*--teacher_config", *given, teacher_config=plain)
 
 
+CONTINUOUS = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
 BETAS = [0.0001 + 1e-5 * i for i in range(1000)]
 SCHEDULERS = {  # settings, what the message says; None: it is taken
     "needs scipy": ({"_class_name": "LMSDiscreteScheduler"}, None),
@@ -286,7 +312,7 @@ SCHEDULERS = {  # settings, what the message says; None: it is taken
     "sigmoid": ({"beta_schedule": "sigmoid"}, "scaled_linear"),
     "unknown": ({"beta_schedule": "x"}, "scaled_linear"),
     "sample": ({"prediction_type": "sample"}, "sample"),
-    "continuous": ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "Euler"),
+    "continuous": (CONTINUOUS, "Euler"),
     "flow": ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "DPMSolver"),
     "EDM": (None, "EDMEulerScheduler"),
 }  # fmt: skip
@@ -295,7 +321,7 @@ SCHEDULERS = {  # settings, what the message says; None: it is taken
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_schedulers(copy, program, kind):
-    """Only betas count, whatever else a scheduler's class needs; others are named before loading."""
+    """Only betas count, whatever a scheduler's class needs; others are named before loading."""
     folder, (settings, message) = copy(), SCHEDULERS[kind]
     path = folder / "scheduler" / "scheduler_config.json"
     if settings is None:
@@ -312,6 +338,7 @@ def test_schedulers(copy, program, kind):
         betas = {key: value for key, value in config.items() if "beta" in key}
         expected = DDPMScheduler(**betas).alphas_cumprod
         assert torch.equal(pipe.scheduler.alphas_cumprod, expected)
+        assert pipe.config["scheduler"] == ("diffusers", "LCMScheduler")  # saved with the others
         return None
     shutil.rmtree(folder / "unet")
     config = json.dumps({"in_channels": 4})
