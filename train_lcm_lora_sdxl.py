@@ -176,7 +176,7 @@ def parse_args(argv=None):
     choice("--quantize_base", "nf4 int8", None, "the base's linear layers in 4 or 8 bits")
 
     group = parser.add_argument_group("Data")
-    name("--train_data_dir", "FOLDER", "images with metadata.jsonl or metadata.csv")
+    name("--train_data_dir", "FOLDER", "images and captions: see docs/data.md")
     name("--dataset_name", "NAME", "hub id, parquet folder or encoded data")
     name("--dataset_config_name", "NAME", "configuration of that dataset")
     name("--train_shards_path_or_url", "TARS", "tar shards: folder, glob, {00..9}, URL")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Distil Stable Diffusion 1.5, or a fine-tune of it, on one GPU:
 #     DATA=my_images bash scripts/train_sd15.sh [more arguments of the trainer]
-# DATA is a folder of images with metadata.jsonl, or a dataset's name. Rank, rate, loss and batch
+# DATA is a folder of captioned images, or a dataset's name. Rank, rate, loss and batch
 # are those of published LCM-LoRA recipes; nothing here has been run on the real weights yet.
 # Variables change the settings below; DRY_RUN=1 prints the command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-: "${DATA:?give DATA=folder of images with metadata.jsonl, or a dataset\'s name}"
+: "${DATA:?give DATA=folder of captioned images, or a dataset\'s name}"
 
 run accelerate launch --mixed_precision "${MIXED_PRECISION:-fp16}" \
   "$trainers/train_lcm_lora_sd15.py" \

@@ -67,6 +67,30 @@ def test_environment_overrides(name, images):
     assert args.validation_prompts == ["two words"]
 
 
+@pytest.mark.parametrize(
+    "files,flag",
+    [
+        (["a.png", "a.txt"], "train_data_dir"),
+        (["10_cats/a.JPG", "10_cats/a.caption", "old.tar"], "train_data_dir"),
+        (["a.png", "metadata.csv"], "train_data_dir"),
+        (["train.parquet", "README.md"], "dataset_name"),
+        (["data/train-0.parquet"], "dataset_name"),
+        (["data-00000-of-00001.arrow", "dataset_info.json"], "dataset_name"),
+        (["encoded.json"], "dataset_name"),
+    ],
+    ids=str,
+)
+def test_data_is_given_by_its_flag(tmp_path, files, flag):
+    """DATA=folder of images as README has it, with caption files too; or of a dataset."""
+    for name in files:
+        path = tmp_path / "my data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    _, _, args = printed("train_sd15.sh", DATA="my data", cwd=tmp_path)
+    given = {"train_data_dir": args.train_data_dir, "dataset_name": args.dataset_name}
+    assert given == {"train_data_dir": None, "dataset_name": None, flag: "my data"}
+
+
 def test_the_source_pages_recipe():
     """lcm_xl_lora_pokemon_blip of diffengine."""
     _, _, args = printed("train_sdxl_pokemon.sh")
