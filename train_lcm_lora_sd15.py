@@ -811,7 +811,9 @@ def load_records(args):
         elif flag == "train_data_dir":
             columns = args.image_column, args.caption_column
             rows, left = list_folder(name, *columns, args.output_dir)
-            told = [f"{len(all)} {what} (first {all[0]!r})" for what, all in left.items() if all]
+            told = [
+                f"{len(all)} {what} (first {all[0]!r:.200})" for what, all in left.items() if all
+            ]
             told = f"left out: {', '.join(told) or 'nothing'}"
             if not rows:
                 where = "--image_column {} --caption_column {}: no captioned image; ".format(
@@ -885,8 +887,9 @@ def list_folder(folder, image_column, caption_column, skip):
                 found.append((path, row))
             else:
                 left[f"rows of metadata whose {key} is no file"].append(row)
-    images = [path for path, (_, end) in files.items() if end.lower() in IMAGES]
-    found += [(path, {}) for path in {*images} - {path for path, _ in found}]
+    images = {path for path, (_, end) in files.items() if end.lower() in IMAGES}
+    images -= {path for path in images if re.search("[\udc80-\udcff]", path)}  # not UTF-8
+    found += [(path, {}) for path in images - {path for path, _ in found}]
     rows, used = [], {*tables}
     for path, row in sorted(found, key=lambda pair: pair[0]):
         line, text = json.dumps(row) if caption_column in row else None, texts.get(files[path][0])

@@ -460,6 +460,16 @@ def test_what_is_left_out_is_counted_and_named(sd15, tmp_path, capsys):
     assert "4 other files" in line and "f.heic" in line
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8_are_left_out(sd15, tmp_path, capsys):
+    """Beside images that are trained on."""
+    write_files(tmp_path, {"a.png": 1, "a.txt": "a", "b.png": 2, "b.txt": "b"})
+    for end in (".png", ".txt"):
+        (tmp_path / f"b{end}").rename(tmp_path / f"caf\udce9{end}")
+    assert listed(sd15, tmp_path) == ({"a": 1}, [])
+    assert "2 other files" in capsys.readouterr().out
+
+
 def test_the_order_is_that_of_the_names(sd15, tmp_path, monkeypatch):
     """Not that in which the file system lists them."""
     files = {f"{name}{end}": data for name in "badc" for end, data in ((".png", 1), (".txt", name))}
