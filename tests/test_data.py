@@ -455,7 +455,7 @@ def test_what_is_left_out_is_counted_and_named(sd15, tmp_path, capsys):
     found, unusable = listed(sd15, write_files(tmp_path, files))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert (found, unusable) == ({"a": 1, "e": 5}, [])
-    for words in ("2 images without a caption", "c.png", "2 rows of metadata", "gone.png"):
+    for words in ("2 images without a caption", "c.png", "3 rows without text", "gone.png"):
         assert words in line
     assert "4 other files" in line and "f.heic" in line
 
