@@ -345,10 +345,9 @@ def to_rgb(image):
     if image.mode[0] in "IF":  # more than 8 bits, or fractions, which Pillow would clip
         tones = np.nan_to_num(np.asarray(image, np.float64), posinf=1)
         most = tones.mean() if image.mode == "F" else tones.max()  # fractions may exceed 1 a little
-        most = 65535 if ";" in image.mode else most
-        white = next((white for white in (1, 255, 65535) if most <= white), 2**32 - 1)
-        tones = tones.clip(0, white) * (255 / white)
-        image = Image.fromarray(tones.round().astype(np.uint8))
+        whites = (65535,) if ";" in image.mode else (1, 255, 65535)
+        white = next((white for white in whites if most <= white), 2**32 - 1)
+        image = Image.fromarray((tones.clip(0, white) * 255 / white).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

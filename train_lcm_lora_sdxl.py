@@ -188,7 +188,7 @@ def parse_args(argv=None):
     choice("--quantize_base", "nf4", None, "the base's linear layers in 4 bits")
 
     group = parser.add_argument_group("Data")
-    name("--train_data_dir", "FOLDER", "images with metadata.jsonl or metadata.csv")
+    name("--train_data_dir", "FOLDER", "images and captions: see docs/data.md")
     name("--dataset_name", "NAME", "hub id, parquet folder or encoded data")
     name("--dataset_config_name", "NAME", "configuration of that dataset")
     name("--train_shards_path_or_url", "TARS", "tar shards: folder, glob, {00..9}, URL")
@@ -916,13 +916,13 @@ def load_records(args):
         elif flag == "train_data_dir":
             columns = args.image_column, args.caption_column
             rows, left = list_folder(name, *columns, args.output_dir)
-            told = [f"{len(all)} {what} (first {all[0]!r})" for what, all in left.items() if all]
+            told = [
+                f"{len(all)} {what} (first {all[0]!r:.200})" for what, all in left.items() if all
+            ]
             told = f"left out: {', '.join(told) or 'nothing'}"
             if not rows:
-                where = "--image_column {} --caption_column {}: no captioned image; ".format(
-                    *columns
-                )
-                raise ValueError(where + told)
+                where = f"--image_column {columns[0]}, --caption_column {columns[1]}"
+                raise ValueError(f"no captioned image; {told}; {where}")
             if any(left.values()) and this_rank() == "0":
                 print(f"data: {told}")
             kinds = dict.fromkeys(rows[0], datasets.Value("string"))
@@ -986,16 +986,18 @@ def list_folder(folder, image_column, caption_column, skip):
     for table in tables:
         for row in read_table(table):
             path = os.path.normpath(os.path.join(os.path.dirname(table), str(row.get(key))))
-            if path in files:
+            if path in files and caption_column in row:
                 found.append((path, row))
             else:
-                left[f"rows of metadata whose {key} is no file"].append(row)
-    images = [path for path, (_, end) in files.items() if end.lower() in IMAGES]
-    found += [(path, {}) for path in {*images} - {path for path, _ in found}]
+                left[f"rows without {caption_column} or a file {key}"].append(row)
+    images = {path for path, (_, end) in files.items() if end.lower() in IMAGES}
+    images -= {path for path in images if re.search("[\udc80-\udcff]", path)}  # not UTF-8
+    found += [(path, {}) for path in images - {path for path, _ in found}]
     rows, used = [], {*tables}
     for path, row in sorted(found, key=lambda pair: pair[0]):
-        line, text = json.dumps(row) if caption_column in row else None, texts.get(files[path][0])
-        if line or text:
+        text = texts.get(files[path][0])
+        if row or text:
+            line = json.dumps(row) if row else None
             rows.append({image_column: path, "json": line, CAPTION_FILE: text})
         else:
             left["images without a caption"].append(path)
@@ -1005,10 +1007,9 @@ def list_folder(folder, image_column, caption_column, skip):
 
 
 def tar_records(tar, files):
-    """The records of a tar shard: of the files that differ in their endings and stand near.
+    """The records of a tar shard: files near each other that differ in their last ending only.
 
-    Files such as 0001.mask.png, which `datasets` takes for a field of 0001, are no records of their
-    own unless they have all that makes one.
+    0001.mask.png beside 0001 is none of its own, unless it has a caption of its own.
     """
     near, parent = {}, ""
     for name, file in itertools.chain(files, [(None, None)]):
@@ -1020,7 +1021,7 @@ def tar_records(tar, files):
             key = next(iter(near))
             whole = "image" in near[key] and near[key].keys() & {*CAPTIONS}
             if whole or not any(key.startswith(f"{other}.") for other in (parent, *near)):
-                parent = key
+                parent = key  # of what may follow
                 yield near[key]
             del near[key]
 
@@ -1187,10 +1188,9 @@ def to_rgb(image):
     if image.mode[0] in "IF":  # more than 8 bits, or fractions, which Pillow would clip
         tones = np.nan_to_num(np.asarray(image, np.float64), posinf=1)
         most = tones.mean() if image.mode == "F" else tones.max()  # fractions may exceed 1 a little
-        most = 65535 if ";" in image.mode else most
-        white = next((white for white in (1, 255, 65535) if most <= white), 2**32 - 1)
-        tones = tones.clip(0, white) * (255 / white)
-        image = Image.fromarray(tones.round().astype(np.uint8))
+        whites = (65535,) if ";" in image.mode else (1, 255, 65535)
+        white = next((white for white in whites if most <= white), 2**32 - 1)
+        image = Image.fromarray((tones.clip(0, white) * 255 / white).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

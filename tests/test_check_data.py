@@ -350,7 +350,7 @@ def test_messages(check, xl_teacher, teacher, images, tmp_path):
         (data | {"family": "sd3"}, "argument --family: invalid choice: 'sd3'"),
         (
             data | {"caption_column": "words"},
-            "--caption_column words: the data have no such column",
+            "12 rows without words or a file file_name (first {'file_name': '00.png', 'text': ",
         ),
         (
             {"train_data_dir": tmp_path / "nowhere"},

@@ -824,15 +824,21 @@ BAD = {
         SOURCES,
     ),
     "an empty folder": ({"train_data_dir": "empty"}, "--train_data_dir"),
-    "wrong caption column": ({"caption_column": "words"}, "--caption_column words: no caption"),
-    "wrong image column": ({"image_column": "photo"}, "--image_column photo .*photo_file_name"),
+    "wrong caption column": (
+        {"caption_column": "words"},
+        "rows without words .*'text': .*--caption_column words",
+    ),
+    "wrong image column": (
+        {"image_column": "photo"},
+        "rows without .*photo_file_name.*--image_column photo",
+    ),
     "image column of text": ({"image_column": "text"}, "--(image|caption)_column text"),
     "caption column of images": ({"caption_column": "image"}, "--caption_column image"),
     "images without captions": (
         {"train_data_dir": "captionless"},
-        "--caption_column text: .* 3 images without a caption .first .*00.png",
+        "3 images without a caption .first .*00.png.*--caption_column text",
     ),
-    "captions of numbers": ({"train_data_dir": "numbers"}, "the first: .*00.png .*is not text"),
+    "captions of numbers": ({"train_data_dir": "numbers"}, "the first: .*0[012].png .*is not text"),
     "no readable image": (
         {"train_data_dir": "unreadable"},
         "not one record .*the first: .*0[012].png",
