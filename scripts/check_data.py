@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from help_formatter import HelpFormatter
+from help_formatter import HelpFormatter, command_line
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--limit", type=count, metavar="N", help=f"read only the first N records ({streamed})")
     out = "folder that gets report.md and contact_sheet.png"
     add("--output_dir", type=Path, metavar="FOLDER", default="data-check", help=out)
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(command_line(argv))
     trainer = load_trainer(own.family)
     # What training needs and a check does not; where a flag comes again, the later value counts.
     needed = ["--pretrained_teacher_model", "", "--max_train_steps", "1"]

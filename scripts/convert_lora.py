@@ -22,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from help_formatter import HelpFormatter
+from help_formatter import HelpFormatter, command_line
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of infer.py
 
@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--alpha", type=float, metavar="NUMBER", help=f"{alpha} (default: the rank)")
     precision = "precision of the matrices (default: as in the input)"
     add("--save_precision", choices=["fp32", "fp16", "bf16"], help=precision)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(command_line(argv))
     if args.output.exists():
         infer.fail(f"{args.output} already exists and is never overwritten: choose a new output")
     if (args.output.suffix == ".safetensors") == (args.to == "peft"):

@@ -37,6 +37,8 @@ import signal
 import sys
 from pathlib import Path
 
+from help_formatter import command_line
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the trainers
 
 ROWS = 1000  # in a file
@@ -56,7 +58,8 @@ def parse_args(argv=None):
     add("--output", type=Path, required=True, metavar="FOLDER", help="new, or one to go on with")
     add("--encode", nargs="+", choices=kinds, default=kinds, help="what is (default: both)")
     parser.error = lambda message: sys.exit(f"{Path(__file__).name}: error: {message}")
-    own, rest = parser.parse_known_args(argv)  # answers --help before the libraries are loaded
+    # answers --help before the libraries are loaded
+    own, rest = parser.parse_known_args(command_line(argv))
     own.encode = sorted({*own.encode})
     trainer = importlib.import_module(f"train_lcm_lora_{own.family}")
     trainer.__file__ = __file__  # its messages name this program

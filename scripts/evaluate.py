@@ -28,7 +28,7 @@ import peft
 import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
-from help_formatter import HelpFormatter
+from help_formatter import HelpFormatter, command_line
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--lora", type=Path, metavar="PATH", required=True, help=where)
     add("--model", help="its teacher (default: base_model of the LoRA file's header)")
     add("--output", type=Path, metavar="FILE", default=Path("results.md"), help="the report")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(command_line(argv))
     if min(args.num_prompts, args.batch_size, args.bootstrap) < 2:
         parser.error("--num_prompts, --batch_size and --bootstrap must be 2 or more")
     if args.gallery[0] != "train":

@@ -1,6 +1,16 @@
-"""How the programs of scripts/ print their --help."""
+"""How the programs of scripts/ read their command line and print their --help."""
 
 import argparse
+import os
+import re
+import sys
+
+
+def command_line(argv=None):
+    """The words of a command; `~` is the home folder also where no shell replaced it, as after =."""
+    words = sys.argv[1:] if argv is None else argv
+    home = os.path.expanduser("~").replace("\\", r"\\")
+    return [re.sub(r"^(--\w+=)?~(?=/|$)", rf"\g<1>{home}", str(word)) for word in words]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

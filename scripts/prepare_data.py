@@ -40,7 +40,7 @@ from pathlib import Path
 import datasets
 import fsspec
 from datasets.arrow_writer import ParquetWriter
-from help_formatter import HelpFormatter
+from help_formatter import HelpFormatter, command_line
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -135,7 +135,7 @@ def parse_args(argv=None):
     keep = 'rows that do not satisfy "COLUMN>=NUMBER" (or > < <=)'
     add("--filter", type=condition, nargs="+", metavar="CONDITION", default=[], help=keep)
     add(UNREADABLE, action="store_true", help="images that cannot be decoded; decodes each")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(command_line(argv))
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         fail(f"--output {args.output}: already exists; choose a new folder")
     limits = [(flag, sign, getattr(args, flag)) for flag, sign in SIZE_FILTERS.items()]

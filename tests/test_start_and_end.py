@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LORA, command_line, log, lora_file, same
+from conftest import LORA, command_line, load_script, log, lora_file, same
 from PIL import Image
 from test_resume import contents, refused
 
@@ -293,6 +293,14 @@ def test_a_tilde_is_the_home_folder(sd15, monkeypatch):
     paths = ["pretrained_teacher_model", "train_data_dir", "output_dir", "lora_path", "cache_dir"]
     args = sd15.parse_args(command_line({path: f"~/{path}" for path in paths}))
     assert [vars(args)[path] for path in paths] == [f"/home/me/{path}" for path in paths]
+
+
+def test_a_tilde_in_the_commands_of_other_programs(monkeypatch):
+    """Not in a word that only begins with it, such as a prompt."""
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["~/a", "--output=~/b", "~", "~cat~", "a~/b", "--prompt", "~ or so"]
+    expected = ["/home/me/a", "--output=/home/me/b", "/home/me", *words[3:]]
+    assert load_script("help_formatter").command_line(words) == expected
 
 
 # ------------------------------------------------------------------------------ start, step and end
