@@ -401,8 +401,9 @@ def fetch_lora(repo, file, what):
             if len(names) != 1:
                 fail(f"{what}: name its file, {repo}:FILE; it has {', '.join(names) or 'none'}")
             file = names[0]
-        if Path(file).name == PEFT_NAME:  # its alpha
-            hf_hub_download(repo, str(Path(file).with_name("adapter_config.json")))
+        if Path(file).name == PEFT_NAME:
+            with contextlib.suppress(EntryNotFoundError):  # it has alpha; read_lora misses it
+                hf_hub_download(repo, Path(file).with_name("adapter_config.json").as_posix())
         return Path(hf_hub_download(repo, file))
 
 

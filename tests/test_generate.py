@@ -1217,7 +1217,7 @@ def test_grid_times_merged_loras(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "generate", watched)
     flags = ("--compare", "--scheduler", "lcm", "dpm++", "--steps", 1)
     path = run(kit, tmp_path / "x.png", *flags)
-    assert seen == [("DPM", 0), ("DPM", 0), ("LCM", 0)]
+    assert seen == [("DPM", 0)] * 2 + [("LCM", 0)] * 2
     assert [column["scheduler"] for column in settings(path)["columns"]] == ["lcm", "dpm++"]
 
 
@@ -1279,6 +1279,9 @@ def test_fused_folder_generates_alone(kit, tmp_path):
     assert difference(ours, tmp_path / "x.png") <= 3
     assert settings(tmp_path / "x.png")["original_inference_steps"] == 20
     assert "Lora" not in Image.open(tmp_path / "x.png").text["parameters"]
+    style = ["--style_lora", f"{kit / 'sd15.safetensors'}:0.5"]
+    start(*flags, tmp_path / "fused", *style, *output[:2], "--output", tmp_path / "style.png")
+    assert difference(tmp_path / "style.png", tmp_path / "x.png") > 8
     for words, message in (
         ([*flags, DEMO["sd15"]], "no LCM-LoRA is merged in.* give --lora"),
         ([*flags, tmp_path / "fused", "--steps", 21], "--steps 21: must be from 1 to 20"),
