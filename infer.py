@@ -455,7 +455,8 @@ PREFIX = re.compile(
     r"|_orig_mod|lora|lycoris|text_encoders|transformer(?=[._]text_model))[._]"
 )
 ROLE = re.compile(
-    r"(.+?)[._]lora[._](?:linear_layer\.)?(down|up|A|B)(?:\.[\w-]+)?\.weight|(.+?)(?:[._]lora)?\.alpha"
+    r"(.+?)[._]lora[._](?:linear_layer\.)?(down|up|A|B)(?:\.[\w-]+)?\.weight"
+    r"|(.+?)(?:[._]lora)?\.alpha"
 )
 
 

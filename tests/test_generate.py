@@ -1079,7 +1079,7 @@ def test_stopped_run_goes_on(kit, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 def test_other_images_are_not_overwritten(kit, tmp_path, monkeypatch, ending):
-    """Another prompt, other weights under the same name, a file of the user's: one line, no loss."""
+    """Another prompt, other weights of the same name, a user's own file: one line, no loss."""
     shutil.copy(kit / "sd15.safetensors", tmp_path / "sd15.safetensors")
     sizes, output = generated(monkeypatch), tmp_path / f"x.{ending}"
     again(tmp_path, output, prompt="a")
