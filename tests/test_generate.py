@@ -1363,3 +1363,17 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert re.fullmatch("stopped.*complete\n", capsys.readouterr().err)
     infer.last_words(ValueError, ValueError("x"), None)
     assert "ValueError: x" in capsys.readouterr().err
+
+
+def test_progress_of_a_run(kit, tmp_path, monkeypatch):
+    """A bar counts the images, of which it knows how many there are: tqdm tells the time left."""
+    bars, bar = [], infer.tqdm
+
+    class Bar(bar):
+        def update(self, n=1):
+            bars.append((self.total, n))
+            return super().update(n)
+
+    monkeypatch.setattr(infer, "tqdm", Bar)
+    again(kit, tmp_path / "x.png")
+    assert bars == [(5, 2), (5, 2), (5, 1)]
