@@ -921,7 +921,8 @@ def check_prompts(pipe, jobs):
     texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
     tokens = {text: tokenizer(text).input_ids for text in texts if text}
     long = {text: ids for text, ids in tokens.items() if len(ids) > limit}
-    for text, ids in itertools.islice(long.items(), 1):
+    if long:
+        text, ids = next(iter(long.items()))
         lost = tokenizer.decode(ids[limit - 1 : -1])
         says = f"{len(long)} of {len(tokens)} prompts exceed the {limit} tokens that CLIP reads"
         warn(f"{says}: of {text[:30]!r} {len(ids) - limit} are left out, {lost[:60]!r}")
