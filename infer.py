@@ -415,8 +415,9 @@ def fetch_lora(repo, file, what):
             if len(names) != 1:
                 fail(f"{what}: name its file, {repo}:FILE; it has {', '.join(names) or 'none'}")
             file = names[0]
-        if Path(file).name == PEFT_NAME:  # its alpha
-            hf_hub_download(repo, str(Path(file).with_name("adapter_config.json")))
+        if Path(file).name == PEFT_NAME:
+            with contextlib.suppress(EntryNotFoundError):  # it has alpha; read_lora misses it
+                hf_hub_download(repo, Path(file).with_name("adapter_config.json").as_posix())
         return Path(hf_hub_download(repo, file))
 
 
@@ -468,7 +469,8 @@ PREFIX = re.compile(
     r"|_orig_mod|lora|lycoris|text_encoders|transformer(?=[._]text_model))[._]"
 )
 ROLE = re.compile(
-    r"(.+?)[._]lora[._](?:linear_layer\.)?(down|up|A|B)(?:\.[\w-]+)?\.weight|(.+?)(?:[._]lora)?\.alpha"
+    r"(.+?)[._]lora[._](?:linear_layer\.)?(down|up|A|B)(?:\.[\w-]+)?\.weight"
+    r"|(.+?)(?:[._]lora)?\.alpha"
 )
 
 
@@ -1033,7 +1035,8 @@ def check_prompts(pipe, jobs):
     texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
     tokens = {text: tokenizer(text).input_ids for text in texts if text}
     long = {text: ids for text, ids in tokens.items() if len(ids) > limit}
-    for text, ids in itertools.islice(long.items(), 1):
+    if long:
+        text, ids = next(iter(long.items()))
         lost = tokenizer.decode(ids[limit - 1 : -1])
         says = f"{len(long)} of {len(tokens)} prompts exceed the {limit} tokens that CLIP reads"
         warn(f"{says}: of {text[:30]!r} {len(ids) - limit} are left out, {lost[:60]!r}")

@@ -76,10 +76,9 @@ def compare(args):
     infer.match_base(pipe, *loras[infer.ADAPTER], base)
     teacher = [column for column in plan if column[0] not in infer.DISTILLED]
     distilled = [column for column in plan if column[0] in infer.DISTILLED]
-    seen = set()
-    columns = make_columns(task, args, images, jobs, teacher, schedulers, seen)
+    columns = make_columns(task, args, images, jobs, teacher, schedulers)
     infer.fuse(pipe, args, loras, base)  # as who generates with it has it: its time is that
-    columns |= make_columns(task, args, images, jobs, distilled, schedulers, seen)
+    columns |= make_columns(task, args, images, jobs, distilled, schedulers)
     columns = [columns[column] for column in plan]
     given = {"image": args.image, "mask": args.mask, "control": args.control_image}
     sources = [
@@ -117,9 +116,9 @@ def make_plan(args):
     return [(name, steps) for name, counts in plan.items() for steps in counts]
 
 
-def make_columns(pipe, args, images, jobs, plan, schedulers, seen):
+def make_columns(pipe, args, images, jobs, plan, schedulers):
     """{(scheduler, steps): column}, each a dict with its images (a row per prompt) and s/image."""
-    columns = {}
+    columns, seen = {}, set()
     for name, steps in plan:
         group, teacher = GROUPS[name][0], name not in infer.DISTILLED
         guidance = args.compare_guidance if teacher else args.guidance_scale

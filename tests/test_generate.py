@@ -1079,7 +1079,7 @@ def test_stopped_run_goes_on(kit, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 def test_other_images_are_not_overwritten(kit, tmp_path, monkeypatch, ending):
-    """Another prompt, other weights under the same name, a file of the user's: one line, no loss."""
+    """Another prompt, other weights of the same name, a user's own file: one line, no loss."""
     shutil.copy(kit / "sd15.safetensors", tmp_path / "sd15.safetensors")
     sizes, output = generated(monkeypatch), tmp_path / f"x.{ending}"
     again(tmp_path, output, prompt="a")
@@ -1217,7 +1217,7 @@ def test_grid_times_merged_loras(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "generate", watched)
     flags = ("--compare", "--scheduler", "lcm", "dpm++", "--steps", 1)
     path = run(kit, tmp_path / "x.png", *flags)
-    assert seen == [("DPM", 0), ("DPM", 0), ("LCM", 0)]
+    assert seen == [("DPM", 0)] * 2 + [("LCM", 0)] * 2
     assert [column["scheduler"] for column in settings(path)["columns"]] == ["lcm", "dpm++"]
 
 
@@ -1279,6 +1279,9 @@ def test_fused_folder_generates_alone(kit, tmp_path):
     assert difference(ours, tmp_path / "x.png") <= 3
     assert settings(tmp_path / "x.png")["original_inference_steps"] == 20
     assert "Lora" not in Image.open(tmp_path / "x.png").text["parameters"]
+    style = ["--style_lora", f"{kit / 'sd15.safetensors'}:0.5"]
+    start(*flags, tmp_path / "fused", *style, *output[:2], "--output", tmp_path / "style.png")
+    assert difference(tmp_path / "style.png", tmp_path / "x.png") > 8
     for words, message in (
         ([*flags, DEMO["sd15"]], "no LCM-LoRA is merged in.* give --lora"),
         ([*flags, tmp_path / "fused", "--steps", 21], "--steps 21: must be from 1 to 20"),
@@ -1360,3 +1363,17 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert re.fullmatch("stopped.*complete\n", capsys.readouterr().err)
     infer.last_words(ValueError, ValueError("x"), None)
     assert "ValueError: x" in capsys.readouterr().err
+
+
+def test_progress_of_a_run(kit, tmp_path, monkeypatch):
+    """A bar counts the images, of which it knows how many there are: tqdm tells the time left."""
+    bars, bar = [], infer.tqdm
+
+    class Bar(bar):
+        def update(self, n=1):
+            bars.append((self.total, n))
+            return super().update(n)
+
+    monkeypatch.setattr(infer, "tqdm", Bar)
+    again(kit, tmp_path / "x.png")
+    assert bars == [(5, 2), (5, 2), (5, 1)]

@@ -773,15 +773,27 @@ def test_other_adapters_are_named(tmp_path, key, kind):
     refused({"lora": tmp_path / "x.safetensors"}, f"{kind}.*merge it", tmp_path)
 
 
-@pytest.mark.parametrize("drop", ["mid_block", "attn1", "up_blocks", "resnets", "down_blocks"])
-def test_part_of_the_layers_proves_no_layout(sdxl, xl_teacher, tmp_path, drop, capsys):
-    """An SDXL LoRA without some layers loads on SDXL; the header's base is the same: no warning."""
-    student = train(sdxl, xl_teacher, tmp_path)
+@pytest.mark.parametrize("drop", ["mid_block", "mid_block_attentions"])
+@pytest.mark.parametrize("header", [{"family": "sdxl"}, {}], ids=["header", "bare"])
+def test_part_of_the_layers_proves_no_layout(sdxl, xl_teacher, tmp_path, drop, header, capsys):
+    """An SDXL LoRA without some layers is used on its base, without a warning, all of it."""
+    train(sdxl, xl_teacher, tmp_path)
     tensors = {key: t for key, t in load_file(tmp_path / LORA).items() if drop not in key}
-    save_file(tensors, tmp_path / "x.safetensors", {"family": "sdxl", "base_model": "base"})
-    unet = load(open_pipe(xl_teacher), tmp_path / "x.safetensors")
-    assert 0 < count(unet) == len(tensors) // 3 < count(student)
-    assert capsys.readouterr().err == ""
+    base = {"base_model": str(xl_teacher)}
+    save_file(tensors, tmp_path / "x.safetensors", base | header)
+    words = ["--lora", tmp_path / "x.safetensors", "--prompt", "a", "--steps", 1, "--output"]
+    infer.main([*map(str, [*words, tmp_path / "x.png"])])
+    said, count = capsys.readouterr(), len(tensors) // 3
+    assert said.err == "" and f"LoRA: {count} of {count} layers loaded" in said.out
+
+
+def test_depth_tells_sdxl_from_ssd1b():
+    """The blocks before the middle are ten deep in SDXL, in either spelling, four in SSD-1B."""
+    up = "unet.up_blocks.0.attentions.0.transformer_blocks.9.attn1.to_q"
+    for start in "unet.down_blocks.2.attentions.1", "unet.input_blocks_8_1":
+        for depth, layout in (9, "SDXL"), (3, "SSD-1B"):
+            names = [f"{start}.transformer_blocks.{i}.attn1.to_q" for i in range(depth + 1)]
+            assert infer.layout([*names, up]) == layout
 
 
 HEADERS = [
