@@ -1607,10 +1607,11 @@ MANIFEST = "manifest.json"  # sizes and hashes of a checkpoint
 BAD_STEPS = 10  # in a row without a finite loss and gradient, which end the run
 # Flags that a resumed run may change: its result is the same but for rounding
 NO_CHANGE = (
-    "gradient_checkpointing train_batch_size gradient_accumulation_steps vae_encode_batch_size "
-    "allow_tf32 torch_compile checkpointing_steps checkpoints_total_limit validation_prompts "
-    "validation_steps dataloader_num_workers num_train_epochs scale_lr streaming lora_path"
+    "gradient_checkpointing vae_encode_batch_size allow_tf32 torch_compile checkpointing_steps "
+    "checkpoints_total_limit validation_prompts validation_steps num_train_epochs scale_lr lora_path"
 ).split()
+# Streamed data are cut by these: only others may be read in other portions
+PORTIONS = "train_batch_size gradient_accumulation_steps dataloader_num_workers processes".split()
 # As many of these as the system has
 STOP_SIGNALS = [vars(signal).get(f"SIG{name}") for name in "INT TERM USR1 HUP BREAK".split()]
 STOP_SIGNALS = [number for number in STOP_SIGNALS if number]
@@ -1620,8 +1621,11 @@ OUT_OF_TIME = 14  # what --max_train_hours stops with, the number of SIGALRM
 
 def find_launcher():
     """The number of the launcher that started this process; None for a shell, which may log out."""
-    words = psutil.Process(os.getppid()).cmdline()
     known = ("launch", "torchrun", "torch.distributed.run")
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:  # none is seen, such as from the first process of a container
+        return None
     return os.getppid() if any(word.endswith(known) for word in words) else None
 
 
@@ -1732,6 +1736,7 @@ def make_record(run, args):
         if record[flag] and Path(record[flag]).exists():
             record[flag] = str(Path(record[flag]).resolve())
     record["images in a step"] = run.global_batch
+    record["processes"] = run.accelerator.num_processes
     return record
 
 
@@ -1740,7 +1745,7 @@ def check_record(run, args):
     advice = "it was saved by an earlier version; start a new run from it with --lora_path"
     with or_fail(f"--resume_from_checkpoint {run.resumed}: its flags are not known", advice):
         then = json.loads((run.resumed / RECORD_FILE).read_text())
-    run.changes, free = then["changes"], [*NO_CHANGE]
+    run.changes, free = then["changes"], [*NO_CHANGE, *([] if args.streaming else PORTIONS)]
     if args.lr_scheduler.startswith("constant"):
         free.append("max_train_steps")
     changed = {

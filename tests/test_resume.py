@@ -585,6 +585,12 @@ def test_a_launcher_is_told_from_a_shell(sd15, monkeypatch, command, is_one):
     assert sd15.find_launcher() == (os.getppid() if is_one else None)
 
 
+def test_a_parent_that_is_not_seen(sd15, monkeypatch):
+    """Such as that of a container's first process."""
+    monkeypatch.setattr(os, "getppid", lambda: 2**22 - 1)
+    assert sd15.find_launcher() is None
+
+
 @pytest.mark.parametrize("launched", [True, False])
 def test_the_launcher_is_gone(sd15, start, finish, tmp_path, launched):
     """Then a trainer stops as by SIGHUP; one that a shell started outlives the shell."""

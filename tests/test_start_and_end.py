@@ -99,6 +99,15 @@ def test_what_does_not_change_the_result_is_named_only(train, copy, capsys):
     assert "changed_at_resume" not in lora_file(copy)[1]
 
 
+def test_streamed_data_are_read_in_the_same_portions(train, tmp_path):
+    """Their order depends on them."""
+    out, flags = tmp_path / "out", SHORT | {"streaming": True}
+    train(output_dir=out, **flags)
+    flags |= {"max_train_steps": 4, "train_batch_size": 1, "gradient_accumulation_steps": 2}
+    message = refused(train, output_dir=out, resume_from_checkpoint="latest", **flags)
+    assert "train_batch_size 1 (it was 2)" in message
+
+
 def test_an_allowed_change_is_made_and_kept_in_the_file(train, copy):
     """The optimizer takes the new rate; the LoRA's header says when which flag was changed."""
     flags = SHORT | {"max_train_steps": 4, "learning_rate": 5e-3, "adam_weight_decay": 0.5}
