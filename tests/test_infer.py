@@ -840,3 +840,11 @@ def test_warnings(tiny, tmp_path, capsys):
     run(folder, *flags, "--negative_prompt", "b", "--guidance_scale", "7.5")
     assert "--guidance_scale 7.5" in capsys.readouterr().err
     assert "\nNegative prompt: b\n" in Image.open(tmp_path / "x.png").text["parameters"]
+
+
+def test_a_line_of_prompts_ends_at_a_line_break_only(tmp_path):
+    """Not at U+2028, U+0085 or a form feed."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("one\u2028still one\r\ntwo\x85two\ftwo\nthree".encode())
+    prompts = [row["prompt"] for row in infer.read_lines(str(file))]
+    assert prompts == ["one\u2028still one", "two\x85two\ftwo", "three"]
