@@ -349,10 +349,9 @@ def umask():
 def another_program():
     """The next test is another program: what one leaves behind in this process is undone.
 
-    accelerate keeps its precision; programs in scripts/ put their name into a trainer's messages;
-    trainers have tar shards read undecoded. What no test has loaded is not loaded here.
+    accelerate keeps its precision; programs in scripts/ put their name into a trainer's messages.
+    What no test has loaded is not loaded here.
     """
-    tars = "datasets.packaged_modules.webdataset.webdataset"
 
     def undo():
         if "accelerate" in sys.modules:
@@ -360,8 +359,6 @@ def another_program():
         for name in ("train_lcm_lora_sd15", "train_lcm_lora_sdxl"):
             if name in sys.modules:
                 sys.modules[name].__file__ = sys.modules[name].__spec__.origin
-        if tars in sys.modules:
-            sys.modules[tars].WebDataset.DECODERS = sys.modules[tars].DECODERS
 
     undo()
     yield

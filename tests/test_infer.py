@@ -995,3 +995,11 @@ def test_strange_input_is_a_result_or_one_line(tiny, tmp_path, monkeypatch, seed
         monkeypatch.chdir(tmp_path)
         shutil.rmtree(folder)
     assert min(ends.values()) > len(seeds) // 20, ends
+
+
+def test_a_line_of_prompts_ends_at_a_line_break_only(tmp_path):
+    """Not at U+2028, U+0085 or a form feed."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("one\u2028still one\r\ntwo\x85two\ftwo\nthree".encode())
+    prompts = [row["prompt"] for row in infer.read_lines(str(file))]
+    assert prompts == ["one\u2028still one", "two\x85two\ftwo", "three"]
