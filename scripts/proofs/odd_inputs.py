@@ -548,7 +548,7 @@ def loras(rng, folder, variant):
     commands = [command]
     if rng.random() < 0.3:  # through convert_lora.py
         to = rng.choice(["kohya", "diffusers", "peft"])
-        made = "out/lora" + "" * (to == "peft") + ".safetensors" * (to != "peft")
+        made = "out/lora" if to == "peft" else "out/lora.safetensors"
         commands = [[CONVERT, name, made, "--to", to]]
         commands += [infer("--base_model", SHARED / family, lora=made)]
     number = "D18" if "middle" in variant else "A1" if "kohya" in variant else "D22"
@@ -581,7 +581,8 @@ def broken_loras(rng, folder, variant):
     if variant in changed:
         tensors[key] = changed[variant]
     if variant == "twice":
-        tensors[key.replace("lora_unet_", "unet.").replace(".lora_up", ".lora_B")] = tensors[key]
+        other = key.replace("lora_unet_", "unet.").replace(".lora_up", ".lora_B")
+        tensors[other] = tensors[key].clone()
     if variant == "odd alpha":
         tensors[key.replace("lora_up.weight", "alpha")] = torch.zeros(rng.randrange(2, 5))
     if variant == "alpha NaN":
@@ -813,7 +814,7 @@ def tables(rng, folder, variant):
     captions = dict(pairs)
     check = functools.partial(read_data, captions=captions) if good else None
     refuse = variant in ("no such column", "empty", "jsonl, broken", "URLs")
-    names = (name, "column", "127.0.0.1")
+    names = (name, "column", "caption", "127.0.0.1")
     command = [PREPARE, name, "--output", "out", *more, "--caption_column", "text"]
     must = "work" if good else "refuse" if refuse else ""
     return Case("B9" if variant == "separators" else "B7", [command], check, must, names)
@@ -1512,7 +1513,7 @@ def outputs(rng, folder, variant):
     def check(folder, text):
         return has("data: 6 images")(folder, text) if program == "train" else ""
 
-    return Case("F31", commands, check, "", ("out",), outputs=("data/out",))
+    return Case("F31", commands, check, "", ("out", "data"), outputs=("data/out",))
 
 
 OUTPUTS = [f"{where}, {name}" for where in ("full disk", "a file there") for name in (
