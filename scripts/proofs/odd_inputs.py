@@ -51,6 +51,7 @@ LORA = "pytorch_lora_weights.safetensors"
 INFER, CONVERT = "infer.py", "scripts/convert_lora.py"
 CHECK, ENCODE = "scripts/check_data.py", "scripts/encode_data.py"
 PREPARE, FUSE = "scripts/prepare_data.py", "scripts/fuse_lora.py"
+SEPARATORS = "\u2028\u2029\x85\x0c\x1e"  # which str.splitlines() takes for ends of lines
 CAPTIONS = ["red apple", "a house", "two cats", "blue car", "old tree", "the moon"]
 LEFT, RIGHT = (200, 40, 90), (30, 160, 220)  # of the image whose colours are known
 LIMIT, MEMORY = 120, 6 * 2**30  # seconds and bytes of a command
@@ -637,91 +638,75 @@ def headers(rng, folder, variant):
 
 def folders(rng, folder, variant):
     """A folder of captioned images as people have it: all of them are read, or named."""
-    names = rng.sample([f"image {i}.png" for i in range(9)], 4)
-    number, top, more, exact, says = "B5", "data", [], True, ()
-    if variant == "words of splits":
-        words = ["steam train.png", "test.png", "dev-1.png", "my validation.png", "eval_2.png"]
-        names = rng.sample(words, 4)
-    if variant == "folders named as splits":
-        names = [f"{where}/{i}.png" for i, where in enumerate(["train", "test", "others", "."])]
-    if variant == "deep":
-        names = [f"{'d/' * i}{name}" for i, name in enumerate(names)]
-    if variant == "capitals":
-        names = ["A.PNG", "b.Jpg", "c.JPEG", "d.png"]
-    if variant == "unicode":
-        names = ["été.png", "猫.png", "🍎 1.png", "e\u0301.png"]
+    top, names = "data", {
+        "words of splits": ["steam train.png", "test.png", "dev-1.png", "my validation.png"],
+        "folders named as splits": ["train/1.png", "test/2.png", "others/3.png", "4.png"],
+        "deep": ["1.png", "d/2.png", "d/d/3.png", "d/d/d/4.png"],
+        "capitals": ["A.PNG", "b.Jpg", "c.JPEG", "d.png"],
+        "unicode": ["été.png", "猫.png", "🍎 1.png", "e\u0301.png"],
+    }.get(variant) or rng.sample([f"image {i}.png" for i in range(9)], 4)  # fmt: skip
     if variant == "glob signs":
         top = rng.choice(["pics[1]", "a*b", "what?", "{a,b}", "x[!1]"])
-        write_images(folder / top.translate(str.maketrans("", "", "[]!*?{},")), ["no.png"] * 1)
-    data = folder / top
+        write_images(folder / top.translate(str.maketrans("", "", "[]!*?{},")), ["neighbour.png"])
+    data, unusable = folder / top, ()
     data.mkdir()
     beside = variant in (".txt", ".caption", "mixed", "folder of kohya", "separators")
     captions = write_images(data, names, metadata=not beside)
-    if beside:
-        for i, (name, text) in enumerate(captions.items()):
-            ending = ".caption" if variant == ".caption" or variant == "mixed" and i % 2 else ".txt"
-            if variant == "separators":
-                number, sign = "B9", rng.choice("\u2028\x85\x0c\x1e")
-                text = captions[name] = f"a{sign}b {i}"
-            (data / name).with_suffix(ending).write_text(text, encoding="utf-8")
+    for i, (name, text) in enumerate(captions.items() if beside else ()):
+        ending = ".caption" if variant == ".caption" or variant == "mixed" and i % 2 else ".txt"
+        if variant == "separators":
+            captions[name] = text = rng.choice(SEPARATORS).join(["a", f"b {i}"])
+        (data / name).with_suffix(ending).write_text(text, encoding="utf-8")
     if variant == "folder of kohya":
-        (data / "10_cat").mkdir()
-        for path in [*data.glob("*.*")]:
-            path.rename(data / "10_cat" / path.name)
-    if variant in ("metadata.csv", "BOM"):
+        data.rename(folder / "10_cat")
+        data.mkdir()
+        (folder / "10_cat").rename(data / "10_cat")
+    if variant == "metadata.csv":
         (data / "metadata.jsonl").unlink()
         with open(data / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
             csv.writer(file).writerows([("file_name", "text"), *captions.items()])
     if variant == "no line in metadata":
         write_images(data, ["extra.png"], metadata=False)
-        exact, says = False, ("extra",)
-    if variant == "metadata of a missing file":
-        with open(data / "metadata.jsonl", "a") as file:
-            file.write('\n{"file_name": "gone.png", "text": "x"}\n')
-        exact, says = False, ("gone.png",)
+        unusable = ("extra.png",)
     if variant == "strays":
-        number = "B6"
         for name in ("Thumbs.db", ".DS_Store", "notes.md", "movie.mp4", "list.csv", "old.zip"):
             (data / name).write_bytes(b"\x00\x01")
         with tarfile.open(data / "images.tar", "w") as tar:
             tar.add(data / names[0], "x.png")
     if variant == "linked folder":
-        number = "B9"
-        (data.rename(folder / "real"), data.mkdir(), (data / "link").symlink_to("../real"))
+        data.rename(folder / "real")
+        data.mkdir()
+        (data / "link").symlink_to("../real")
+    if variant == "broken image":
+        (data / names[0]).write_bytes(rng.choice([b"", b"no image", b"\x89PNG\r\n\x1a\n"]))
+        unusable = (names[0],)
+    if variant == "name that is no UTF-8":
+        os.rename(data / names[0], os.fsencode(data) + b"/\xff\xfe.png")
+    more = {
+        "missing file": '{"file_name": "gone.png", "text": "x"}', "deep metadata": "[" * 10**5,
+        "other metadata": rng.choice(['{"file_name": 1}', "{", "[]", '{"text": "x"}',
+                                      '{"file_name": "\\ud800.png"}']),
+    }.get(variant)  # fmt: skip
+    if more:
+        with open(data / "metadata.jsonl", "a") as file:
+            file.write(more + "\n")
+        unusable = ("gone.png",) * (variant == "missing file")
     if variant == "empty":
         shutil.rmtree(data)
         data.mkdir()
-    if variant == "broken image":
-        (data / names[0]).write_bytes(rng.choice([b"", b"no image", b"\x89PNG\r\n\x1a\n"]))
-        del captions[names[0]]
-        exact, says = False, (names[0],)
-    if variant in ("odd metadata", "deep metadata"):
-        odd = ['{"file_name": 1}', "{", "[]", '{"text": "x"}', '{"file_name": "\\ud800.png"}']
-        line = "[" * 10**5 if variant.startswith("deep") else rng.choice(odd)
-        with open(data / "metadata.jsonl", "a") as file:
-            file.write(line + "\n")
-        return Case("D21", [data_command(rng, "--train_data_dir", top)], names=("metadata", top))
-    if variant == "name that is no UTF-8":
-        path = os.fsencode(data / names[0])
-        os.rename(path, os.path.dirname(path) + b"/\xff\xfe.png")
-        exact, says = False, ()
-        captions = dict([*captions.items()][1:])
-        return Case("D21", [data_command(rng, "--train_data_dir", top)], names=(top, "metadata"))
-    command = data_command(rng, "--train_data_dir", top, *more)
-    if variant == "empty":
-        return Case("B5", [command], None, "refuse", (top, "no images", "records"))
+    command = data_command(rng, "--train_data_dir", top)
 
     def check(folder, text):
         report = folder / "out/report.md"
         text += report.read_text(encoding="utf-8") if report.exists() else ""
-        unnamed = [word for word in says if word not in text]
-        if unnamed:
-            return f"{unnamed[0]} is not named"
-        return read_data(folder, text, captions, exact) if exact else ""
+        return has(*unusable)(folder, text) if any_of else read_data(folder, text, captions)
 
-    fails_with = (1,) if says and command[0] == CHECK else ()
-    return Case(number, [command], check, "" if says else "work", (top, *says), {}, ("out",),
-                fails_with=fails_with)  # fmt: skip
+    any_of = bool(unusable or more or variant == "name that is no UTF-8")
+    must = "" if any_of else "refuse" if variant == "empty" else "work"
+    number = {"strays": "B6", "separators": "B9", "linked folder": "B9"}.get(variant, "B5")
+    codes = (1,) if unusable and command[0] == CHECK else ()
+    names = (top, "metadata", "no images", "records", *unusable)
+    return Case(number, [command], check, must, names, fails_with=codes)
 
 
 def tars(rng, folder, variant):
@@ -1541,9 +1526,9 @@ KINDS = {
               "w_min w_max rank alpha training_args".split(), *(f"adapter_config.json={key}" for key
               in "r lora_alpha alpha_pattern rank_pattern use_rslora target_modules".split())],
     folders: ("words of splits,folders named as splits,deep,capitals,unicode,glob signs,.txt,"
-              ".caption,mixed,folder of kohya,separators,metadata.csv,no line in metadata,"
-              "metadata of a missing file,strays,linked folder,empty,broken image,odd metadata,"
-              "deep metadata,name that is no UTF-8").split(","),
+              ".caption,mixed,folder of kohya,separators,metadata.csv,no line in metadata,strays,"
+              "linked folder,broken image,name that is no UTF-8,missing file,deep metadata,"
+              "other metadata,empty").split(","),
     tars: ("capitals;dots;jpeg;folders;long names;json, another key;json, its key;not UTF-8;braces;"
            "images first;glob signs;no captions;compressed;cut off;empty;an URL").split(";"),
     tables: ("quoted lines,tabs,BOM,Latin-1,a missing image,URLs,no such column,separators,"
