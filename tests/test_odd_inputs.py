@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import odd_inputs
+import odd_kinds
 import pytest
 from conftest import ROOT
-from odd_inputs import Case, judge
+from odd_inputs import judge
+from odd_kinds import Case
 
 # {what is wrong: (a program, what the judge says)}
 PROGRAMS = {
@@ -32,7 +34,7 @@ PROGRAMS = {
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The folder of a case, with an input and a folder for outputs."""
-    monkeypatch.setattr(odd_inputs, "SHARED", tmp_path / "shared")
+    monkeypatch.setattr(odd_kinds, "SHARED", tmp_path / "shared")
     monkeypatch.setattr(odd_inputs, "LIMIT", 3)
     folder = tmp_path / "case"
     (folder / "out").mkdir(parents=True)
@@ -56,7 +58,7 @@ def test_what_is_right_is_asked(place, tmp_path):
     (tmp_path / "x.py").write_text("print('six images')")
     (tmp_path / "y.py").write_text("raise SystemExit('error: no')")
     works, fails = [[tmp_path / "x.py"]], [[tmp_path / "y.py"]]
-    six, seven = odd_inputs.has("six"), odd_inputs.has("seven")
+    six, seven = odd_kinds.has("six"), odd_kinds.has("seven")
     assert judge(Case("A1", works, six), place) == ""
     assert "seven" in judge(Case("A1", works, seven), place)
     assert judge(Case("A1", works, None, "refuse"), place) == "not refused"
@@ -69,9 +71,9 @@ def test_a_seed_deals_the_same_cases():
     cases = [odd_inputs.deal(odd_inputs.parse_args(["--seed", seed])) for seed in "112"]
     assert cases[0] == cases[1] != cases[2]
     assert len({*cases[0]}) == len(cases[0]) == 200
-    assert {kind.__name__ for kind, _ in cases[0]} == {kind.__name__ for kind in odd_inputs.KINDS}
+    assert {kind.__name__ for kind, _ in cases[0]} == {kind.__name__ for kind in odd_kinds.KINDS}
     only = odd_inputs.deal(odd_inputs.parse_args(["--only", "tars", "--cases", "30"]))
-    assert {kind for kind, _ in only} == {odd_inputs.tars}
+    assert {kind for kind, _ in only} == {odd_kinds.tars}
 
 
 @pytest.mark.slow
