@@ -1,7 +1,7 @@
 """What odd_inputs.py tries: each kind is a function that makes a case of one of its variants.
 
 `kind(rng, folder, variant)` writes its files into a new folder and returns a `Case`; what is left
-open in a variant it draws from `rng`. KINDS lists all of them. "A1" to "G40" are the numbers of the
+open in a variant comes from `rng`. KINDS lists all of them. "A1" to "G40" are the numbers of the
 reports that they stand for.
 """
 
@@ -1263,7 +1263,7 @@ def outputs(rng, folder, variant):
     }  # fmt: skip
     words = commands[program]
     if where == "full disk":
-        limit = rng.choice([1, 100, 1000])
+        limit = rng.choice([100, 1000, 4000])
         return Case("F32", [words], None, "", ("out",), file_limit=limit)
     if where == "a file there":
         (folder / "out").write_text("mine")
