@@ -397,7 +397,7 @@ def broken_loras(rng, folder, variant):
 def headers(rng, folder, variant):
     """Odd numbers and texts in a LoRA's header or adapter_config.json: read, or one line."""
     key, *_ = variant.split("=")
-    long, deep = str(10 ** rng.randrange(400, 5000)), "[" * rng.choice([999, 10**5])
+    long, deep = "1" + "0" * rng.randrange(400, 5000), "[" * rng.choice([999, 10**5])
     odd = rng.choice(["", "abc", "nan", "inf", "-5", "0", "1e400", long, deep, "[]", "null", "{}"])
     odd = rng.choice(["\ud800", odd]).encode(errors="ignore").decode()
     named = "lora.safetensors"
@@ -1227,6 +1227,14 @@ def paths(rng, folder, variant):
         words = [*words, f"--{flag}={path}"]
     else:
         words = [*words, f"--{flag}={path}"]
+    must, source = "", {
+        "train_data_dir": "images", "source": "images", "lora": "run-sd15", "input": "run-sd15",
+        "lora_path": "run-sd15", "pretrained_teacher_model": "sd15", "base_model": "sd15",
+        "style_lora": "run-sd15",
+    }.get(flag)  # fmt: skip
+    if source and variant in ("home", "glob", "unicode", "line", "spaces", "percent", "surrogate"):
+        shutil.copytree(SHARED / source, folder / path.replace("~", "home"))
+        must = "" if variant == "surrogate" else "work"
     written = {"output_dir", "output", "fused_output", "cache_dir", "logging_dir"}
     inside = path.split("/")[0] if flag in written and path else "out"
     inside = {"~": "home"}.get(inside, inside)
@@ -1246,7 +1254,7 @@ def paths(rng, folder, variant):
     else:
         check = None
     outputs = ("out", inside, "home/.cache", f"{inside}.png", "data-check")
-    return Case("F32" if variant == "home" else "D21", [words], check, "", names,
+    return Case("F32" if variant == "home" else "D21", [words], check, must, names,
                 {"HOME": str(folder / "home")}, outputs)  # fmt: skip
 
 
