@@ -1052,7 +1052,7 @@ REQUESTS = {
     ("D21", "refuse"), "--lcm_weight 1e9": ("D21", "refuse"), "--device cuda": ("D21", "refuse"),
     "--device cpu:7": ("D21", ""), "--device tpu": ("D21", "refuse"), "--dtype fp16": ("D21", ""),
     "--dtype bf16": ("D21", "work"), "--height 33": ("D21", "refuse"), "--height 8 --width 8":
-    ("D21", ""), "--height 1000000 --width 8": ("D21", ""), "--num_images 0": ("D21", "refuse"),
+    ("D21", ""), "--height 800000 --width 800000": ("D21", ""), "--num_images 0": ("D21", "refuse"),
     "--batch_size 999": ("D21", "work"), "--base_model nowhere/x": ("D20", "refuse"),
     "--base_model a:b?": ("D20", "refuse"), "--style_lora x:0.5": ("D24", "refuse"),
     "--style_lora org/name": ("D24", "refuse"), "--tiny_vae nowhere": ("D16", "refuse"),
