@@ -988,7 +988,7 @@ FLAGS = {
     "--num_ddim_timesteps 1": "", "--num_ddim_timesteps 1000": "work",
     "--num_ddim_timesteps 1001": "refuse", "--num_ddim_timesteps 7": "",
     "--train_batch_size 100": "work", "--gradient_accumulation_steps 9": "work",
-    "--max_train_steps 0": "refuse", "--max_train_steps 99999999999999999999": "refuse",
+    "--max_train_steps 0": "refuse", "--num_train_epochs 0": "refuse",
     "--vae_encode_batch_size 1000": "work", "--huber_c 1e30": "", "--max_grad_norm 1e-12": "work",
     "--adam_beta1 1": "refuse", "--adam_beta1 0 --adam_beta2 0": "work",
     "--lr_scheduler cosine --lr_warmup_steps 5": "refuse", "--ema_decay 1": "refuse",
