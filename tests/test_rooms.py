@@ -16,7 +16,7 @@ ROOMS = {
     "train_style_lora.py train_teacher.py",
     "measure/": "benchmark.py compare_speed.py decode_speed.py full_size.py memory.py "
     "official_unets.py random_training.py stream_memory.py",
-    "proofs/": "chaos.py defects.py drift.py",
+    "proofs/": "chaos.py defects.py drift.py odd_inputs.py odd_kinds.py",
 }
 WIDTH = 100
 
