@@ -181,7 +181,7 @@ def parse_args(argv=None):
     name("--pretrained_vae_model_name_or_path", "VAE", "another VAE than the teacher's")
     name("--lora_path", "LORA", "LoRA to start from: file or output folder")
     one("--lora_rank", count, 64, "R", "rank of the LoRA layers")
-    one("--lora_alpha", positive, None, "A", "scale A / R of the update (default: R)")
+    one("--lora_alpha", number(float, 1e-6, 1e6), None, "A", "scale A / R of the update (default: R)")
     one("--lora_dropout", share, 0.0, "0..1", "dropout before the LoRA")
     one("--lora_target_modules", str, TARGET_MODULES, "NAMES", "endings of names of layers")
     switch("--gradient_checkpointing", "less memory, about a fifth more time")
@@ -264,6 +264,8 @@ def parse_args(argv=None):
         if vars(args).pop(flag):
             fail(f"--{flag} is not supported: {why}")
     for flag, value in vars(args).items():
+        if value == "":
+            fail(f"--{flag} is empty; give a value or leave it out")
         if isinstance(value, str) and value.startswith("~"):  # where no shell has replaced it
             setattr(args, flag, os.path.expanduser(value))
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
@@ -1634,7 +1636,8 @@ LAUNCHER = find_launcher()
 
 def checkpoints(output_dir):
     """The checkpoint folders, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
+    found = Path(output_dir).glob("checkpoint-*")
+    found = [p for p in found if re.fullmatch("[0-9]+", p.name[11:])]
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
@@ -1699,7 +1702,7 @@ def damage(folder):
         for name, (size, digest) in json.loads((folder / MANIFEST).read_text()).items():
             if (folder / name).stat().st_size != size or file_digest(folder / name) != digest:
                 return f"{name} is not what was saved"
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a manifest may be any JSON
         return f"it is not whole ({reason(error)})"
     return ""
 
@@ -1887,13 +1890,13 @@ class Log:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
             part.replace(path)
             self.file = path.open("a", buffering=1)
+            libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
+            about = {"arguments": vars(args), "processes": run.accelerator.num_processes}
+            about["versions"] = {library.__name__: library.__version__ for library in libraries}
+            about["versions"]["python"] = platform.python_version()
+            (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         last = rows[-1] if rows else {}
         self.skipped, self.overflows = last.get("skipped", 0), last.get("overflows", 0)
-        libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
-        about = {"arguments": vars(args), "processes": run.accelerator.num_processes}
-        about["versions"] = {library.__name__: library.__version__ for library in libraries}
-        about["versions"]["python"] = platform.python_version()
-        (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def restart_clock(self):
         """Measure the speed from here on: a save before it does not count."""
@@ -2217,8 +2220,10 @@ def distil(args):
     for batch in first:  # says at once if nothing can be read: nothing is written before
         check_batch(batch)
     log = Log(run, args)
-    number = train(run, itertools.chain(first, batches), log, stop, args)
-    log.bar.close()
+    try:
+        number = train(run, itertools.chain(first, batches), log, stop, args)
+    finally:  # a message stands on a line of its own
+        log.bar.close()
     if number:
         name = "--max_train_hours" if number == OUT_OF_TIME else signal.Signals(number).name
         resume = ["--resume_from_checkpoint", "latest"]
@@ -2261,7 +2266,10 @@ def main(argv=None):
             print(f"warning: --{flag} is ignored: it means nothing here", file=sys.stderr)
     try:
         distil(args)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "can't allocate memory" not in str(error):  # as on a CPU
+            raise
         flags = "--gradient_checkpointing or --use_8bit_adam, or train on encoded data"
         what = f"out of memory ({reason(error)}): lower --train_batch_size, or add {flags}"
         fail(f"{what} (scripts/encode_data.py)", this_rank())

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from help_formatter import HelpFormatter, command_line
+from help_formatter import HelpFormatter, command_line, given_path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     streamed = f"default: all; with --streaming {STREAMED}"
     add("--limit", type=count, metavar="N", help=f"read only the first N records ({streamed})")
     out = "folder that gets report.md and contact_sheet.png"
-    add("--output_dir", type=Path, metavar="FOLDER", default="data-check", help=out)
+    add("--output_dir", type=given_path, metavar="FOLDER", default="data-check", help=out)
     own, rest = parser.parse_known_args(command_line(argv))
     trainer = load_trainer(own.family)
     # What training needs and a check does not; where a flag comes again, the later value counts.
@@ -267,12 +267,13 @@ def main(argv=None):
         sheet = contact_sheet(trainer, records, args) if sizes else None
     if not sizes and not unusable:
         trainer.fail("the data hold no records; check their path or pattern")
-    (out / "contact_sheet.png").unlink(missing_ok=True)
-    if sheet:
-        sheet.save(out / "contact_sheet.png")
     lines = list(report(figures, tokenizers, origin, args))
     named = ["\n## Unusable records\n", *(f"- {why}" for why in unusable)] if unusable else []
-    (out / "report.md").write_text("\n".join(lines + named) + "\n", encoding="utf-8")
+    with trainer.or_fail(f"--output_dir {out}: cannot be written", "choose another folder"):
+        (out / "contact_sheet.png").unlink(missing_ok=True)
+        if sheet:
+            sheet.save(out / "contact_sheet.png")
+        (out / "report.md").write_text("\n".join(lines + named) + "\n", encoding="utf-8")
     more = ["- ..."] * (len(unusable) > NAMED)
     print(*lines, *named[: NAMED + 1], *more, f"\nWritten to {out}", sep="\n")
     return 1 if unusable else 0

@@ -37,7 +37,7 @@ import signal
 import sys
 from pathlib import Path
 
-from help_formatter import command_line
+from help_formatter import command_line, given_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the trainers
 
@@ -55,7 +55,13 @@ def parse_args(argv=None):
     )
     add, kinds = parser.add_argument, ["latents", "captions"]
     add("--family", choices=["sd15", "sdxl"], required=True, help="train_lcm_lora_<family>.py")
-    add("--output", type=Path, required=True, metavar="FOLDER", help="new, or one to go on with")
+    add(
+        "--output",
+        type=given_path,
+        required=True,
+        metavar="FOLDER",
+        help="new, or one to go on with",
+    )
     add("--encode", nargs="+", choices=kinds, default=kinds, help="what is (default: both)")
     parser.error = lambda message: sys.exit(f"{Path(__file__).name}: error: {message}")
     # answers --help before the libraries are loaded
@@ -124,9 +130,12 @@ def load_encoders(trainer, args, accelerator):
 def write(trainer, path, content):
     """Write a file, which gets its name when it is whole."""
     part = Path(f"{path}.part")
-    part.write_bytes(content)
-    trainer.flush_to_disk(part)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        trainer.flush_to_disk(part)
+        part.replace(path)
+    finally:  # of a full disk
+        part.unlink(missing_ok=True)
 
 
 def write_json(trainer, path, content):

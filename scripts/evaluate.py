@@ -28,7 +28,7 @@ import peft
 import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
-from help_formatter import HelpFormatter, command_line
+from help_formatter import HelpFormatter, command_line, given_path
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add = common.add_argument_group("Measurement").add_argument
     data, gallery = ROOT / "demo" / "data", "files there to recognise images among"
     where = "folder with train.parquet: image, text"
-    add("--data", type=Path, metavar="FOLDER", default=data, help=where)
+    add("--data", type=given_path, metavar="FOLDER", default=data, help=where)
     add("--gallery", nargs="+", metavar="NAME", default=["train", "twemoji"], help=gallery)
     add("--num_prompts", type=int, metavar="N", default=500, help="captions to generate images for")
     add("--batch_size", type=int, metavar="N", default=64, help="images generated at once")
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add("--seed", type=int, metavar="N", default=0, help="seed of prompts, noise and resamples")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="where torch computes")
-    add("--json", type=Path, metavar="FILE", help="also write the raw figures here")
+    add("--json", type=given_path, metavar="FILE", help="also write the raw figures here")
     parser = argparse.ArgumentParser(
         usage="%(prog)s {teacher,lora} [flags]; after either, --help lists its flags",
         description=__doc__,
@@ -79,14 +79,14 @@ def parse_args(argv=None):
     scales = [1.5, 2, 3, 4, 5, 7]
     add("--guidance", type=float, nargs="+", metavar="G", default=scales, help="scales to try")
     out = "folder that gets README.md and samples.png"
-    add("--output_dir", type=Path, metavar="FOLDER", required=True, help=out)
+    add("--output_dir", type=given_path, metavar="FOLDER", required=True, help=out)
 
     what, usage = "an LCM-LoRA against its teacher", "%(prog)s --lora PATH [flags]"
     add = commands.add_parser("lora", help=what, usage=usage, **options).add_argument
     where = f".safetensors file, or folder with {LORA_FILE}"
-    add("--lora", type=Path, metavar="PATH", required=True, help=where)
+    add("--lora", type=given_path, metavar="PATH", required=True, help=where)
     add("--model", help="its teacher (default: base_model of the LoRA file's header)")
-    add("--output", type=Path, metavar="FILE", default=Path("results.md"), help="the report")
+    add("--output", type=given_path, metavar="FILE", default=Path("results.md"), help="the report")
     args = parser.parse_args(command_line(argv))
     if min(args.num_prompts, args.batch_size, args.bootstrap) < 2:
         parser.error("--num_prompts, --batch_size and --bootstrap must be 2 or more")

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from pathlib import Path
 
 
 def command_line(argv=None):
@@ -11,6 +12,13 @@ def command_line(argv=None):
     words = sys.argv[1:] if argv is None else argv
     home = os.path.expanduser("~").replace("\\", r"\\")
     return [re.sub(r"^(--\w+=)?~(?=/|$)", rf"\g<1>{home}", str(word)) for word in words]
+
+
+def given_path(text):
+    """An argparse type: "" would be the working directory, as where a variable is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a file or folder")
+    return Path(text)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

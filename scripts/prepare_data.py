@@ -40,7 +40,7 @@ from pathlib import Path
 import datasets
 import fsspec
 from datasets.arrow_writer import ParquetWriter
-from help_formatter import HelpFormatter, command_line
+from help_formatter import HelpFormatter, command_line, given_path
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -112,7 +112,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     where = "folder, table, tar shards (a pattern in quotes) or hub id"
     add("source", metavar="SOURCE", help=where)
-    add("--output", type=Path, metavar="FOLDER", required=True, help="new folder for the shards")
+    add(
+        "--output",
+        type=given_path,
+        metavar="FOLDER",
+        required=True,
+        help="new folder for the shards",
+    )
     add("--to", choices=["parquet", "tar"], default="parquet", help="kind of the shards")
     size = number(float, 0.001)
     add("--shard_mb", type=size, metavar="MB", default=500.0, help="images in a shard, in MB")
@@ -136,6 +142,8 @@ def parse_args(argv=None):
     add("--filter", type=condition, nargs="+", metavar="CONDITION", default=[], help=keep)
     add(UNREADABLE, action="store_true", help="images that cannot be decoded; decodes each")
     args = parser.parse_args(command_line(argv))
+    if not args.source:
+        fail("SOURCE is empty: give a folder, table, tar shards or hub id")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         fail(f"--output {args.output}: already exists; choose a new folder")
     limits = [(flag, sign, getattr(args, flag)) for flag, sign in SIZE_FILTERS.items()]
@@ -413,6 +421,16 @@ def write_shards(records, folder, args):
     return shard + 1
 
 
+@contextlib.contextmanager
+def writable(output):
+    """A block that ends the program with one line where the output cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        fail(f"--output {output}: {reason}; free some space or choose another folder")
+
+
 def main(argv=None):
     """Read, filter, write beside the output folder, rename, report."""
     args = parse_args(argv)
@@ -422,13 +440,10 @@ def main(argv=None):
     filters = [*args.score_filters, *args.size_filters, *[UNREADABLE] * args.drop_unreadable]
     counts, names = Counter(dict.fromkeys([WRITTEN, *filters], 0)), defaultdict(list)
     prefix, beside = f"{args.output.name}.", args.output.parent
-    try:
+    with writable(args.output):
         beside.mkdir(parents=True, exist_ok=True)
         unfinished = tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=beside)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-        fail(f"--output {args.output}: {reason}; choose another folder")
-    with unfinished as place:
+    with unfinished as place, writable(args.output):
         folder = Path(place, "data")
         folder.mkdir()
         shards = write_shards(read_records(rows, base, args, counts, names), folder, args)

@@ -4,6 +4,7 @@ A resumed run is the run that it goes on with; the environment does not change w
 cannot work is said in one line before anything is written.
 """
 
+import argparse
 import errno
 import json
 import math
@@ -428,3 +429,59 @@ def test_not_a_number_is_null_in_the_log(sd15, tmp_path):
     log.add({"loss": 1.0, "grad_norm": math.inf, "lr": 1.0}, True, True, ["a"])
     file.seek(0)
     assert json.loads(file.read())["grad_norm"] is None
+
+
+# ---------------------------------------------------------------------------------- what is broken
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "[" * 3000, '{"a": 1}', '{"a": [1]}', ""])
+def test_a_manifest_may_be_any_text(sd15, copy, text):
+    (copy / "checkpoint-2/manifest.json").write_text(text)
+    assert sd15.damage(copy / "checkpoint-2")
+
+
+def test_folders_that_only_look_like_checkpoints(sd15, copy):
+    for name in (
+        "checkpoint-²",
+        "checkpoint-٣",
+        "checkpoint-",
+        "checkpoint-2.part",
+        "checkpoint--1",
+    ):
+        (copy / name).mkdir()
+    assert [folder.name for folder in sd15.checkpoints(copy)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "cache_dir", "lora_path", "logging_dir"])
+def test_an_empty_value_is_a_variable_that_is_not_set(refusal, flag):
+    assert f"--{flag} is empty" in refusal({flag: ""})
+
+
+def test_an_empty_path_of_another_program():
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+        load_script("help_formatter").given_path("")
+
+
+@pytest.mark.parametrize("alpha", ["1e300", "inf", "nan", "0", "-4"])
+def test_an_alpha_out_of_range(refusal, alpha):
+    assert "--lora_alpha" in refusal({"lora_alpha": alpha})
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 9 TiB"), RuntimeError("alloc: can't allocate memory")]
+)
+def test_out_of_memory_on_a_cpu_names_flags(sd15, train, monkeypatch, error):
+    def set_up(args):
+        raise error
+
+    monkeypatch.setattr(sd15, "set_up", set_up)
+    assert "--train_batch_size" in refused(train)
+
+
+def test_another_error_is_not_hidden(sd15, train, monkeypatch):
+    def set_up(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(sd15, "set_up", set_up)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train()
