@@ -282,8 +282,8 @@ def check_args(args):
         fail("--teacher_config is for a teacher in one .safetensors file; leave it out")
     if args.hub_model_id and not args.push_to_hub:
         fail("--hub_model_id: nothing is uploaded without --push_to_hub; give both or neither")
-    if unknown := [flag for flag in args.allow_changed if flag not in vars(args)]:
-        fail(f"--allow_changed {unknown[0]}: no such flag; give names such as learning_rate")
+    if unknown := {*args.allow_changed} - {*vars(args), "processes"}:
+        fail(f"--allow_changed {' '.join(unknown)}: no such flag; give names as learning_rate")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is between them")
     if [args.train_data_dir, args.dataset_name, tars].count(None) != 2:
@@ -1612,8 +1612,8 @@ NO_CHANGE = (
     "gradient_checkpointing vae_encode_batch_size allow_tf32 torch_compile checkpointing_steps "
     "checkpoints_total_limit validation_prompts validation_steps num_train_epochs scale_lr lora_path"
 ).split()
-# Streamed data are cut by these: only others may be read in other portions
-PORTIONS = "train_batch_size gradient_accumulation_steps dataloader_num_workers processes".split()
+# Nor these where as many images are in a step; streamed data are read in other portions by them
+PORTIONS = "train_batch_size gradient_accumulation_steps processes dataloader_num_workers".split()
 # As many of these as the system has
 STOP_SIGNALS = [vars(signal).get(f"SIG{name}") for name in "INT TERM USR1 HUP BREAK".split()]
 STOP_SIGNALS = [number for number in STOP_SIGNALS if number]
@@ -1670,7 +1670,8 @@ def save_checkpoint(run, args):
             report = save_lora(run, part, args).replace(str(part), str(folder))
             state = {name: kept and kept.state_dict() for name, kept in run.state().items()}
             torch.save(state | {"step": run.step}, part / STATE_FILE)
-            record = {"step": run.step, "flags": run.record, "changes": run.changes}
+            record = {"step": run.step, "global_batch": run.global_batch}
+            record |= {"flags": run.record, "changes": run.changes}
             (part / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
             about = {}
             for path in [path for path in part.rglob("*") if path.is_file()]:
@@ -1738,7 +1739,6 @@ def make_record(run, args):
     for flag in PATHS_IN_HEADER:
         if record[flag] and Path(record[flag]).exists():
             record[flag] = str(Path(record[flag]).resolve())
-    record["images in a step"] = run.global_batch
     record["processes"] = run.accelerator.num_processes
     return record
 
@@ -1748,15 +1748,17 @@ def check_record(run, args):
     advice = "it was saved by an earlier version; start a new run from it with --lora_path"
     with or_fail(f"--resume_from_checkpoint {run.resumed}: its flags are not known", advice):
         then = json.loads((run.resumed / RECORD_FILE).read_text())
-    run.changes, free = then["changes"], [*NO_CHANGE, *([] if args.streaming else PORTIONS)]
+    run.changes, free = then["changes"], [*NO_CHANGE]
     if args.lr_scheduler.startswith("constant"):
         free.append("max_train_steps")
+    if then["global_batch"] == run.global_batch and not args.streaming:
+        free += PORTIONS
     changed = {
         flag: (then["flags"].get(flag), value)
         for flag, value in run.record.items()
         if then["flags"].get(flag) != value
     }
-    shown = {flag: f"{flag} {new} (it was {old})" for flag, (old, new) in changed.items()}
+    shown = {flag: f"--{flag} {new} (it was {old})" for flag, (old, new) in changed.items()}
     refused = [flag for flag in changed if flag not in [*free, *args.allow_changed]]
     if refused:
         flags = ", ".join(shown[flag] for flag in refused)

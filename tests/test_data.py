@@ -104,7 +104,8 @@ def read(sd15):
         }
         args = sd15.parse_args(command_line(quick | flags))
         batches = []
-        for batch in sd15.make_loader(sd15.load_records(args), None, args, first_step, rank, world):
+        loader = sd15.make_loader(sd15.load_records(args), None, args, first_step, rank, world)
+        for batch in sd15.or_end(loader, lambda: None):
             sd15.check_batch(batch)
             batches.append(batch)
         return batches

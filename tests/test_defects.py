@@ -153,8 +153,10 @@ def test_defect_15_flags_are_read(sd15, images, tmp_path):
         "0",
         "",
     }
-    sd15.load_records(flags(sd15, "--train_data_dir", images, "--cache_dir", tmp_path))
-    assert any(tmp_path.rglob("*.arrow"))
+    tar = write_tar(tmp_path / "a.tar", {"a.png": (images / "00.png").read_bytes(), "a.txt": b"a"})
+    words = ["--train_shards_path_or_url", tar, "--cache_dir", tmp_path / "cache"]
+    sd15.load_records(sd15.parse_args(["--pretrained_teacher_model", "a/b", *map(str, words)]))
+    assert any((tmp_path / "cache").rglob("*.arrow"))
 
 
 def test_defect_16_the_first_bad_record_is_named(train, make_images):
@@ -271,6 +273,7 @@ def test_defect_18_every_tracker_gets_the_images(sd15, teacher, tmp_path, monkey
     no = lambda *_, **__: pytest.fail("built anew")  # noqa: E731
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", no)
     words = {"pretrained_teacher_model": teacher, "output_dir": tmp_path, "resolution": 24}
+    words["validation_prompts"] = ["red apple", "rain"]
     sd15.validate(run, flags(sd15, *command_line(words)))
     assert len(logged) == 2 and np.array_equal(*logged) and logged[0].shape == (2, 24, 24, 3)
     assert not np.array_equal(*logged[0])

@@ -65,7 +65,7 @@ def train(trainer, teacher, folder, seed=0, rank=4, alpha=2, targets=PARTS):
     pipe = open_pipe(teacher)
     student = trainer.attach_lora(trainer.share_weights(pipe.unet), args)
     randomise(student, seed)
-    trainer.save_lora(SimpleNamespace(pipe=pipe, target=student, step=1), folder, args)
+    trainer.save_lora(SimpleNamespace(pipe=pipe, target=student, step=1, changes=()), folder, args)
     return student
 
 
