@@ -159,6 +159,7 @@ def parse_args(argv=None):
     parser.error = error
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
     omega, beta, whole = number(float, -1), number(float, 0, 0.999999), number(int, 0)
+    alpha = number(float, 1e-6, 1e6)
 
     def one(flag, kind, default, unit, text):
         group.add_argument(flag, type=kind, default=default, metavar=unit, help=text)
@@ -181,7 +182,7 @@ def parse_args(argv=None):
     name("--pretrained_vae_model_name_or_path", "VAE", "another VAE than the teacher's")
     name("--lora_path", "LORA", "LoRA to start from: file or output folder")
     one("--lora_rank", count, 64, "R", "rank of the LoRA layers")
-    one("--lora_alpha", number(float, 1e-6, 1e6), None, "A", "scale A / R of the update (default: R)")
+    one("--lora_alpha", alpha, None, "A", "scale A / R of the update (default: R)")
     one("--lora_dropout", share, 0.0, "0..1", "dropout before the LoRA")
     one("--lora_target_modules", str, TARGET_MODULES, "NAMES", "endings of names of layers")
     switch("--gradient_checkpointing", "less memory, about a fifth more time")
@@ -1610,7 +1611,8 @@ BAD_STEPS = 10  # in a row without a finite loss and gradient, which end the run
 # Flags that a resumed run may change: its result is the same but for rounding
 NO_CHANGE = (
     "gradient_checkpointing vae_encode_batch_size allow_tf32 torch_compile checkpointing_steps "
-    "checkpoints_total_limit validation_prompts validation_steps num_train_epochs scale_lr lora_path"
+    "checkpoints_total_limit validation_prompts validation_steps num_train_epochs scale_lr "
+    "lora_path"
 ).split()
 # Nor these where as many images are in a step; streamed data are read in other portions by them
 PORTIONS = "train_batch_size gradient_accumulation_steps processes dataloader_num_workers".split()
@@ -1853,7 +1855,7 @@ def parse_row(line):
 
 
 def start_trackers(accelerator, args):
-    """Start the trackers, each in --logging_dir: W&B would else write into the working directory."""
+    """Start the trackers in --logging_dir: W&B would else write into the working directory."""
     advice = "run `wandb login`, set WANDB_MODE=offline, or give another --report_to or project"
     with or_fail(f"--report_to {args.report_to}: it does not start", advice):
         wandb = {"dir": accelerator.logging_dir}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def command_line(argv=None):
-    """The words of a command; `~` is the home folder also where no shell replaced it, as after =."""
+    """The words of a command; `~` is the home folder where no shell replaced it too, as after =."""
     words = sys.argv[1:] if argv is None else argv
     home = os.path.expanduser("~").replace("\\", r"\\")
     return [re.sub(r"^(--\w+=)?~(?=/|$)", rf"\g<1>{home}", str(word)) for word in words]

@@ -331,15 +331,15 @@ class Run:
         minutes = (time.time() - self.start) / 60
         return max(self.step / max(1, self.steps), minutes / self.minutes)
 
-    def train(self, draw, report=None):
-        """From here to the end. draw() gives a loss function and the batch that it is called with.
+    def train(self, make_batch, report=None):
+        """From here to the end. make_batch() gives a loss function and the batch that it is called with.
 
-        All that is random is drawn there, so that the function itself can be recorded.
+        All that is random is made there, so that the function itself can be recorded.
         """
         begun = self.step
         while self.share() < 1:
             seed_step(self.args, self.step, self.purpose)
-            self.update(*draw())
+            self.update(*make_batch())
             if report and self.step % self.args.sheet_every == 0:
                 report()
                 self.clock = time.time()
@@ -516,14 +516,14 @@ def train_vae(vae, pixels, args, device):
 
     whole_loss, both_losses = (functools.partial(loss_of, halved) for halved in (False, True))
 
-    def draw():
+    def make_batch():
         """Images, noise for their latents, and how far both terms have come in."""
         ramp = min(1, max(0, 3 * run.share() - 1))
         x = sample_images(pixels, args.vae_batch, device)
         noise = torch.randn(len(x), 4, size, size, device=device)
         return both_losses if ramp else whole_loss, (x, noise, torch.full((), ramp, device=device))
 
-    return run.train(draw, lambda: report_vae(run, run.ema, pixels, args, device)).eval()
+    return run.train(make_batch, lambda: report_vae(run, run.ema, pixels, args, device)).eval()
 
 
 def train_decoder(vae, pixels, args, device):
@@ -546,12 +546,12 @@ def train_decoder(vae, pixels, args, device):
             y = half["decoder"](half["post_quant_conv"](z))
         return image_distance(y.float(), x)
 
-    def draw():
+    def make_batch():
         """Images and noise for their latents."""
         x = sample_images(pixels, args.vae_batch, device)
         return loss_of, (x, torch.randn(len(x), 4, size, size, device=device))
 
-    run.train(draw, lambda: report_vae(run, averaged, pixels, args, device))
+    run.train(make_batch, lambda: report_vae(run, averaged, pixels, args, device))
     return averaged.eval()
 
 
@@ -648,12 +648,12 @@ def train_text(encoders, other, tokenizer, captions, args, device):
         """The distance to what the other encoder says."""
         return F.mse_loss(conditions(encoders, ids, empty, None)[0], said)
 
-    def draw():
+    def make_batch():
         """Some captions, and what the other encoder says of them."""
         i = torch.randint(len(captions), (128,), device=device)
         return loss_of, (ids[i], said[i])
 
-    return dict(run.train(draw).items())
+    return dict(run.train(make_batch).items())
 
 
 def token_ids(tokenizer, captions, device):
@@ -754,7 +754,7 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
     losses = [functools.partial(loss_of, still) for still in (False, True)]
     random = functools.partial(torch.rand, args.unet_batch, device=device)
 
-    def draw():
+    def make_batch():
         """Noised latents z_t, timesteps, the noise, sizes and captions."""
         nonlocal frozen
         if frozen is None and run.step >= args.freeze_text:
@@ -788,7 +788,7 @@ def train_unet(vae, tokenizer, net, pixels, captions, args, device):
         sheet = args.work_dir / f"unet_{run.step:06d}.png"
         make_image_grid(images, len(images) // 16, 16).save(sheet)
 
-    return run.train(draw, report).eval()
+    return run.train(make_batch, report).eval()
 
 
 def build_pipeline(vae, net, tokenizer):
