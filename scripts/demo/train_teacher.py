@@ -332,7 +332,7 @@ class Run:
         return max(self.step / max(1, self.steps), minutes / self.minutes)
 
     def train(self, make_batch, report=None):
-        """From here to the end. make_batch() gives a loss function and the batch that it is called with.
+        """From here to the end. make_batch() gives a loss function and the batch it is called with.
 
         All that is random is made there, so that the function itself can be recorded.
         """
