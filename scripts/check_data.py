@@ -66,8 +66,10 @@ def parse_args(argv=None):
     own, rest = parser.parse_known_args(command_line(argv))
     trainer = load_trainer(own.family)
     # What training needs and a check does not; where a flag comes again, the later value counts.
-    needed = ["--pretrained_teacher_model", "", "--max_train_steps", "1"]
+    needed = ["--pretrained_teacher_model", "none", "--max_train_steps", "1"]
     args = trainer.parse_args([*needed, *rest])
+    if args.pretrained_teacher_model == "none":
+        args.pretrained_teacher_model = ""
     vars(args).update(vars(own))
     args.limit = args.limit or (STREAMED if args.streaming else None)
     return trainer, args
@@ -183,7 +185,7 @@ def read_all(records, tokenizers, args):
 def contact_sheet(trainer, records, args):
     """The first samples of a run, as the step gets them, each over its caption."""
     args.max_train_steps = args.samples  # never too few
-    batches = trainer.make_loader(records, None, args, 0, 0, 1)
+    batches = trainer.or_end(trainer.make_loader(records, None, args, 0, 0, 1), lambda: None)
     batches = itertools.islice(batches, math.ceil(args.samples / args.train_batch_size))
     batches = [batch for batch in batches if "pixels" in batch]
     to_images = trainer.VaeImageProcessor().postprocess

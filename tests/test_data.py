@@ -256,7 +256,8 @@ def test_broken_sources_end_with_one_line(sd15, tmp_path, case, workers):
     flags |= {"streaming": workers is not None, "dataloader_num_workers": workers}
     with pytest.raises(SystemExit, match=message) as ended:
         args = sd15.parse_args(command_line(flags))
-        for batch in sd15.make_loader(sd15.load_records(args), None, args, 0, 0, 1):
+        loader = sd15.make_loader(sd15.load_records(args), None, args, 0, 0, 1)
+        for batch in sd15.or_end(loader, lambda: None):
             sd15.check_batch(batch)
     assert "error: " in ended.value.code and "\n" not in ended.value.code
 
