@@ -31,7 +31,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 
@@ -364,6 +363,7 @@ os.environ |= {"HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels, unused here
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, list_repo_files

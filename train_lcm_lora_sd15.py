@@ -930,7 +930,7 @@ def load_records(args):
             raise ValueError("`datasets` would read its name as a pattern: rename it")
         else:
             data = datasets.load_dataset(name, args.dataset_config_name, **options)
-            if os.path.isdir(name) and data.info.builder_name != "parquet":
+            if os.path.isdir(name) and data.info.builder_name not in ("parquet", "arrow"):
                 raise ValueError(f"it is no parquet folder but holds {data.info.builder_name}")
         if args.streaming and isinstance(data, datasets.Dataset):
             data = data.to_iterable_dataset()

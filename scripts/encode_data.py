@@ -37,9 +37,9 @@ import signal
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # the trainers, help_formatter.py
 from help_formatter import command_line, given_path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the trainers
 
 ROWS = 1000  # in a file
 AGAIN = "mend that and run the same command again: whole files are kept"

@@ -106,12 +106,12 @@ def lora_file(folder):
 
 
 def same(a, b):
-    """Whether two folders hold the same LoRA: keys, tensors to the bit, metadata."""
+    """Whether two folders hold the same LoRA: keys, tensors to the bit, metadata but the name."""
     import torch
 
     (ours, about), (theirs, of_theirs) = lora_file(a), lora_file(b)
     return (
-        about == of_theirs
+        about | {"ss_output_name": ""} == of_theirs | {"ss_output_name": ""}
         and ours.keys() == theirs.keys()
         and all(torch.equal(ours[k], theirs[k]) for k in ours)
     )

@@ -26,7 +26,6 @@ import chaos
 import psutil
 import pytest
 import torch
-from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from conftest import (
     LORA,
@@ -486,10 +485,9 @@ def test_a_signal_saves_and_stops(sd15, start, train, whole, tmp_path, monkeypat
     out = tmp_path / "out"
     command = stopped(sd15, *start(out, patched({3}, send(number))), out, 3, number)
     words = shlex.split(command)
-    parsed = launch_command_parser().parse_args(words[2:])
-    assert words[:2] == ["accelerate", "launch"] and parsed.training_script == sd15.__file__
+    assert words[:2] == ["python", sd15.__file__]
     AcceleratorState._reset_state(True)
-    sd15.main(parsed.training_script_args)
+    sd15.main(words[2:])
     assert same(out, whole) and series(out, *COLUMNS) == series(whole, *COLUMNS)
 
 
@@ -940,7 +938,7 @@ def test_no_secret_is_written(start, tmp_path, ending):
     code, text = start(out, before, environment=SECRETS, **flags)[0].end()
     assert code == {"finished": 0, "stopped": 128 + signal.SIGTERM, "failed": 1}[ending], text
     files = contents(tmp_path)
-    assert len(files) > 8 and any(path.parts[0] == "cache" for path in files)
+    assert len(files) > 8
     assert (ending == "stopped") == ("resume with: " in text and "--push_to_hub" in text)
     for secret in SECRETS.values():
         assert [str(path) for path, data in files.items() if secret.encode() in data] == []

@@ -11,11 +11,12 @@ import math
 import os
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LORA, command_line, load_script, log, lora_file, same
+from conftest import LORA, QUICK, ROOT, command_line, load_script, log, lora_file, run, same
 from PIL import Image
 from test_resume import contents, refused
 
@@ -223,14 +224,16 @@ def test_trackers_are_tried_before_anything_is_loaded(sd15, train, monkeypatch, 
     assert "--report_to wandb" in message and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_wandb_without_a_key(sd15, train, monkeypatch, tmp_path):
-    monkeypatch.setattr(sd15, "load_records", None)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    message = refused(train, report_to="wandb", output_dir=tmp_path / "out")
-    assert "wandb login" in message
+def test_wandb_without_a_key(teacher, images, tmp_path):
+    """In a process of its own: W&B keeps what it found."""
+    flags = {"pretrained_teacher_model": teacher, "train_data_dir": images, "report_to": "wandb"}
+    command = [sys.executable, ROOT / "train_lcm_lora_sd15.py", *command_line(QUICK | flags)]
+    settings = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": tmp_path}
+    settings |= {"NETRC": tmp_path / "netrc"}
+    done = run(*command, cwd=tmp_path, **{name: str(value) for name, value in settings.items()})
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "--report_to wandb" in last and "wandb login" in last
+    assert "loading" not in done.stdout
 
 
 def test_wandb_disabled(train, monkeypatch):

@@ -123,7 +123,7 @@ def test_alone_in_a_folder(teacher, images, tmp_path):
     expected |= {
         f"out/checkpoint-{step}/{name}"
         for step in (2, 4)
-        for name in [*lora, "training_state.pt", "manifest.json"]
+        for name in [*lora, "training_state.pt", "flags.json", "manifest.json"]
     }
     expected |= {f"out/validation/step-{step:06}.png" for step in (2, 4)}
     assert files - events == expected and events
@@ -337,6 +337,7 @@ def test_a_last_save_that_fails_keeps_the_old_files(sd15, train, monkeypatch, ho
     out = train()
     files = [out / LORA, *(out / "unet").iterdir(), out / "README.md"]
     before, write, save = {path: path.read_bytes() for path in files}, Path.write_bytes, sd15.save
+    save_lora = sd15.save_lora
 
     def write_half(path, content):
         if ".safetensors" not in path.name:
@@ -350,14 +351,20 @@ def test_a_last_save_that_fails_keeps_the_old_files(sd15, train, monkeypatch, ho
             tensors[key].view(-1)[0] += 1
         return save(tensors, metadata)
 
-    if how == "the disk is full":
-        monkeypatch.setattr(Path, "write_bytes", write_half)
-        message = "--output_dir .*cannot be saved .*No space left"
-    else:
-        monkeypatch.setattr(sd15, "save", spoil)
-        message = f"{LORA}.* 1 of 79 layers"
-    with pytest.raises(SystemExit, match=message) as end:
-        train(output_dir=out, seed=1)
+    full = how == "the disk is full"
+    patch = (Path, "write_bytes", write_half) if full else (sd15, "save", spoil)
+
+    def last(run, folder, args):
+        """The checkpoint before it is saved as always."""
+        with monkeypatch.context() as here:
+            if folder == args.output_dir:
+                here.setattr(*patch)
+            return save_lora(run, folder, args)
+
+    monkeypatch.setattr(sd15, "save_lora", last)
+    said = "--output_dir .*cannot be saved .*No space left" if full else f"{LORA}.* 1 of 79 layers"
+    with pytest.raises(SystemExit, match=said) as end:
+        train(output_dir=out, resume_from_checkpoint="latest", max_train_steps=5)
     assert str(end.value).startswith(f"{SCRIPT}: error: ") and "\n" not in str(end.value)
     assert {path: path.read_bytes() for path in files} == before
 
@@ -683,7 +690,10 @@ def test_other_columns_and_no_caption(train, images, tmp_path):
 
 
 def test_cache_dir_is_used(train, images, tmp_path):
-    train(dataset_name=images, cache_dir=tmp_path / "cache", max_train_steps=1)
+    data = datasets.load_dataset("imagefolder", data_dir=str(images), split="train")
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data/train.parquet")
+    train(dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", max_train_steps=1)
     assert any((tmp_path / "cache").rglob("*.arrow"))
 
 
