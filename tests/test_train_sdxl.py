@@ -386,9 +386,11 @@ def test_alone_in_a_folder(xl_teacher, images, tmp_path):
         for path in (tmp_path / "out").rglob("*")
         if path.is_file()
     }
+    lora = [LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors"]
+    kept = [*lora, "training_state.pt", "flags.json", "manifest.json"]
     assert found == {
-        LORA, "unet/adapter_config.json", "unet/adapter_model.safetensors", "args.json",
-        "log.jsonl", "README.md", "validation/step-000002.png", ".lock",
+        *lora, *(f"checkpoint-2/{name}" for name in kept), "args.json", "log.jsonl", "README.md",
+        "validation/step-000002.png", ".lock",
     }  # fmt: skip
     assert len(log(tmp_path / "out")) == 2
 
