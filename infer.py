@@ -232,10 +232,9 @@ def check_args(args, parser):
         fail(f"--output {args.output}: must name a file that ends in {', '.join(ENDINGS)}")
     if not args.lora and not args.base_model:
         fail("--lora is missing: give one, or a --base_model that has its LCM-LoRA merged in")
-    if args.vae and args.tiny_vae:
-        fail("--vae and --tiny_vae do not go together: give one of them")
-    if args.prompt and args.prompts_file:
-        fail("--prompt and --prompts_file do not go together: give one of them")
+    for one, other in ("vae", "tiny_vae"), ("prompt", "prompts_file"):
+        if getattr(args, one) and getattr(args, other):
+            fail(f"--{one} and --{other} do not go together: give one of them")
     folder = args.fused_output
     with or_fail(f"--fused_output {folder}: cannot be read"):
         if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -649,8 +648,7 @@ def match_base(pipe, path, layers, metadata, base):
     origin = " ".join(metadata[key] for key in ("family", "base_model") if metadata.get(key))
     says = f"LoRA {path} was trained for {origin or 'another base (unnamed)'}, "
     says += f"it does not fit --base_model {base}"
-    theirs = [name for name, _ in pipe.unet.named_modules()]
-    says = other_layout(path, layers, metadata, base, theirs) or says
+    says = other_layout(path, layers, metadata, base, dict(pipe.unet.named_modules())) or says
     for name, layer in layers.items():
         component, _, module = name.partition(".")
         module = diffusers_name(module, pipe.unet.config.layers_per_block)
@@ -693,8 +691,7 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
         return same and math.isclose(module.scaling[adapter], scaling, rel_tol=1e-6)
 
     matched, wrong = match_base(pipe, path, layers, metadata, base), []
-    names = [name for name, _ in pipe.unet.named_modules()]
-    says = other_layout(path, layers, metadata, base, names)
+    says = other_layout(path, layers, metadata, base, dict(pipe.unet.named_modules()))
     if says and "SSD-1B" in says and base != metadata.get("base_model"):
         # It fits nevertheless: all that SSD-1B has is in SDXL, at other places in the sequence.
         warn(f"{says}; going by its layers, of which the base has all")
@@ -764,9 +761,12 @@ def pick_device(args):
     return device, getattr(torch, DTYPES[usual if dtype == "auto" else dtype])
 
 
-# The classes of a base model's networks
-NETWORKS = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.AutoencoderTiny
-NETWORKS += transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+PIPELINES = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
+VAES = {"vae": diffusers.AutoencoderKL, "tiny_vae": diffusers.AutoencoderTiny}  # {flag: class}
+ENCODERS = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+NETWORKS = {
+    kind.__name__: kind for kind in (diffusers.UNet2DConditionModel, *VAES.values(), *ENCODERS)
+}
 
 
 def local(name):
@@ -786,13 +786,9 @@ def open_file(file, config, mask, loras, **given):
         advice = other_layout(*lora, file, keys) or advice
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
-        kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-        if config:
-            scheduler = check_base(file, *read_configs(config), mask)
-            given["scheduler"] = None  # whose class may take further libraries
-        pipe = kind.from_single_file(str(file), config=config, **given)
-        if config:
-            pipe.register_modules(scheduler=scheduler)
+        if config:  # the scheduler's own class may take further libraries
+            given["scheduler"] = check_base(file, *read_configs(config), mask)
+        pipe = PIPELINES[xl].from_single_file(str(file), config=config, **given)
     check_base(file, pipe.unet.config, pipe.scheduler.config, mask)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
@@ -806,32 +802,30 @@ def open_file(file, config, mask, loras, **given):
     marked = "v" if "v_pred" in keys else about.get("modelspec.prediction_type") or kind
     marked = "EDM" if any(key.startswith("edm_") for key in keys) else marked
     if marked[0] != kind[0]:
-        fail(
-            f"base model {file} has prediction_type {marked}, its scheduler config {kind}; {advice}"
-        )
+        says = f"has prediction_type {marked}, its scheduler config {kind}"
+        fail(f"base model {file} {says}; {advice}")
     return pipe
 
 
 def open_folder(base, place, args, dtype, **given):
     """The pipeline of a folder or a Hub id in diffusers' layout, each part with all its weights."""
-    index = diffusers.DiffusionPipeline.load_config(str(place or base))
+    source = str(place or base)
+    index = diffusers.DiffusionPipeline.load_config(source)
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     kinds = {part: index[part][1] for part in parts if (index.get(part) or [None])[0]}
-    known = {kind.__name__: kind for kind in NETWORKS}
-    if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= known.keys():
+    if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= NETWORKS.keys():
         fail(f"--base_model {base} is a {index['_class_name']}, not of SD 1.x, 2.x or SDXL")
-    scheduler = check_base(base, *read_configs(str(place or base)), args.mask)
+    scheduler = check_base(base, *read_configs(source), args.mask)
     given["scheduler"] = None  # whose class may take further libraries
-    xl, more = "text_encoder_2" in kinds, {"use_safetensors": True, "dtype": dtype}
-    pipeline = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+    pipeline, more = PIPELINES["text_encoder_2" in kinds], {"use_safetensors": True, "dtype": dtype}
     more["variant"] = args.variant
     folder = place or Path(pipeline.download(base, **given, **more))
     for part in kinds.keys() - given.keys():
-        where = {"subfolder": part}
-        if any((folder / part).glob(f"*.{args.variant}*.safetensors")):
-            where["variant"] = args.variant  # some parts may have no such variant
-        what = f"--base_model {base}, {part},"
-        given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
+        # Some parts may have no such variant.
+        has_variant = any((folder / part).glob(f"*.{args.variant}*.safetensors"))
+        where = {"subfolder": part, "variant": args.variant if has_variant else None}
+        what = f"--base_model {base}, {part}"
+        given[part] = load_part(NETWORKS[kinds[part]], what, folder, dtype, **where)
     pipe = pipeline.from_pretrained(folder, **given, **more)
     pipe.register_modules(scheduler=scheduler)
     return pipe
@@ -877,10 +871,8 @@ def check_tokenizer(tokenizer, config, what):
         and eos in (2, ends[1])  # 2: in old configs
     ):
         has = f"{size} tokens of {rows}, length {length:g} of {most}, ends {ids[-1]} of {eos}"
-        advice = (
-            "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json is not its own"
-        )
-        fail(f"{what} does not fit the text encoder ({has}); {advice}")
+        files = "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json"
+        fail(f"{what} does not fit the text encoder ({has}); {files} is not its own")
 
 
 def load_pipeline(args, base, config, device, dtype, loras):
@@ -894,10 +886,9 @@ def load_pipeline(args, base, config, device, dtype, loras):
     if not place:
         print(f"{base} is not a folder here or next to infer.py: looking on the Hub")
     given, config = {"dtype": dtype}, config if one_file else place or base
-    if args.tiny_vae:  # the base model's VAE is then not even read
-        given["vae"] = load_named(diffusers.AutoencoderTiny, "tiny_vae", args.tiny_vae, dtype)
-    if args.vae:
-        given["vae"] = load_named(diffusers.AutoencoderKL, "vae", args.vae, dtype)
+    for flag, kind in VAES.items():  # the base model's VAE is then not even read
+        if name := getattr(args, flag):
+            given["vae"] = load_part(kind, f"--{flag} {name}", name, dtype)
     if one_file:
         pipe = open_file(place, config, args.mask, loras, **given)
     else:
@@ -919,16 +910,12 @@ def load_pipeline(args, base, config, device, dtype, loras):
         return pipe.to(device)
 
 
-def load_named(kind, flag, name, dtype):
-    """The network of the class `kind` that a flag names."""
-    with or_fail(f"--{flag} {name} cannot be opened", "valid are a diffusers folder or a Hub id"):
-        return load_part(kind, f"--{flag} {name}", str(local(name) or name), dtype)
-
-
 def load_part(kind, what, name, dtype, **where):
     """A network with all of its weights and no others."""
     where |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    part, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, **where)
+    with or_fail(f"{what} cannot be opened", "valid are a diffusers folder or a Hub id"):
+        source = str(local(name) or name)
+        part, info = kind.from_pretrained(source, ignore_mismatched_sizes=True, **where)
     for how in ("missing", "unexpected", "mismatched"):
         if keys := sorted(info[f"{how}_keys"]):
             which = f"{len(keys)} are {how}, the first {keys[0]}"
@@ -982,7 +969,7 @@ def guard(vae):
 
 def load_controlnet(name, pipe):
     """A ControlNet that fits the base model, of its device and type."""
-    net = load_named(diffusers.ControlNetModel, "controlnet", name, pipe.dtype)
+    net = load_part(diffusers.ControlNetModel, f"--controlnet {name}", name, pipe.dtype)
     sizes = ("cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block")
     for key in sizes:
         if net.config[key] != pipe.unet.config[key]:
@@ -1054,10 +1041,8 @@ def check_plan(args, plan, jobs, original_steps):
             taken = f"{args.strength:g} x {steps} step{'s' * (steps > 1)}"
             warn(f"--strength {taken} is less than one step: raised to {raised:.3g} to take one")
     text = "\n".join(f"{job.prompt}\n{job.negative_prompt}" for job in jobs)
-    for sign, way in (
-        (r"\([^()\n]+:[\d.]+\)", "write it without"),
-        ("<lora:[^>\n]*>", "--style_lora"),
-    ):
+    ways = {r"\([^()\n]+:[\d.]+\)": "write it without", "<lora:[^>\n]*>": "--style_lora"}
+    for sign, way in ways.items():
         if match := re.search(sign, text):
             warn(f"--prompt: {match[0][:80]} is A1111's, CLIP reads it as text; here use: {way}")
     affected = not args.compare or any(name in DISTILLED for name, _ in plan)
