@@ -58,12 +58,14 @@ def warn(message):
 
 
 def last_words(kind, error, traceback):
-    """The program's excepthook: Ctrl-C and a closed pipe, such as `| head`, end in one line."""
+    """The program's excepthook: Ctrl-C, a closed pipe (`| head`) or a full disk end in one line."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped; images named above are complete", file=sys.stderr)
-    elif issubclass(kind, BrokenPipeError):
+    elif issubclass(kind, OSError):  # or_fail names all files but stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at exit
-        print("stopped: nothing reads the output any more", file=sys.stderr)
+        closed = issubclass(kind, BrokenPipeError)
+        says = "nothing reads the output any more" if closed else f"no output possible: {error}"
+        print(f"stopped: {says}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -775,7 +777,7 @@ def local(name):
     return next((path for path in paths if os.path.exists(path)), None)
 
 
-def open_file(file, config, mask, loras, **given):
+def open_file(file, config, args, loras, **given):
     """The pipeline of a checkpoint in one .safetensors file, with the original code's names."""
     with or_fail(f"base model {file}: not a whole safetensors file"), safe_open(file, "pt") as data:
         keys, about = set(data.keys()), data.metadata() or {}
@@ -787,9 +789,9 @@ def open_file(file, config, mask, loras, **given):
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
         if config:  # the scheduler's own class may take further libraries
-            given["scheduler"] = check_base(file, *read_configs(config), mask)
+            given["scheduler"] = check_base(file, *read_configs(config), args.mask)
         pipe = PIPELINES[xl].from_single_file(str(file), config=config, **given)
-    check_base(file, pipe.unet.config, pipe.scheduler.config, mask)
+    check_base(file, pipe.unet.config, pipe.scheduler.config, args.mask)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -875,7 +877,7 @@ def check_tokenizer(tokenizer, config, what):
         fail(f"{what} does not fit the text encoder ({has}); {files} is not its own")
 
 
-def load_pipeline(args, base, config, device, dtype, loras):
+def load_pipeline(base, config, args, device, dtype, loras):
     """The base model as a text-to-image pipeline."""
     place, one_file = local(base), base.lower().endswith(".safetensors")
     if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
@@ -890,7 +892,7 @@ def load_pipeline(args, base, config, device, dtype, loras):
         if name := getattr(args, flag):
             given["vae"] = load_part(kind, f"--{flag} {name}", name, dtype)
     if one_file:
-        pipe = open_file(place, config, args.mask, loras, **given)
+        pipe = open_file(place, config, args, loras, **given)
     else:
         missing = "was not found locally, next to infer.py, or on the Hub"
         what = f"base model {base} {'cannot be opened' if place else missing}"
@@ -949,14 +951,14 @@ def guard(vae):
             raise FloatingPointError(int((~finite).nonzero()[0]), f"NaN or inf {reason}")
         return tensor
 
-    def checked(part, call, x, **more):
+    def checked(part, call, x):
         way = "try --dtype fp32 or bf16, or a lower weight of each LoRA"
         check(x, f"in the latents, from the UNet or a LoRA: {way}")
-        image = call(x, **more)
+        image = call(x)
         if x.dtype != torch.float32 and not image.isfinite().all():
             once(f"the VAE overflows in {x.dtype}: taken to float32; --vae can name another")
             part.float()
-            image = call(x.float(), **more).to(x.dtype)
+            image = call(x.float()).to(x.dtype)
             part.to(x.dtype)
         way = "--vae names another, SDXL's for fp16 is madebyollin/sdxl-vae-fp16-fix"
         return check(image, f"from the VAE, not from the latents: {way}")
@@ -1239,11 +1241,10 @@ def read_inputs(args):
         args.seed = secrets.randbelow(2**32)
         print(f"--seed {args.seed}")
     jobs, images = read_jobs(args), read_images(args)
-    files = {ADAPTER: find_lora(args.lora)} if args.lora else {}
-    for index, (name, _) in enumerate(args.style_lora):
-        files[f"style_{index}"] = find_lora(name, "--style_lora")
-    loras = {adapter: open_lora(file) for adapter, file in files.items()}
+    loras = {ADAPTER: open_lora(find_lora(args.lora))} if args.lora else {}
     path, _, metadata = loras.get(ADAPTER, (None, None, {}))
+    for index, (name, _) in enumerate(args.style_lora):
+        loras[f"style_{index}"] = open_lora(find_lora(name, "--style_lora"))
     base, config = args.base_model or metadata.get("base_model"), args.base_config
     if not base:
         fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
@@ -1258,19 +1259,21 @@ def read_inputs(args):
 
     left_out = "prompt prompts_file output overwrite num_images compare fused_output".split()
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
-    styles = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
-    settings |= {"lora": path and str(path), "style_lora": styles}
-    settings |= {"base_model": base, "base_config": config}
+    settings |= {"lora": path and str(path), "base_model": base, "base_config": config}
     weights = [args.lcm_weight] * bool(path) + [weight for _, weight in args.style_lora]
-    names = [lora_name(path, metadata) for path, _, metadata in loras.values()]
+    names = [lora_name(file, about) for file, _, about in loras.values()]
     settings["loras"] = list(zip(names, weights, strict=True))
+    files = [str(file) for file, _, _ in loras.values()]
+    settings["style_lora"] = list(zip(files, weights))[bool(path) :]
     steps = number(int, 1, 1000)
     settings["original_inference_steps"] = (
         header(path, metadata, "num_ddim_timesteps", "50", steps) if path else merged_steps(base)
     )
-    used = {*files.values(), *filter(None, (args.image, args.mask, args.control_image))}
-    digests = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
-    settings["sha256"] = digests  # a rerun sees whether a file of the same name is another one
+    # A rerun sees whether a file of the same name is another one.
+    used = {*files, *filter(None, (args.image, args.mask, args.control_image))}
+    settings["sha256"] = {
+        file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used
+    }
     return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
 
 
@@ -1304,13 +1307,13 @@ def load(args, jobs, images, loras, settings):
     diffusers.utils.logging.set_verbosity_error()
     device, dtype = pick_device(args)
     settings |= {"device": device, "dtype": str(dtype).removeprefix("torch.")}
-    base, config = settings["base_model"], settings["base_config"]
-    pipe = load_pipeline(args, base, config, device, dtype, loras)
+    base = settings["base_model"]
+    pipe = load_pipeline(base, settings["base_config"], args, device, dtype, loras)
     jobs = with_sizes(jobs, args, images, pipe)
     check_prompts(pipe, jobs)
-    later = (ADAPTER,) if args.compare else ()  # after the teacher's columns
-    first = {name: loras.pop(name) for name in [*loras] if name not in later}
-    fuse(pipe, args, first, base)
+    # In a grid the LCM-LoRA comes after the teacher's columns.
+    first = [name for name in loras if name != ADAPTER or not args.compare]
+    fuse(pipe, args, {name: loras.pop(name) for name in first}, base)
     if args.compile:
         pipe.unet.compile_repeated_blocks(dynamic=True)  # its transformers, for every size
     task = with_images(pipe, args)
