@@ -120,8 +120,8 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        says = f"{text!r:.80} is not {kind.__name__} from {low} to {high}"
-        raise argparse.ArgumentTypeError(says)
+        valid = f"{kind.__name__} from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not {valid}")
 
     return convert
 
@@ -513,9 +513,8 @@ def group_layers(path, tensors, metadata, alpha=None):
         if key.startswith("bundle_emb."):
             continue
         if kind := next((UNSUPPORTED[word] for word in UNSUPPORTED if re.search(word, key)), None):
-            way = "merge it by the tool that made it and give the result as --base_model"
-            says = f"{key} belongs to a {kind}; only plain LoRA (A and B) is supported: {way}"
-            fail(f"LoRA {path}: {says}")
+            says = f"LoRA {path}: {key} belongs to a {kind}; only plain LoRA (A and B) is supported"
+            fail(f"{says}: merge it by the tool that made it and give the result as --base_model")
         if not (parsed := parse_key(key)):
             fail(f"LoRA {path}: cannot read {key}; known are UNet and text encoder layers")
         name, part, naming = parsed
@@ -638,6 +637,10 @@ def match_base(pipe, path, layers, metadata, base):
         # Whether text encoders have a text_model depends on the version of transformers.
         return f"{component}_{name}".replace(".", "_").replace("_text_model_", "_")
 
+    def sides(shape):
+        # 1x1 convolutions may be stored as matrices, and matrices as 1x1 convolutions.
+        return shape[:2] if {*shape[2:]} <= {1} else shape
+
     # The base's own modules are the dictionary: turning _ back into . by rules would be guesswork.
     # A module that already has a LoRA has become its base_layer.
     modules, matched = {}, {}
@@ -661,14 +664,11 @@ def match_base(pipe, path, layers, metadata, base):
             fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
         rank, found = layer["rank"], [[*layer[part].shape] for part in "AB"]
         needed = [[rank, *weight.shape[1:]], [weight.shape[0], rank] + [1] * (weight.ndim - 2)]
-        # 1x1 convolutions may be stored as matrices, and matrices as 1x1 convolutions.
-        for (part, shape), tail in zip(zip("AB", needed), [weight.shape[2:], ()]):
-            if [*layer[part].shape[:2]] == shape[:2] and {*layer[part].shape[2:], *tail} <= {1}:
-                layer = layer | {part: layer[part].reshape(shape)}
-        if [[*layer[part].shape] for part in "AB"] != needed:
+        if [*map(sides, found)] != [*map(sides, needed)]:
             shapes = f"{found[0]} and {found[1]}, needed are {needed[0]} and {needed[1]}"
             fail(f"{says}: layer {name} has the shapes {shapes}")
-        matched[component][module] = layer
+        parts = {part: layer[part].reshape(shape) for part, shape in zip("AB", needed)}
+        matched[component][module] = layer | parts
     return matched
 
 
@@ -765,10 +765,8 @@ def pick_device(args):
 
 PIPELINES = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
 VAES = {"vae": diffusers.AutoencoderKL, "tiny_vae": diffusers.AutoencoderTiny}  # {flag: class}
-ENCODERS = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
-NETWORKS = {
-    kind.__name__: kind for kind in (diffusers.UNet2DConditionModel, *VAES.values(), *ENCODERS)
-}
+NETWORKS = [diffusers.UNet2DConditionModel, *VAES.values()]
+NETWORKS += [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection]
 
 
 def local(name):
@@ -815,7 +813,8 @@ def open_folder(base, place, args, dtype, **given):
     index = diffusers.DiffusionPipeline.load_config(source)
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     kinds = {part: index[part][1] for part in parts if (index.get(part) or [None])[0]}
-    if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= NETWORKS.keys():
+    known = {kind.__name__: kind for kind in NETWORKS}
+    if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= known.keys():
         fail(f"--base_model {base} is a {index['_class_name']}, not of SD 1.x, 2.x or SDXL")
     scheduler = check_base(base, *read_configs(source), args.mask)
     given["scheduler"] = None  # whose class may take further libraries
@@ -827,7 +826,7 @@ def open_folder(base, place, args, dtype, **given):
         has_variant = any((folder / part).glob(f"*.{args.variant}*.safetensors"))
         where = {"subfolder": part, "variant": args.variant if has_variant else None}
         what = f"--base_model {base}, {part}"
-        given[part] = load_part(NETWORKS[kinds[part]], what, folder, dtype, **where)
+        given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
     pipe = pipeline.from_pretrained(folder, **given, **more)
     pipe.register_modules(scheduler=scheduler)
     return pipe
