@@ -326,14 +326,12 @@ def read_images(args):
     # A pipeline with a ControlNet and no image to start from calls the control image `image`.
     control = "control_image" if args.image else "image"
     keys = {"image": "image", "mask": "mask_image", "control_image": control}
-    given = {flag: file for flag in keys if (file := getattr(args, flag))}
-    return {keys[flag]: read_image(flag, file) for flag, file in given.items()}
-
-
-def read_image(flag, file):
-    """The image that a flag names, as a viewer shows it."""
-    with or_fail(f"--{flag} {file}: not a readable image"):
-        return to_rgb(Image.open(file)).convert("L" if flag == "mask" else "RGB")
+    images = {}
+    for flag, key in keys.items():
+        if file := getattr(args, flag):
+            with or_fail(f"--{flag} {file}: not a readable image"):
+                images[key] = to_rgb(Image.open(file)).convert("L" if flag == "mask" else "RGB")
+    return images
 
 
 def to_rgb(image):
@@ -889,7 +887,8 @@ def load_pipeline(base, config, args, device, dtype, loras):
     given, config = {"dtype": dtype}, config if one_file else place or base
     for flag, kind in VAES.items():  # the base model's VAE is then not even read
         if name := getattr(args, flag):
-            given["vae"] = load_part(kind, f"--{flag} {name}", name, dtype)
+            vae = f"--{flag} {name}"
+            given["vae"] = load_part(kind, vae, name, dtype)
     if one_file:
         pipe = open_file(place, config, args, loras, **given)
     else:
@@ -897,8 +896,8 @@ def load_pipeline(base, config, args, device, dtype, loras):
         what = f"base model {base} {'cannot be opened' if place else missing}"
         with or_fail(what, "--base_model names another"):
             pipe = open_folder(base, place, args, **given)
-    if args.vae or args.tiny_vae:
-        check_vae(pipe, args, config and local(config))
+    if "vae" in given:
+        check_vae(pipe, vae, config and local(config))
     for end in ("", "_2"):
         if encoder := getattr(pipe, f"text_encoder{end}", None):
             what = f"--base_model {base}: tokenizer{end}"
@@ -924,7 +923,7 @@ def load_part(kind, what, name, dtype, **where):
     return part
 
 
-def check_vae(pipe, args, folder):
+def check_vae(pipe, what, folder):
     """The VAE given fits the base model, whose VAE's config is in `folder`, unless on the Hub."""
     channels, factor = pipe.unet.config.out_channels, pipe.vae_scale_factor
     if folder and (folder / "vae" / "config.json").is_file():
@@ -933,8 +932,7 @@ def check_vae(pipe, args, folder):
     if (ours := (pipe.vae.config.latent_channels, pipe.vae_scale_factor)) != (channels, factor):
         has = "latents of {} channels and a side of 1/{}"
         ours, theirs = has.format(*ours), has.format(channels, factor)
-        flag = f"--vae {args.vae}" if args.vae else f"--tiny_vae {args.tiny_vae}"
-        fail(f"{flag} is for {ours}; the base model has {theirs}")
+        fail(f"{what} is for {ours}; the base model has {theirs}")
 
 
 def guard(vae):
@@ -1145,7 +1143,6 @@ def generate_all(pipe, args, images, jobs, work, schedulers, settings):
         generate(pipe, args, images, jobs[: args.batch_size], 1, args.guidance_scale, seen)
     for (name, steps), files in work.items():
         pipe.scheduler, todo = schedulers[name], [jobs[index] for index in files]
-
         keep = functools.partial(save_job, args, settings, todo, [*files.values()], name, steps)
         guidance = args.guidance_scale
         _, seconds, count = generate(pipe, args, images, todo, steps, guidance, seen, keep)
@@ -1182,7 +1179,7 @@ def save(image, path, settings, text=None):
 
     It is written beside its place first: a file of its name is whole.
     """
-    said, part = json.dumps(settings), path.with_name(f".{os.getpid()}.part")
+    said, part = json.dumps(settings), path.with_name(f".{os.getpid()}.part{path.suffix}")
     if path.suffix.lower() == ".png":
         more = {"pnginfo": PngImagePlugin.PngInfo()}
         for key, chunk in {"parameters": text, "infer_args": said}.items():
@@ -1195,10 +1192,9 @@ def save(image, path, settings, text=None):
         more["exif"][0x010E] = said
         comment = b"UNICODE\0" + comment.encode("utf-16-be", errors="replace")
         more["exif"].get_ifd(0x8769)[0x9286] = comment
-    kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     with or_fail(f"--output {path}: cannot be written"):
         try:
-            image.save(part, kind, **more)
+            image.save(part, **more)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -1264,10 +1260,8 @@ def read_inputs(args):
     settings["loras"] = list(zip(names, weights, strict=True))
     files = [str(file) for file, _, _ in loras.values()]
     settings["style_lora"] = list(zip(files, weights))[bool(path) :]
-    steps = number(int, 1, 1000)
-    settings["original_inference_steps"] = (
-        header(path, metadata, "num_ddim_timesteps", "50", steps) if path else merged_steps(base)
-    )
+    steps = header(path, metadata, "num_ddim_timesteps", "50", number(int, 1, 1000))
+    settings["original_inference_steps"] = steps if path else merged_steps(base)
     # A rerun sees whether a file of the same name is another one.
     used = {*files, *filter(None, (args.image, args.mask, args.control_image))}
     settings["sha256"] = {
