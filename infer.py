@@ -762,8 +762,7 @@ def pick_device(args):
 
 
 PIPELINES = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
-VAES = {"vae": diffusers.AutoencoderKL, "tiny_vae": diffusers.AutoencoderTiny}  # {flag: class}
-NETWORKS = [diffusers.UNet2DConditionModel, *VAES.values()]
+NETWORKS = [diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.AutoencoderTiny]
 NETWORKS += [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection]
 
 
@@ -885,10 +884,10 @@ def load_pipeline(base, config, args, device, dtype, loras):
     if not place:
         print(f"{base} is not a folder here or next to infer.py: looking on the Hub")
     given, config = {"dtype": dtype}, config if one_file else place or base
-    for flag, kind in VAES.items():  # the base model's VAE is then not even read
-        if name := getattr(args, flag):
-            vae = f"--{flag} {name}"
-            given["vae"] = load_part(kind, vae, name, dtype)
+    vae = f"--vae {args.vae}" if args.vae else f"--tiny_vae {args.tiny_vae}"
+    if name := args.vae or args.tiny_vae:  # the base model's VAE is then not even read
+        kind = diffusers.AutoencoderKL if args.vae else diffusers.AutoencoderTiny
+        given["vae"] = load_part(kind, vae, name, dtype)
     if one_file:
         pipe = open_file(place, config, args, loras, **given)
     else:
