@@ -815,8 +815,8 @@ def open_folder(base, place, args, dtype, **given):
         fail(f"--base_model {base} is a {index['_class_name']}, not of SD 1.x, 2.x or SDXL")
     scheduler = check_base(base, *read_configs(source), args.mask)
     given["scheduler"] = None  # whose class may take further libraries
-    pipeline, more = PIPELINES["text_encoder_2" in kinds], {"use_safetensors": True, "dtype": dtype}
-    more["variant"] = args.variant
+    pipeline = PIPELINES["text_encoder_2" in kinds]
+    more = {"use_safetensors": True, "dtype": dtype, "variant": args.variant}
     folder = place or Path(pipeline.download(base, **given, **more))
     for part in kinds.keys() - given.keys():
         # Some parts may have no such variant.
@@ -1109,8 +1109,7 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
                 guidance_scale=guidance,
                 height=height,
                 width=width,
-                # Noise from the CPU, with one generator each, is the same on every device, in
-                # every batch.
+                # Noise from the CPU, by a generator each, is the same on all devices and in any batch.
                 generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
                 # TCD's default
                 eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,
@@ -1263,9 +1262,8 @@ def read_inputs(args):
     settings["original_inference_steps"] = steps if path else merged_steps(base)
     # A rerun sees whether a file of the same name is another one.
     used = {*files, *filter(None, (args.image, args.mask, args.control_image))}
-    settings["sha256"] = {
-        file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used
-    }
+    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
+    settings["sha256"] = digests
     return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
 
 
