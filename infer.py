@@ -1109,7 +1109,7 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
                 guidance_scale=guidance,
                 height=height,
                 width=width,
-                # Noise from the CPU, by a generator each, is the same on all devices and in any batch.
+                # Noise from the CPU, by a generator each: the same on all devices, in any batch.
                 generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
                 # TCD's default
                 eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,
