@@ -57,12 +57,14 @@ def warn(message):
 
 
 def last_words(kind, error, traceback):
-    """The program's excepthook: Ctrl-C and a closed pipe, such as `| head`, end in one line."""
+    """The program's excepthook: Ctrl-C, a closed pipe (`| head`) or a full disk end in one line."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped; images named above are complete", file=sys.stderr)
-    elif issubclass(kind, BrokenPipeError):
+    elif issubclass(kind, OSError):  # or_fail names all files but stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at exit
-        print("stopped: nothing reads the output any more", file=sys.stderr)
+        closed = issubclass(kind, BrokenPipeError)
+        says = "nothing reads the output any more" if closed else f"no output possible: {error}"
+        print(f"stopped: {says}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -117,8 +119,8 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        says = f"{text!r:.80} is not {kind.__name__} from {low} to {high}"
-        raise argparse.ArgumentTypeError(says)
+        valid = f"{kind.__name__} from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not {valid}")
 
     return convert
 
@@ -231,10 +233,9 @@ def check_args(args, parser):
         fail(f"--output {args.output}: must name a file that ends in {', '.join(ENDINGS)}")
     if not args.lora and not args.base_model:
         fail("--lora is missing: give one, or a --base_model that has its LCM-LoRA merged in")
-    if args.vae and args.tiny_vae:
-        fail("--vae and --tiny_vae do not go together: give one of them")
-    if args.prompt and args.prompts_file:
-        fail("--prompt and --prompts_file do not go together: give one of them")
+    for one, other in ("vae", "tiny_vae"), ("prompt", "prompts_file"):
+        if getattr(args, one) and getattr(args, other):
+            fail(f"--{one} and --{other} do not go together: give one of them")
     folder = args.fused_output
     with or_fail(f"--fused_output {folder}: cannot be read"):
         if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -324,14 +325,12 @@ def read_images(args):
     # A pipeline with a ControlNet and no image to start from calls the control image `image`.
     control = "control_image" if args.image else "image"
     keys = {"image": "image", "mask": "mask_image", "control_image": control}
-    given = {flag: file for flag in keys if (file := getattr(args, flag))}
-    return {keys[flag]: read_image(flag, file) for flag, file in given.items()}
-
-
-def read_image(flag, file):
-    """The image that a flag names, as a viewer shows it."""
-    with or_fail(f"--{flag} {file}: not a readable image"):
-        return to_rgb(Image.open(file)).convert("L" if flag == "mask" else "RGB")
+    images = {}
+    for flag, key in keys.items():
+        if file := getattr(args, flag):
+            with or_fail(f"--{flag} {file}: not a readable image"):
+                images[key] = to_rgb(Image.open(file)).convert("L" if flag == "mask" else "RGB")
+    return images
 
 
 def to_rgb(image):
@@ -512,9 +511,8 @@ def group_layers(path, tensors, metadata, alpha=None):
         if key.startswith("bundle_emb."):
             continue
         if kind := next((UNSUPPORTED[word] for word in UNSUPPORTED if re.search(word, key)), None):
-            way = "merge it by the tool that made it and give the result as --base_model"
-            says = f"{key} belongs to a {kind}; only plain LoRA (A and B) is supported: {way}"
-            fail(f"LoRA {path}: {says}")
+            says = f"LoRA {path}: {key} belongs to a {kind}; only plain LoRA (A and B) is supported"
+            fail(f"{says}: merge it by the tool that made it and give the result as --base_model")
         if not (parsed := parse_key(key)):
             fail(f"LoRA {path}: cannot read {key}; known are UNet and text encoder layers")
         name, part, naming = parsed
@@ -637,6 +635,10 @@ def match_base(pipe, path, layers, metadata, base):
         # Whether text encoders have a text_model depends on the version of transformers.
         return f"{component}_{name}".replace(".", "_").replace("_text_model_", "_")
 
+    def sides(shape):
+        # 1x1 convolutions may be stored as matrices, and matrices as 1x1 convolutions.
+        return shape[:2] if {*shape[2:]} <= {1} else shape
+
     # The base's own modules are the dictionary: turning _ back into . by rules would be guesswork.
     # A module that already has a LoRA has become its base_layer.
     modules, matched = {}, {}
@@ -649,8 +651,7 @@ def match_base(pipe, path, layers, metadata, base):
     origin = " ".join(metadata[key] for key in ("family", "base_model") if metadata.get(key))
     says = f"LoRA {path} was trained for {origin or 'another base (unnamed)'}, "
     says += f"it does not fit --base_model {base}"
-    theirs = [name for name, _ in pipe.unet.named_modules()]
-    says = other_layout(path, layers, metadata, base, theirs) or says
+    says = other_layout(path, layers, metadata, base, dict(pipe.unet.named_modules())) or says
     for name, layer in layers.items():
         component, _, module = name.partition(".")
         module = diffusers_name(module, pipe.unet.config.layers_per_block)
@@ -661,14 +662,11 @@ def match_base(pipe, path, layers, metadata, base):
             fail(f"LoRA {path}: layer {name} is in the file twice, under two names")
         rank, found = layer["rank"], [[*layer[part].shape] for part in "AB"]
         needed = [[rank, *weight.shape[1:]], [weight.shape[0], rank] + [1] * (weight.ndim - 2)]
-        # 1x1 convolutions may be stored as matrices, and matrices as 1x1 convolutions.
-        for (part, shape), tail in zip(zip("AB", needed), [weight.shape[2:], ()]):
-            if [*layer[part].shape[:2]] == shape[:2] and {*layer[part].shape[2:], *tail} <= {1}:
-                layer = layer | {part: layer[part].reshape(shape)}
-        if [[*layer[part].shape] for part in "AB"] != needed:
+        if [*map(sides, found)] != [*map(sides, needed)]:
             shapes = f"{found[0]} and {found[1]}, needed are {needed[0]} and {needed[1]}"
             fail(f"{says}: layer {name} has the shapes {shapes}")
-        matched[component][module] = layer
+        parts = {part: layer[part].reshape(shape) for part, shape in zip("AB", needed)}
+        matched[component][module] = layer | parts
     return matched
 
 
@@ -693,8 +691,7 @@ def attach_lora(pipe, adapter, path, layers, metadata, base):
         return same and math.isclose(module.scaling[adapter], scaling, rel_tol=1e-6)
 
     matched, wrong = match_base(pipe, path, layers, metadata, base), []
-    names = [name for name, _ in pipe.unet.named_modules()]
-    says = other_layout(path, layers, metadata, base, names)
+    says = other_layout(path, layers, metadata, base, dict(pipe.unet.named_modules()))
     if says and "SSD-1B" in says and base != metadata.get("base_model"):
         # It fits nevertheless: all that SSD-1B has is in SDXL, at other places in the sequence.
         warn(f"{says}; going by its layers, of which the base has all")
@@ -764,9 +761,9 @@ def pick_device(args):
     return device, getattr(torch, DTYPES[usual if dtype == "auto" else dtype])
 
 
-# The classes of a base model's networks
-NETWORKS = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.AutoencoderTiny
-NETWORKS += transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+PIPELINES = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
+NETWORKS = [diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.AutoencoderTiny]
+NETWORKS += [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection]
 
 
 def local(name):
@@ -775,7 +772,7 @@ def local(name):
     return next((path for path in paths if os.path.exists(path)), None)
 
 
-def open_file(file, config, mask, loras, **given):
+def open_file(file, config, args, loras, **given):
     """The pipeline of a checkpoint in one .safetensors file, with the original code's names."""
     with or_fail(f"base model {file}: not a whole safetensors file"), safe_open(file, "pt") as data:
         keys, about = set(data.keys()), data.metadata() or {}
@@ -786,14 +783,10 @@ def open_file(file, config, mask, loras, **given):
         advice = other_layout(*lora, file, keys) or advice
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
-        kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-        if config:
-            scheduler = check_base(file, *read_configs(config), mask)
-            given["scheduler"] = None  # whose class may take further libraries
-        pipe = kind.from_single_file(str(file), config=config, **given)
-        if config:
-            pipe.register_modules(scheduler=scheduler)
-    check_base(file, pipe.unet.config, pipe.scheduler.config, mask)
+        if config:  # the scheduler's own class may take further libraries
+            given["scheduler"] = check_base(file, *read_configs(config), args.mask)
+        pipe = PIPELINES[xl].from_single_file(str(file), config=config, **given)
+    check_base(file, pipe.unet.config, pipe.scheduler.config, args.mask)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -806,31 +799,30 @@ def open_file(file, config, mask, loras, **given):
     marked = "v" if "v_pred" in keys else about.get("modelspec.prediction_type") or kind
     marked = "EDM" if any(key.startswith("edm_") for key in keys) else marked
     if marked[0] != kind[0]:
-        fail(
-            f"base model {file} has prediction_type {marked}, its scheduler config {kind}; {advice}"
-        )
+        says = f"has prediction_type {marked}, its scheduler config {kind}"
+        fail(f"base model {file} {says}; {advice}")
     return pipe
 
 
 def open_folder(base, place, args, dtype, **given):
     """The pipeline of a folder or a Hub id in diffusers' layout, each part with all its weights."""
-    index = diffusers.DiffusionPipeline.load_config(str(place or base))
+    source = str(place or base)
+    index = diffusers.DiffusionPipeline.load_config(source)
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     kinds = {part: index[part][1] for part in parts if (index.get(part) or [None])[0]}
     known = {kind.__name__: kind for kind in NETWORKS}
     if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= known.keys():
         fail(f"--base_model {base} is a {index['_class_name']}, not of SD 1.x, 2.x or SDXL")
-    scheduler = check_base(base, *read_configs(str(place or base)), args.mask)
+    scheduler = check_base(base, *read_configs(source), args.mask)
     given["scheduler"] = None  # whose class may take further libraries
-    xl, more = "text_encoder_2" in kinds, {"use_safetensors": True, "dtype": dtype}
-    pipeline = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-    more["variant"] = args.variant
+    pipeline = PIPELINES["text_encoder_2" in kinds]
+    more = {"use_safetensors": True, "dtype": dtype, "variant": args.variant}
     folder = place or Path(pipeline.download(base, **given, **more))
     for part in kinds.keys() - given.keys():
-        where = {"subfolder": part}
-        if any((folder / part).glob(f"*.{args.variant}*.safetensors")):
-            where["variant"] = args.variant  # some parts may have no such variant
-        what = f"--base_model {base}, {part},"
+        # Some parts may have no such variant.
+        has_variant = any((folder / part).glob(f"*.{args.variant}*.safetensors"))
+        where = {"subfolder": part, "variant": args.variant if has_variant else None}
+        what = f"--base_model {base}, {part}"
         given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
     pipe = pipeline.from_pretrained(folder, **given, **more)
     pipe.register_modules(scheduler=scheduler)
@@ -877,13 +869,11 @@ def check_tokenizer(tokenizer, config, what):
         and eos in (2, ends[1])  # 2: in old configs
     ):
         has = f"{size} tokens of {rows}, length {length:g} of {most}, ends {ids[-1]} of {eos}"
-        advice = (
-            "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json is not its own"
-        )
-        fail(f"{what} does not fit the text encoder ({has}); {advice}")
+        files = "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json"
+        fail(f"{what} does not fit the text encoder ({has}); {files} is not its own")
 
 
-def load_pipeline(args, base, config, device, dtype, loras):
+def load_pipeline(base, config, args, device, dtype, loras):
     """The base model as a text-to-image pipeline."""
     place, one_file = local(base), base.lower().endswith(".safetensors")
     if not place and (one_file or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)):
@@ -894,19 +884,19 @@ def load_pipeline(args, base, config, device, dtype, loras):
     if not place:
         print(f"{base} is not a folder here or next to infer.py: looking on the Hub")
     given, config = {"dtype": dtype}, config if one_file else place or base
-    if args.tiny_vae:  # the base model's VAE is then not even read
-        given["vae"] = load_named(diffusers.AutoencoderTiny, "tiny_vae", args.tiny_vae, dtype)
-    if args.vae:
-        given["vae"] = load_named(diffusers.AutoencoderKL, "vae", args.vae, dtype)
+    vae = f"--vae {args.vae}" if args.vae else f"--tiny_vae {args.tiny_vae}"
+    if name := args.vae or args.tiny_vae:  # the base model's VAE is then not even read
+        kind = diffusers.AutoencoderKL if args.vae else diffusers.AutoencoderTiny
+        given["vae"] = load_part(kind, vae, name, dtype)
     if one_file:
-        pipe = open_file(place, config, args.mask, loras, **given)
+        pipe = open_file(place, config, args, loras, **given)
     else:
         missing = "was not found locally, next to infer.py, or on the Hub"
         what = f"base model {base} {'cannot be opened' if place else missing}"
         with or_fail(what, "--base_model names another"):
             pipe = open_folder(base, place, args, **given)
-    if args.vae or args.tiny_vae:
-        check_vae(pipe, args, config and local(config))
+    if "vae" in given:
+        check_vae(pipe, vae, config and local(config))
     for end in ("", "_2"):
         if encoder := getattr(pipe, f"text_encoder{end}", None):
             what = f"--base_model {base}: tokenizer{end}"
@@ -919,16 +909,12 @@ def load_pipeline(args, base, config, device, dtype, loras):
         return pipe.to(device)
 
 
-def load_named(kind, flag, name, dtype):
-    """The network of the class `kind` that a flag names."""
-    with or_fail(f"--{flag} {name} cannot be opened", "valid are a diffusers folder or a Hub id"):
-        return load_part(kind, f"--{flag} {name}", str(local(name) or name), dtype)
-
-
 def load_part(kind, what, name, dtype, **where):
     """A network with all of its weights and no others."""
     where |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    part, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, **where)
+    with or_fail(f"{what} cannot be opened", "valid are a diffusers folder or a Hub id"):
+        source = str(local(name) or name)
+        part, info = kind.from_pretrained(source, ignore_mismatched_sizes=True, **where)
     for how in ("missing", "unexpected", "mismatched"):
         if keys := sorted(info[f"{how}_keys"]):
             which = f"{len(keys)} are {how}, the first {keys[0]}"
@@ -936,7 +922,7 @@ def load_part(kind, what, name, dtype, **where):
     return part
 
 
-def check_vae(pipe, args, folder):
+def check_vae(pipe, what, folder):
     """The VAE given fits the base model, whose VAE's config is in `folder`, unless on the Hub."""
     channels, factor = pipe.unet.config.out_channels, pipe.vae_scale_factor
     if folder and (folder / "vae" / "config.json").is_file():
@@ -945,8 +931,7 @@ def check_vae(pipe, args, folder):
     if (ours := (pipe.vae.config.latent_channels, pipe.vae_scale_factor)) != (channels, factor):
         has = "latents of {} channels and a side of 1/{}"
         ours, theirs = has.format(*ours), has.format(channels, factor)
-        flag = f"--vae {args.vae}" if args.vae else f"--tiny_vae {args.tiny_vae}"
-        fail(f"{flag} is for {ours}; the base model has {theirs}")
+        fail(f"{what} is for {ours}; the base model has {theirs}")
 
 
 def guard(vae):
@@ -962,14 +947,14 @@ def guard(vae):
             raise FloatingPointError(int((~finite).nonzero()[0]), f"NaN or inf {reason}")
         return tensor
 
-    def checked(part, call, x, **more):
+    def checked(part, call, x):
         way = "try --dtype fp32 or bf16, or a lower weight of each LoRA"
         check(x, f"in the latents, from the UNet or a LoRA: {way}")
-        image = call(x, **more)
+        image = call(x)
         if x.dtype != torch.float32 and not image.isfinite().all():
             once(f"the VAE overflows in {x.dtype}: taken to float32; --vae can name another")
             part.float()
-            image = call(x.float(), **more).to(x.dtype)
+            image = call(x.float()).to(x.dtype)
             part.to(x.dtype)
         way = "--vae names another, SDXL's for fp16 is madebyollin/sdxl-vae-fp16-fix"
         return check(image, f"from the VAE, not from the latents: {way}")
@@ -982,7 +967,7 @@ def guard(vae):
 
 def load_controlnet(name, pipe):
     """A ControlNet that fits the base model, of its device and type."""
-    net = load_named(diffusers.ControlNetModel, "controlnet", name, pipe.dtype)
+    net = load_part(diffusers.ControlNetModel, f"--controlnet {name}", name, pipe.dtype)
     sizes = ("cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block")
     for key in sizes:
         if net.config[key] != pipe.unet.config[key]:
@@ -1054,10 +1039,8 @@ def check_plan(args, plan, jobs, original_steps):
             taken = f"{args.strength:g} x {steps} step{'s' * (steps > 1)}"
             warn(f"--strength {taken} is less than one step: raised to {raised:.3g} to take one")
     text = "\n".join(f"{job.prompt}\n{job.negative_prompt}" for job in jobs)
-    for sign, way in (
-        (r"\([^()\n]+:[\d.]+\)", "write it without"),
-        ("<lora:[^>\n]*>", "--style_lora"),
-    ):
+    ways = {r"\([^()\n]+:[\d.]+\)": "write it without", "<lora:[^>\n]*>": "--style_lora"}
+    for sign, way in ways.items():
         if match := re.search(sign, text):
             warn(f"--prompt: {match[0][:80]} is A1111's, CLIP reads it as text; here use: {way}")
     affected = not args.compare or any(name in DISTILLED for name, _ in plan)
@@ -1126,8 +1109,7 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
                 guidance_scale=guidance,
                 height=height,
                 width=width,
-                # Noise from the CPU, with one generator each, is the same on every device, in
-                # every batch.
+                # Noise from the CPU, by a generator each: the same on all devices, in any batch.
                 generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
                 # TCD's default
                 eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,
@@ -1159,7 +1141,6 @@ def generate_all(pipe, args, images, jobs, work, schedulers, settings):
         generate(pipe, args, images, jobs[: args.batch_size], 1, args.guidance_scale, seen)
     for (name, steps), files in work.items():
         pipe.scheduler, todo = schedulers[name], [jobs[index] for index in files]
-
         keep = functools.partial(save_job, args, settings, todo, [*files.values()], name, steps)
         guidance = args.guidance_scale
         _, seconds, count = generate(pipe, args, images, todo, steps, guidance, seen, keep)
@@ -1196,7 +1177,7 @@ def save(image, path, settings, text=None):
 
     It is written beside its place first: a file of its name is whole.
     """
-    said, part = json.dumps(settings), path.with_name(f".{os.getpid()}.part")
+    said, part = json.dumps(settings), path.with_name(f".{os.getpid()}.part{path.suffix}")
     if path.suffix.lower() == ".png":
         more = {"pnginfo": PngImagePlugin.PngInfo()}
         for key, chunk in {"parameters": text, "infer_args": said}.items():
@@ -1209,10 +1190,9 @@ def save(image, path, settings, text=None):
         more["exif"][0x010E] = said
         comment = b"UNICODE\0" + comment.encode("utf-16-be", errors="replace")
         more["exif"].get_ifd(0x8769)[0x9286] = comment
-    kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     with or_fail(f"--output {path}: cannot be written"):
         try:
-            image.save(part, kind, **more)
+            image.save(part, **more)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -1254,11 +1234,10 @@ def read_inputs(args):
         args.seed = secrets.randbelow(2**32)
         print(f"--seed {args.seed}")
     jobs, images = read_jobs(args), read_images(args)
-    files = {ADAPTER: find_lora(args.lora)} if args.lora else {}
-    for index, (name, _) in enumerate(args.style_lora):
-        files[f"style_{index}"] = find_lora(name, "--style_lora")
-    loras = {adapter: open_lora(file) for adapter, file in files.items()}
+    loras = {ADAPTER: open_lora(find_lora(args.lora))} if args.lora else {}
     path, _, metadata = loras.get(ADAPTER, (None, None, {}))
+    for index, (name, _) in enumerate(args.style_lora):
+        loras[f"style_{index}"] = open_lora(find_lora(name, "--style_lora"))
     base, config = args.base_model or metadata.get("base_model"), args.base_config
     if not base:
         fail(f"--lora {path}: the header names no base model; give --base_model FOLDER_OR_HUB_ID")
@@ -1273,19 +1252,18 @@ def read_inputs(args):
 
     left_out = "prompt prompts_file output overwrite num_images compare fused_output".split()
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
-    styles = [(str(files[f"style_{i}"]), weight) for i, (_, weight) in enumerate(args.style_lora)]
-    settings |= {"lora": path and str(path), "style_lora": styles}
-    settings |= {"base_model": base, "base_config": config}
+    settings |= {"lora": path and str(path), "base_model": base, "base_config": config}
     weights = [args.lcm_weight] * bool(path) + [weight for _, weight in args.style_lora]
-    names = [lora_name(path, metadata) for path, _, metadata in loras.values()]
+    names = [lora_name(file, about) for file, _, about in loras.values()]
     settings["loras"] = list(zip(names, weights, strict=True))
-    steps = number(int, 1, 1000)
-    settings["original_inference_steps"] = (
-        header(path, metadata, "num_ddim_timesteps", "50", steps) if path else merged_steps(base)
-    )
-    used = {*files.values(), *filter(None, (args.image, args.mask, args.control_image))}
-    digests = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
-    settings["sha256"] = digests  # a rerun sees whether a file of the same name is another one
+    files = [str(file) for file, _, _ in loras.values()]
+    settings["style_lora"] = list(zip(files, weights))[bool(path) :]
+    steps = header(path, metadata, "num_ddim_timesteps", "50", number(int, 1, 1000))
+    settings["original_inference_steps"] = steps if path else merged_steps(base)
+    # A rerun sees whether a file of the same name is another one.
+    used = {*files, *filter(None, (args.image, args.mask, args.control_image))}
+    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
+    settings["sha256"] = digests
     return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
 
 
@@ -1319,13 +1297,13 @@ def load(args, jobs, images, loras, settings):
     diffusers.utils.logging.set_verbosity_error()
     device, dtype = pick_device(args)
     settings |= {"device": device, "dtype": str(dtype).removeprefix("torch.")}
-    base, config = settings["base_model"], settings["base_config"]
-    pipe = load_pipeline(args, base, config, device, dtype, loras)
+    base = settings["base_model"]
+    pipe = load_pipeline(base, settings["base_config"], args, device, dtype, loras)
     jobs = with_sizes(jobs, args, images, pipe)
     check_prompts(pipe, jobs)
-    later = (ADAPTER,) if args.compare else ()  # after the teacher's columns
-    first = {name: loras.pop(name) for name in [*loras] if name not in later}
-    fuse(pipe, args, first, base)
+    # In a grid the LCM-LoRA comes after the teacher's columns.
+    first = [name for name in loras if name != ADAPTER or not args.compare]
+    fuse(pipe, args, {name: loras.pop(name) for name in first}, base)
     if args.compile:
         pipe.unet.compile_repeated_blocks(dynamic=True)  # its transformers, for every size
     task = with_images(pipe, args)

@@ -1,5 +1,6 @@
 """The trainers' data: sources, unusable records, several captions, streaming."""
 
+import argparse
 import io
 import itertools
 import json
@@ -811,7 +812,8 @@ def test_images_are_what_a_viewer_shows(request, tmp_path, program, case):
     data, left, right = as_viewed()[case]
     (tmp_path / "a").write_bytes(data)
     if program == "infer":
-        image = load_script("infer.py").read_image("image", tmp_path / "a")
+        flags = argparse.Namespace(image=tmp_path / "a", mask=None, control_image=None)
+        image = load_script("infer.py").read_images(flags)["image"]
     else:
         image = request.getfixturevalue(program).open_image({"bytes": data, "path": None})
     assert image.mode == "RGB" and image.size == (8, 8)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -1355,6 +1356,26 @@ def test_closed_pipe_and_narrow_terminal(kit, tmp_path):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert r"c\xe4t-2.png" in done.stdout
     assert all(is_image(tmp_path / f"cät-{index}.png") for index in range(3))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("stdout", "message"),
+    [
+        ("| true", "stopped: nothing reads the output any more\n"),  # gone before the first line
+        ("> /dev/full", "stopped: no output possible: .*No space left.*\n"),
+        (">&-", ""),  # it then generates, silently
+    ],
+)
+def test_stdout_that_takes_nothing(kit, tmp_path, stdout, message):
+    """From the first line on, which comes while it loads: one line, whole images or none."""
+    program = f"{sys.executable} infer.py --device cpu --lora {kit / 'sd15.safetensors'} --steps 1"
+    program += f" --prompt a --output {tmp_path}/x.png {stdout}; exit ${{PIPESTATUS[0]}}"
+    done = run_program("bash", "-c", program)
+    assert re.fullmatch(message, done.stderr), done.stderr
+    assert done.returncode == bool(message) and done.stdout == ""
+    assert [is_image(path) for path in tmp_path.iterdir()] == [True] * (not message)
+    assert run_program("bash", "-c", f"{sys.executable} infer.py --help {stdout}").stderr == ""
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

@@ -66,6 +66,15 @@ def test_what_is_right_is_asked(place, tmp_path):
     assert "refused" in judge(Case("A1", [*fails, *works], six), place)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_program_has_the_last_word(place, tmp_path, closed):
+    """Its own excepthook is called, as Python does: a line of it is no traceback."""
+    says = "lambda *_: print('error: --flag 3: stopped', file=sys.stderr)"
+    text = f"import sys\nsys.excepthook = {says}\nprint('a')\n1 / 0\n"
+    (tmp_path / "x.py").write_text(text)
+    assert judge(Case("D21", [[tmp_path / "x.py"]], names=("--flag",), closed=closed), place) == ""
+
+
 def test_a_seed_deals_the_same_cases():
     """Another seed deals others; none comes twice before all have come; --only keeps to a kind."""
     cases = [odd_inputs.deal(odd_inputs.parse_args(["--seed", seed])) for seed in "112"]

@@ -90,7 +90,7 @@ def program(words, folder, case, pipes):
         print(error.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # a program may have its own, for Ctrl-C and closed pipes
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
