@@ -43,7 +43,7 @@ def load(program, family, folder, dtype=torch.float32, **flags):
         words = {"lora": "x", "prompt": ["a"], "base_model": folder}
         config = flags.pop("teacher_config", None)
         args = infer.parse_args(command_line(words | flags))
-        return infer.load_pipeline(args, str(folder), config and str(config), "cpu", dtype, {})
+        return infer.load_pipeline(str(folder), config and str(config), args, "cpu", dtype, {})
     trainer = importlib.import_module(f"train_lcm_lora_{family}")
     words = {"pretrained_teacher_model": folder, "train_data_dir": "x"}
     args = trainer.parse_args(command_line(words | flags))
