@@ -18,6 +18,7 @@ libraries are loaded once, each command then runs in a fork of this process.
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -38,6 +39,7 @@ import psutil
 from help_formatter import HelpFormatter
 from PIL import Image
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels, unused here
 LIMIT, MEMORY = 120, 6 * 2**30  # seconds and bytes of a command
 
 

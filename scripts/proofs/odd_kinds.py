@@ -500,7 +500,7 @@ def tars(rng, folder, variant):
     """Tar shards in other layouts: every image with its caption, or one line."""
     sources = write_images(folder / "plain", [f"{i}.png" for i in range(4)], metadata=False)
     image, text, flag = ".png", ".txt", "shards.tar"
-    image = {"capitals": ".PNG", "dots": ".v1.png", "jpeg": ".JPEG"}.get(variant, image)
+    image = {"capitals": ".PNG", "jpeg": ".JPEG"}.get(variant, image)
     stem = {"dots": "img.000{}", "folders": "d{}/same", "long names": "n" * 150 + "{}"}
     stem = stem.get(variant, "s{}")
     column, more, parts = rng.choice(["caption", "prompt", "text_en"]), [], []
@@ -1036,8 +1036,9 @@ def precisions(rng, folder, variant):
     if then == "start":
         go_on, check = ["--lora_path", "out", "--output_dir", "out/2"], None
     commands = [first, train(*more, *go_on), infer(lora="out")]
-    number = "G40" if base == "int8" else "G38"
-    return Case(number, commands, lambda folder, text: check(folder, text) if check else "", "work")
+    if base == "int8":  # there is none any more: on CUDA it rounds the activations too
+        return Case("G40", [first], must="refuse", names=("--quantize_base",))
+    return Case("G38", commands, lambda folder, text: check(folder, text) if check else "", "work")
 
 
 # --------------------------------------------------------------------------------- infer.py, paths
