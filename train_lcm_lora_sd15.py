@@ -756,9 +756,7 @@ def check_tokenizer(tokenizer, config, where):
         and eos in (2, ends[1])  # 2: in old configs
     ):
         has = f"{size} tokens of {rows}, length {length:g} of {most}, ends {ids[-1]} of {eos}"
-        advice = (
-            "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json is not its own"
-        )
+        advice = "give its own tokenizer.json (or vocab.json, merges.txt), tokenizer_config.json"
         fail(f"{where} does not fit the text encoder ({has}); {advice}")
 
 
@@ -922,12 +920,12 @@ def open_folder(name, args, _):
     image, caption = args.image_column, args.caption_column
     rows, left = list_folder(name, image, caption, args.output_dir)
     told = [f"{len(some)} {what} (first {some[0]!r:.200})" for what, some in left.items()]
-    told = f"left out: {', '.join(told) or 'nothing'}"
+    told = ", ".join(told) or "nothing"
     if not rows:
         where = f"--image_column {image}, --caption_column {caption}"
-        raise ValueError(f"no captioned image; {told}; {where}")
+        raise ValueError(f"no captioned image; left out: {told}; {where}")
     if left and this_rank() == "0":
-        print(f"data: {told}")
+        print(f"data: left out: {told}")
     kinds = dict.fromkeys(rows[0], datasets.Value("string")) | {image: UNDECODED}
     return datasets.Dataset.from_list(rows, datasets.Features(kinds))
 
@@ -1394,8 +1392,7 @@ def make_loader(records, empty, args, first_step, rank, world):
         samples = Samples(records, empty, args, size * parts * world)
         return torch.utils.data.DataLoader(samples, **options)
     stream = Stream(records, empty, args, first_step * parts, rank, world)
-    limit = args.max_train_samples or workers
-    workers = min(workers, stream.shuffled(0).num_shards, limit)
+    workers = min(workers, stream.shuffled(0).num_shards, args.max_train_samples or workers)
     loader = torch.utils.data.DataLoader(stream, size, num_workers=workers, **options)
     start = first_step * parts % max(1, workers)  # the workers before this one have had their turn
     return itertools.islice(loader, start, start + len(steps) * parts)
@@ -1728,8 +1725,7 @@ def check_record(run, args):
     pairs = {flag: (then["flags"].get(flag), now) for flag, now in run.record.items()}
     changed = {flag: (old, new) for flag, (old, new) in pairs.items() if old != new}
     shown = {flag: f"--{flag} {new} (it was {old})" for flag, (old, new) in changed.items()}
-    refused = [flag for flag in changed if flag not in [*free, *args.allow_changed]]
-    if refused:
+    if refused := [flag for flag in changed if flag not in [*free, *args.allow_changed]]:
         flags = ", ".join(shown[flag] for flag in refused)
         how = f"give what it was, or --allow_changed {' '.join(refused)}, or another --output_dir"
         fail(f"--resume_from_checkpoint {run.resumed} is of another run: {flags}; {how}")
@@ -1861,9 +1857,9 @@ class Log:
             part.replace(path)
             self.file = path.open("a", buffering=1)
             libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
+            versions = {library.__name__: library.__version__ for library in libraries}
             about = {"arguments": vars(args), "processes": run.accelerator.num_processes}
-            about["versions"] = {library.__name__: library.__version__ for library in libraries}
-            about["versions"]["python"] = platform.python_version()
+            about["versions"] = versions | {"python": platform.python_version()}
             (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         last = rows[-1] if rows else {}
         self.skipped, self.overflows = last.get("skipped", 0), last.get("overflows", 0)
@@ -2124,9 +2120,6 @@ def set_up(args):
         check_stamp(folder, columns, args)
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(run.schedule.alpha))
     run.timesteps = timesteps.to(accelerator.device)
-    size = f"{pipe.unet.num_parameters() / 1e6:.2f}M parameters, {pipe.unet.dtype}"
-    size += f", {run.schedule.prediction_type}; {args.num_ddim_timesteps} DDIM timesteps"
-    accelerator.print(f"teacher: {args.pretrained_teacher_model}, {size}")
     run.record = make_record(run, args)
     if run.resumed:
         check_record(run, args)
@@ -2147,14 +2140,16 @@ def set_up(args):
     run.ema = None if args.ema_decay is None else EMAModel(run.trained, decay=args.ema_decay)
     if run.resumed:
         load_state(run)
-    millions = sum(p.numel() for p in run.trained) / 1e6
+    base, lora = pipe.unet.num_parameters() / 1e6, sum(p.numel() for p in run.trained) / 1e6
+    kind = f"{pipe.unet.dtype}, {run.schedule.prediction_type}"
     length = "streamed" if args.streaming else len(records)
     batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated"
     resumed = f", resumed from {run.resumed}" if run.resumed else ""
     shown = f"validation images every {args.validation_steps}"
     shown = shown if run.prompts else "no validation images without --validation_prompts"
     accelerator.print(f"""\
-LoRA: {len(lora_layers(run.target))} layers of rank {args.lora_rank}, {millions:.2f}M parameters
+teacher: {base:.2f}M parameters, {kind}; {args.num_ddim_timesteps} DDIM timesteps
+LoRA: {len(lora_layers(run.target))} layers of rank {args.lora_rank}, {lora:.2f}M parameters
 data: {length} images, in a step {batch} x {accelerator.num_processes} processes
 steps: {run.step} to {args.max_train_steps}{resumed}
 a checkpoint every {args.checkpointing_steps} steps and at the end, {shown}""")
@@ -2185,8 +2180,9 @@ def distil(args):
         log.bar.close()
     if number:
         name = "--max_train_hours" if number == OUT_OF_TIME else signal.Signals(number).name
-        resume = ["--resume_from_checkpoint", "latest"]
-        command = shlex.join([*launched_by, *resume * (args.resume_from_checkpoint != "latest")])
+        if args.resume_from_checkpoint != "latest":
+            launched_by += ["--resume_from_checkpoint", "latest"]
+        command = shlex.join(launched_by)
         accelerator.print(f"stopped by {name} after step {run.step}; resume with: {command}")
         accelerator.end_training()
         raise SystemExit(128 + number)
