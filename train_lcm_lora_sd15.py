@@ -281,7 +281,7 @@ def check_args(args):
     if args.teacher_config and not is_one_file(name):
         fail("--teacher_config is for a teacher in one .safetensors file; leave it out")
     if args.hub_model_id and not args.push_to_hub:
-        fail("--hub_model_id needs --push_to_hub: give both or neither")
+        fail("--hub_model_id: nothing is uploaded without --push_to_hub; give both or neither")
     if unknown := {*args.allow_changed} - {*vars(args), "processes"}:
         fail(f"--allow_changed {' '.join(unknown)}: no such flag; give names as learning_rate")
     if args.w_min > args.w_max:
@@ -932,6 +932,7 @@ def open_folder(name, args, _):
 
 def open_dataset(name, args, options):
     """--dataset_name: of the hub, a parquet folder, of save_to_disk or encode_data.py."""
+    encoded = encoded_folder(args)
     if Path(name, "dataset_info.json").exists():
         data = datasets.load_from_disk(name)
     elif os.path.isdir(name) and glob.escape(name) != name:
@@ -942,7 +943,7 @@ def open_dataset(name, args, options):
             raise ValueError(f"it is no parquet folder but holds {data.info.builder_name}")
     if data.features is None:
         fail(f"--dataset_name {name}: streamed, its columns are not known; give --no-streaming")
-    if encoded_folder(args):
+    if encoded:
         data = data.with_format("torch")
     else:
         check_columns(data, args)
@@ -1173,10 +1174,9 @@ def to_record(row, number, args):
             if args.caption_column not in value:
                 raise ValueError(f"--caption_column {args.caption_column}: has {', '.join(value)}")
             value = value[args.caption_column]
-        texts = [
-            text for text in (value if isinstance(value, list) else [value]) if text is not None
-        ]
-        texts = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in texts]
+        value = value if isinstance(value, list) else [value]
+        texts = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in value]
+        texts = [text for text in texts if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a caption is not text")
         "".join(texts).encode()  # not half a surrogate pair, which no tokenizer takes
@@ -1545,7 +1545,7 @@ def save_lora(run, folder, args):
         if wrong:
             what = f"{len(wrong)} of {len(layers)} layers are missing or differ, first {wrong[0]}"
             fail(f"{file}: as diffusers loads it, {what}")
-        for path, part in reversed(parts.items()):  # the LoRA file last: then all are there
+        for path, part in parts.items():
             flush_to_disk(part)
             part.replace(path)
     finally:  # of a save that failed
@@ -1647,7 +1647,7 @@ def save_checkpoint(run, args):
                 name = path.relative_to(part).as_posix()
                 about[name] = path.stat().st_size, file_digest(path)
             (part / MANIFEST).write_text(json.dumps(about, indent=2) + "\n")
-            for path in [*part.rglob("*"), part]:
+            for path in part / STATE_FILE, part / RECORD_FILE, part / MANIFEST, part / "unet", part:
                 flush_to_disk(path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -1756,8 +1756,9 @@ def load_state(run):
 
 def is_done(run, args):
     """Whether a resumed run has nothing left to do: the LoRA of its last step is there."""
-    file = Path(args.output_dir, LORA_FILE)
-    if not run.resumed or run.step < args.max_train_steps or not file.exists():
+    file, folder = Path(args.output_dir, LORA_FILE), Path(args.output_dir, "unet", PEFT_FILE)
+    whole = file.exists() and folder.exists()
+    if not run.resumed or run.step < args.max_train_steps or not whole:
         return False
     with or_fail(f"{file}: it cannot be read", "delete it, and resume"), safe_open(file, "pt") as f:
         return (f.metadata() or {}).get("step") == str(run.step)
