@@ -129,10 +129,11 @@ def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from `low` to `high`."""
 
     def check(text):
-        if not low <= kind(text) <= high or kind(text) == math.inf:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
             allowed = f"a finite number from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is not allowed: give {allowed}")
-        return kind(text)
+        return value
 
     check.__name__ = kind.__name__  # argparse names it in its own message
     return check
@@ -267,7 +268,7 @@ def parse_args(argv=None):
             fail(f"--{flag} is empty; give a value or leave it out")
         if isinstance(value, str) and value.startswith("~"):  # where no shell has replaced it
             setattr(args, flag, os.path.expanduser(value))
-    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    args.lora_alpha = args.lora_alpha or args.lora_rank
     check_args(args)
     return args
 
@@ -368,7 +369,11 @@ class NoiseSchedule:
             fail(f"the teacher's scheduler is {name}: only schedules of betas can be distilled")
         kinds = "beta_schedule may be linear, scaled_linear or squaredcos_cap_v2"
         with or_fail("the teacher's scheduler config cannot be used", kinds):
-            alpha_bar = LCMScheduler.from_config(config).alphas_cumprod.double()
+            scheduler = LCMScheduler.from_config(config)
+            alpha_bar = scheduler.alphas_cumprod.double()
+            total = scheduler.config.num_train_timesteps
+            if len(alpha_bar) != total or not (alpha_bar.diff() < 0).all():
+                raise ValueError(f"its betas are not {total} numbers between 0 and 1")
         if kind == "epsilon" and alpha_bar[-1] <= 0:
             both = "prediction_type = 'epsilon' and rescale_betas_zero_snr = true"
             why = "at the last timestep nothing is left of the image; it needs v_prediction"
@@ -578,7 +583,6 @@ def train(run, batches, log, stop, args):
     """Algorithm 1 on micro-batches, from step `run.step` on; what it was stopped by, or None."""
     accelerator, losses, names = run.accelerator, [], []
     for batch in batches:
-        check_batch(batch)
         log.warn_of(batch["unusable"])
         with accelerator.accumulate(run.student):
             # (x, c) ~ data;  z = E(x);  noise ~ N(0, I);  t_nk ~ timesteps;  omega ~ U
@@ -661,16 +665,17 @@ def open_part(part, name, dtype, skip, **options):
 def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
     """The teacher, from a folder, the hub or one file; without the weights of the parts `skip`."""
     name, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
-    flag, common = f"--pretrained_teacher_model {name}", {"cache_dir": args.cache_dir}
+    one_file, common = is_one_file(name), {"cache_dir": args.cache_dir}
     advice = "give a diffusers folder with safetensors weights or a hub id"
     if vae:
         with or_fail(f"--pretrained_vae_model_name_or_path {vae}: cannot be loaded", advice):
             options["vae"] = open_part("vae", vae, dtype, skip, **common)
-    advice += ", or a .safetensors file"
-    if is_one_file(name):
-        flag += f" with --teacher_config {args.teacher_config or '(not given)'}"
-        advice = "give a folder or hub id with configs and tokenizers of this kind of model there"
     common["revision"] = args.teacher_revision
+    flag, configs = f"--pretrained_teacher_model {name}", args.teacher_config if one_file else name
+    advice += ", or a .safetensors file"
+    if one_file:
+        flag += f" with --teacher_config {configs or '(not given)'}"
+        advice = "give a folder or hub id with configs and tokenizers of this kind of model there"
     with or_fail(f"{flag}: cannot be loaded", advice):
         parts = teacher_parts(args)
         has = {"unet", *TEXT_ENCODERS} & {*parts}
@@ -680,22 +685,14 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
             fail(f"{flag}: it has {both[0]}, needed is {both[1]}; another layout takes {other}")
         if "vae" not in [*parts, *options]:
             fail(f"{flag}: it holds no VAE; name one with --pretrained_vae_model_name_or_path")
-        if configs := args.teacher_config if is_one_file(name) else name:
+        if configs:
             # only its betas are needed, not its class, which may take further libraries
             config = LCMScheduler.load_config(configs, subfolder="scheduler", **common)
-            alpha = NoiseSchedule(config, "cpu").alpha
-            scheduler, options["scheduler"] = LCMScheduler.from_config(config), None
-            total = scheduler.config.num_train_timesteps
-            if len(alpha) != total or not (alpha.diff() < 0).all():
-                raise ValueError(f"its betas are not {total} numbers between 0 and 1")
-        if is_one_file(name):
+            NoiseSchedule(config, "cpu")  # ends the run where it cannot be used
+            options["scheduler"] = None
+        if one_file:
             more = common | {"dtype": dtype, "config": configs}
             pipe = pipeline_class.from_single_file(name, **options, **more)
-            if configs:
-                pipe.register_modules(scheduler=scheduler)
-            check_one_file(name, pipe, parts.count("unet"), skip)
-            for part in needed & skip:
-                setattr(pipe, part, None)
         else:
             options |= dict.fromkeys(needed & skip)
             more = common | {"variant": args.variant, "use_safetensors": True}
@@ -708,14 +705,19 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
                     place["variant"] = args.variant  # some parts may have no such variant
                 options[part] = open_part(part, folder, dtype, skip, **place)
             pipe = pipeline_class.from_pretrained(folder, **options, **more)
-            pipe.register_modules(scheduler=scheduler)
+        if configs:
+            pipe.register_modules(scheduler=LCMScheduler.from_config(config))
+        if one_file:
+            check_one_file(name, pipe, parts.count("unet"), skip)
+    for part in needed & skip:
+        setattr(pipe, part, None)
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if pipe.vae.config.get(key):
             fail(f"{flag}: its VAE has {key}, but latents are only scaled here; give another VAE")
-    for number in ("", "_2"):
-        if encoder := getattr(pipe, f"text_encoder{number}", None):
-            where = f"{flag}: tokenizer{number}"
-            check_tokenizer(getattr(pipe, f"tokenizer{number}"), encoder.config, where)
+    for part in sorted(needed - skip - {"unet"}):
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        encoder = getattr(pipe, part).config
+        check_tokenizer(getattr(pipe, tokenizer), encoder, f"{flag}: {tokenizer}")
     return pipe
 
 
@@ -754,9 +756,7 @@ def check_tokenizer(tokenizer, config, where):
         and eos in (2, ends[1])  # 2: in old configs
     ):
         has = f"{size} tokens of {rows}, length {length:g} of {most}, ends {ids[-1]} of {eos}"
-        advice = (
-            "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json is not its own"
-        )
+        advice = "give its own tokenizer.json (or vocab.json, merges.txt), tokenizer_config.json"
         fail(f"{where} does not fit the text encoder ({has}); {advice}")
 
 
@@ -806,8 +806,7 @@ def quantize_linears(unet):
 def share_weights(unet):
     """Another UNet object over the very same parameters: a LoRA in one is not in the other."""
     shared = [*unet.parameters(), *unet.buffers()]
-    scales = [vars(module).get("quant_state") for module in unet.modules()]  # of quantized ones
-    shared += [scale for scale in scales if scale]
+    shared += [vars(module).get("quant_state") for module in unet.modules()]  # of quantized ones
     return copy.deepcopy(unet, {id(thing): thing for thing in shared})
 
 
@@ -879,6 +878,7 @@ TAR_FIELDS = datasets.Features(
     dict.fromkeys(["image", *CAPTIONS], datasets.Value("binary"))
     | dict.fromkeys(["__key__", "__url__"], datasets.Value("string"))
 )
+UNDECODED = datasets.Image(decode=False)
 CAPTION_FILE = "caption file"  # the column of a folder's caption files
 METADATA, CAPTION_FILES = ("metadata.jsonl", "metadata.csv"), (".txt", ".caption")
 ELSEWHERE = (
@@ -895,58 +895,75 @@ def load_records(args):
 
     `to_record` brings a row into the one shape that all else knows.
     """
-    flags = ("train_data_dir", "dataset_name", "train_shards_path_or_url")
-    flag, name = next((flag, vars(args)[flag]) for flag in flags if vars(args)[flag])
+    sources = {
+        "train_data_dir": open_folder,
+        "dataset_name": open_dataset,
+        "train_shards_path_or_url": open_tars,
+    }
+    flag = next(flag for flag in sources if vars(args)[flag])
+    name, limit = vars(args)[flag], args.max_train_samples
     options = {"cache_dir": args.cache_dir, "split": "train", "streaming": args.streaming}
-    limit, encoded, tars = args.max_train_samples, encoded_folder(args), flag == flags[-1]
     with or_fail(f"--{flag} {name}: cannot be opened", ELSEWHERE):
-        if tars:
-            names = [name] if os.path.exists(name) else braceexpand(name)
-            files = [glob.escape(file) if os.path.exists(file) else file for file in names]
-            options["features"] = TAR_FIELDS
-            options["data_files"] = [f"{files[0]}/**/*.tar"] if os.path.isdir(name) else files
-            if os.path.isdir(name) and not any(Path(name).glob("**/*.tar")):
-                raise FileNotFoundError("no .tar file in it")
-            data, limit = datasets.load_dataset("webdataset", **options), None
-        elif flag == "train_data_dir":
-            columns = args.image_column, args.caption_column
-            rows, left = list_folder(name, *columns, args.output_dir)
-            told = [
-                f"{len(all)} {what} (first {all[0]!r:.200})" for what, all in left.items() if all
-            ]
-            told = f"left out: {', '.join(told) or 'nothing'}"
-            if not rows:
-                where = f"--image_column {columns[0]}, --caption_column {columns[1]}"
-                raise ValueError(f"no captioned image; {told}; {where}")
-            if any(left.values()) and this_rank() == "0":
-                print(f"data: {told}")
-            kinds = dict.fromkeys(rows[0], datasets.Value("string"))
-            kinds[args.image_column] = datasets.Image(decode=False)
-            data = datasets.Dataset.from_list(rows, datasets.Features(kinds))
-        elif Path(name, "dataset_info.json").exists():  # of save_to_disk or encode_data.py
-            data = datasets.load_from_disk(name)
-            data = data.with_format("torch") if encoded else data
-        elif os.path.isdir(name) and glob.escape(name) != name:
-            raise ValueError("`datasets` would read its name as a pattern: rename it")
-        else:
-            data = datasets.load_dataset(name, args.dataset_config_name, **options)
-            if os.path.isdir(name) and data.info.builder_name not in ("parquet", "arrow"):
-                raise ValueError(f"it is no parquet folder but holds {data.info.builder_name}")
-        if args.streaming and isinstance(data, datasets.Dataset):
-            data = data.to_iterable_dataset()
+        data = sources[flag](name, args, options)
+        if not args.streaming and not len(data):
+            raise ValueError("no records")
+    if flag == "train_shards_path_or_url":
+        return data  # all of them: --max_train_samples is the length of an epoch
+    if isinstance(data, datasets.Dataset):
+        data = data.select(range(len(data))[:limit])
+        return data.to_iterable_dataset() if args.streaming else data
+    return data.take(limit) if limit else data
+
+
+def open_folder(name, args, _):
+    """The captioned images of --train_data_dir; says what it leaves out."""
+    image, caption = args.image_column, args.caption_column
+    rows, left = list_folder(name, image, caption, args.output_dir)
+    told = [f"{len(some)} {what} (first {some[0]!r:.200})" for what, some in left.items()]
+    told = ", ".join(told) or "nothing"
+    if not rows:
+        where = f"--image_column {image}, --caption_column {caption}"
+        raise ValueError(f"no captioned image; left out: {told}; {where}")
+    if left and this_rank() == "0":
+        print(f"data: left out: {told}")
+    kinds = dict.fromkeys(rows[0], datasets.Value("string")) | {image: UNDECODED}
+    return datasets.Dataset.from_list(rows, datasets.Features(kinds))
+
+
+def open_dataset(name, args, options):
+    """--dataset_name: of the hub, a parquet folder, of save_to_disk or encode_data.py."""
+    encoded = encoded_folder(args)
+    if Path(name, "dataset_info.json").exists():
+        data = datasets.load_from_disk(name)
+    elif os.path.isdir(name) and glob.escape(name) != name:
+        raise ValueError("`datasets` would read its name as a pattern: rename it")
+    else:
+        data = datasets.load_dataset(name, args.dataset_config_name, **options)
+        if os.path.isdir(name) and data.info.builder_name not in ("parquet", "arrow"):
+            raise ValueError(f"it is no parquet folder but holds {data.info.builder_name}")
     if data.features is None:
-        fail(f"--{flag} {name}: streamed, its columns are not known; give --no-streaming")
-    if flag == "dataset_name" and not encoded:
+        fail(f"--dataset_name {name}: streamed, its columns are not known; give --no-streaming")
+    if encoded:
+        data = data.with_format("torch")
+    else:
         check_columns(data, args)
         data = data.select_columns([args.image_column, args.caption_column])
     for column, kind in data.features.items():
-        if isinstance(kind, datasets.Image) or tars and column == "image":
-            data = data.cast_column(column, datasets.Image(decode=False))
-    if args.streaming:
-        return data.take(limit) if limit else data
-    if len(data) == 0:
-        fail(f"--{flag} {name}: it holds no images")
-    return data.select(range(len(data))[:limit])
+        if isinstance(kind, datasets.Image):
+            data = data.cast_column(column, UNDECODED)
+    return data
+
+
+def open_tars(name, args, options):
+    """The tars of --train_shards_path_or_url."""
+    files = [name] if os.path.exists(name) else braceexpand(name)
+    if os.path.isdir(name):
+        files = [path for path in walk(name, set()) if path.endswith(".tar")]
+        if not files:
+            raise FileNotFoundError("no .tar file in it")
+    files = [glob.escape(file) if os.path.exists(file) else file for file in files]
+    options |= {"data_files": files, "features": TAR_FIELDS}
+    return datasets.load_dataset("webdataset", **options).cast_column("image", UNDECODED)
 
 
 def walk(folder, seen):
@@ -998,7 +1015,7 @@ def list_folder(folder, image_column, caption_column, skip):
             left["images without a caption"].append(path)
         used |= {path, text}
     left["other files"] = sorted({*files} - used)
-    return rows, left
+    return rows, {what: some for what, some in left.items() if some}
 
 
 def tar_records(tar, files):
@@ -1032,11 +1049,12 @@ def check_columns(data, args):
         if column not in data.features:
             has = ", ".join(data.column_names)
             fail(f"--{flag} {column}: the data have no such column, only {has}")
-        kind, images = data.features[column], flag == "image_column"
-        if not (
-            isinstance(kind, datasets.Image) if images else getattr(kind, "feature", kind) in texts
-        ):
-            wanted = "images: scripts/prepare_data.py reads paths and URLs" if images else "texts"
+        kind, wanted = data.features[column], "texts"
+        fits = getattr(kind, "feature", kind) in texts
+        if flag == "image_column":
+            wanted = "images: scripts/prepare_data.py reads paths and URLs"
+            fits = isinstance(kind, datasets.Image)
+        if not fits:
             fail(f"--{flag} {column}: a column of {kind}, not of {wanted}")
 
 
@@ -1065,7 +1083,7 @@ def file_digest(path, whole=True):
 def identity(parts, *names):
     """What tells the weights of some models' parts from others': a hash; of a hub id the id."""
     lines = []
-    for path in (Path(name) for name in names if name):
+    for path in map(Path, filter(None, names)):
         found = [path] if path.is_file() else [file for part in parts for file in path.glob(part)]
         known = [file for file in found if file.suffix in (".safetensors", ".json", ".txt")]
         lines += [f"{file.name} {file_digest(file, False)}" for file in known]  # it may move
@@ -1117,6 +1135,12 @@ class UnusableRecord(Exception):
     """A record that cannot be trained on: its name and why."""
 
 
+def none_usable(unusable):
+    """The error where not one record can be used."""
+    first = f", the first: {unusable[0]}" if unusable else ""
+    return UnusableRecord(f"not one record of the data can be used{first}")
+
+
 @contextlib.contextmanager
 def or_unusable(name):
     """A block in which any error makes a record unusable: Pillow raises countless kinds."""
@@ -1150,10 +1174,9 @@ def to_record(row, number, args):
             if args.caption_column not in value:
                 raise ValueError(f"--caption_column {args.caption_column}: has {', '.join(value)}")
             value = value[args.caption_column]
-        texts = [
-            text for text in (value if isinstance(value, list) else [value]) if text is not None
-        ]
-        texts = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in texts]
+        value = value if isinstance(value, list) else [value]
+        texts = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in value]
+        texts = [text for text in texts if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a caption is not text")
         "".join(texts).encode()  # not half a surrogate pair, which no tokenizer takes
@@ -1231,10 +1254,8 @@ def make_sample(record, step, place, empty, args):
         with or_unusable(record["name"]):
             image = open_image(record["image"])
         sample = prepare_image(image, crop, flip, args)
-    i, dropped = (
-        int(caption[1] * len(record["captions"])),
-        caption[0] < args.proportion_empty_prompts,
-    )
+    i = int(caption[1] * len(record["captions"]))
+    dropped = caption[0] < args.proportion_empty_prompts
     sample["caption"] = "" if dropped else record["captions"][i]
     names = {"prompt", "text_embeds"} & record.keys()
     sample |= {name: empty[name] if dropped else record[name][i] for name in names}
@@ -1270,7 +1291,7 @@ class Samples(torch.utils.data.Dataset):
                 return sample | {"unusable": unusable}
             except UnusableRecord as error:
                 unusable.append(str(error))
-        return {"unusable": unusable}
+        raise none_usable(unusable)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -1320,24 +1341,15 @@ class Stream(torch.utils.data.IterableDataset):
                 except UnusableRecord as error:
                     unusable.append(str(error))
             if len(waiting) >= position - first:  # not one usable record in all of the epoch
-                yield from ({"unusable": unusable} for _ in range(size))
+                raise none_usable(unusable)
 
 
 def collate(samples):
-    """A batch: tensors stacked, all else in lists; only `unusable` if no sample could be made."""
+    """A batch: tensors stacked, all else in lists."""
     unusable = [why for sample in samples for why in sample.pop("unusable")]
-    if not all(samples):
-        return {"unusable": unusable}
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
     batch = {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in batch.items()}
     return batch | {"unusable": unusable}
-
-
-def check_batch(batch):
-    """End the run where not one record can be used."""
-    if "place" not in batch:
-        first = f", the first: {batch['unusable'][0]}" if batch["unusable"] else ""
-        fail(f"not one record of the data can be used{first}", this_rank())
 
 
 def start_reader(_):
@@ -1348,6 +1360,9 @@ def start_reader(_):
 
 def or_end(batches, save):
     """The batches; the run is saved and ends with one line where there are no more to be had."""
+    batches = iter(batches)  # starts the readers
+    if hasattr(signal, "SIGCHLD"):  # one that dies ends the run between steps, not in one
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
     except UnusableRecord as error:  # of a worker: the last line, under its traceback
@@ -1371,16 +1386,13 @@ def make_loader(records, empty, args, first_step, rank, world):
     workers, steps = args.dataloader_num_workers, range(first_step, args.max_train_steps)
     options = {"collate_fn": collate, "worker_init_fn": start_reader}
     if not args.streaming:
-        places = [
-            range((rank * parts + i) * size, (rank * parts + i + 1) * size) for i in range(parts)
-        ]
-        batches = ([(step, place) for place in some] for step in steps for some in places)
+        places = np.arange(parts * size).reshape(parts, size) + rank * parts * size
+        batches = ([(step, place) for place in some] for step in steps for some in places.tolist())
         options |= {"batch_sampler": batches, "num_workers": workers}
         samples = Samples(records, empty, args, size * parts * world)
         return torch.utils.data.DataLoader(samples, **options)
     stream = Stream(records, empty, args, first_step * parts, rank, world)
-    limit = args.max_train_samples or workers
-    workers = min(workers, stream.shuffled(0).num_shards, limit)
+    workers = min(workers, stream.shuffled(0).num_shards, args.max_train_samples or workers)
     loader = torch.utils.data.DataLoader(stream, size, num_workers=workers, **options)
     start = first_step * parts % max(1, workers)  # the workers before this one have had their turn
     return itertools.islice(loader, start, start + len(steps) * parts)
@@ -1432,8 +1444,11 @@ def header(pipe, args, step):
     settings = {k: v for k, v in vars(args).items() if k not in NOT_IN_HEADER}
     settings |= {k: base_name(settings[k]) for k in PATHS_IN_HEADER if settings[k]}
     unet, base = pipe.unet.config, args.pretrained_teacher_model
-    width = unet.cross_attention_dim
+    width, name = unet.cross_attention_dim, base_name(base)
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon").removesuffix("_prediction")
+    version, architecture = BASES.get((width, prediction), (None, f"{FAMILY}-{width}"))
+    if version and unet.reverse_transformer_layers_per_block:  # which A1111 files under SDXL
+        architecture = "segmind-stable-diffusion-1b"
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
@@ -1441,18 +1456,15 @@ def header(pipe, args, step):
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
     spec = {"sai_model_spec": "1.0.0", "prediction_type": prediction}
     spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
-    spec |= {"title": f"LCM-LoRA of {base_name(base)}", "architecture": f"{FAMILY}-{width}/lora"}
+    spec |= {"title": f"LCM-LoRA of {name}", "architecture": f"{architecture}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
     spec |= {"usage_hint": "LCM sampler, 4 steps (1 to 8), CFG scale 1"}
     kohya = {"network_module": "networks.lora", "network_dim": args.lora_rank, "steps": step}
-    kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": base_name(base)}
+    kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": name}
     kohya["output_name"] = Path(args.output_dir).resolve().name  # by which A1111 lists it
     kohya |= {k: settings[k] for k in ("learning_rate", "mixed_precision")}
-    if known := BASES.get((width, prediction)):
-        kohya |= {"base_model_version": known[0], "v2": known[0].startswith("sd_v2")}
-        # SSD-1B, which A1111 files under SDXL
-        ssd = unet.reverse_transformer_layers_per_block and "segmind-stable-diffusion-1b"
-        spec["architecture"] = f"{ssd or known[1]}/lora"
+    if version:
+        kohya |= {"base_model_version": version, "v2": version.startswith("sd_v2")}
     about |= {f"modelspec.{k}": v for k, v in spec.items()}
     about |= {f"ss_{k}": v for k, v in kohya.items()}
     return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in about.items()}
@@ -1576,20 +1588,17 @@ NO_CHANGE = (
 # Nor these where as many images are in a step; streamed data are read in other portions by them
 PORTIONS = "train_batch_size gradient_accumulation_steps processes dataloader_num_workers".split()
 # As many of these as the system has
-STOP_SIGNALS = [vars(signal).get(f"SIG{name}") for name in "INT TERM USR1 HUP BREAK".split()]
-STOP_SIGNALS = [number for number in STOP_SIGNALS if number]
+STOP_SIGNALS = [one for one in signal.Signals if one.name[3:] in "INT TERM USR1 HUP BREAK".split()]
 HANG_UP = vars(signal).get("SIGHUP", signal.SIGTERM)
 OUT_OF_TIME = 14  # what --max_train_hours stops with, the number of SIGALRM
 
 
 def find_launcher():
     """The number of the launcher that started this process; None for a shell, which may log out."""
-    known = ("launch", "torchrun", "torch.distributed.run")
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:  # none is seen, such as from the first process of a container
-        return None
-    return os.getppid() if any(word.endswith(known) for word in words) else None
+    known, parent = ("launch", "torchrun", "torch.distributed.run"), os.getppid()
+    with contextlib.suppress(psutil.Error):  # not seen by the first process of a container
+        words = psutil.Process(parent).cmdline()
+        return parent if any(word.endswith(known) for word in words) else None
 
 
 LAUNCHER = find_launcher()
@@ -1604,18 +1613,17 @@ def checkpoints(output_dir):
 
 def flush_to_disk(path):
     """What was written to a file or folder survives a power cut from here on."""
-    if path.is_file():
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
-    elif hasattr(os, "O_DIRECTORY"):  # else folders cannot be opened
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:  # some network file systems cannot do it for folders
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        finally:
-            os.close(descriptor)
+    is_folder = path.is_dir()
+    if is_folder and not hasattr(os, "O_DIRECTORY"):  # then folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot do it for folders
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save_checkpoint(run, args):
@@ -1635,7 +1643,7 @@ def save_checkpoint(run, args):
             record |= {"flags": run.record, "changes": run.changes}
             (part / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
             about = {}
-            for path in [path for path in part.rglob("*") if path.is_file()]:
+            for path in filter(Path.is_file, part.rglob("*")):
                 name = path.relative_to(part).as_posix()
                 about[name] = path.stat().st_size, file_digest(path)
             (part / MANIFEST).write_text(json.dumps(about, indent=2) + "\n")
@@ -1672,13 +1680,13 @@ def damage(folder):
 def find_checkpoint(args):
     """The folder that --resume_from_checkpoint means, or None where `latest` has none yet."""
     name, found = args.resume_from_checkpoint, checkpoints(args.output_dir)
-    lora = [path for path in [Path(args.output_dir, LORA_FILE)] if path.exists()]
-    if name is None and (found or lora):
+    lora, holds = Path(args.output_dir, LORA_FILE), f"--output_dir {args.output_dir}: it holds"
+    if name is None and (found or lora.exists()):
         how = "resume with --resume_from_checkpoint latest, or choose another folder"
-        fail(f"--output_dir {args.output_dir}: it holds {(found or lora)[-1].name}; {how}")
-    if name == "latest" and lora and not found:
-        how = "no checkpoint to go on from; choose another folder, or start from it by --lora_path"
-        fail(f"--output_dir {args.output_dir}: it holds a finished LoRA, but {how}")
+        fail(f"{holds} {[lora, *found][-1].name}; {how}")
+    if name == "latest" and lora.exists() and not found:
+        how = "choose another folder, or start from it by --lora_path"
+        fail(f"{holds} a finished LoRA, but no checkpoint to go on from; {how}")
     tried = found if name == "latest" else [Path(name)] if name else []
     for folder in reversed(tried):
         if not (why := damage(folder)):
@@ -1714,14 +1722,10 @@ def check_record(run, args):
         free.append("max_train_steps")
     if then["global_batch"] == run.global_batch and not args.streaming:
         free += PORTIONS
-    changed = {
-        flag: (then["flags"].get(flag), value)
-        for flag, value in run.record.items()
-        if then["flags"].get(flag) != value
-    }
+    pairs = {flag: (then["flags"].get(flag), now) for flag, now in run.record.items()}
+    changed = {flag: (old, new) for flag, (old, new) in pairs.items() if old != new}
     shown = {flag: f"--{flag} {new} (it was {old})" for flag, (old, new) in changed.items()}
-    refused = [flag for flag in changed if flag not in [*free, *args.allow_changed]]
-    if refused:
+    if refused := [flag for flag in changed if flag not in [*free, *args.allow_changed]]:
         flags = ", ".join(shown[flag] for flag in refused)
         how = f"give what it was, or --allow_changed {' '.join(refused)}, or another --output_dir"
         fail(f"--resume_from_checkpoint {run.resumed} is of another run: {flags}; {how}")
@@ -1854,9 +1858,9 @@ class Log:
             part.replace(path)
             self.file = path.open("a", buffering=1)
             libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
+            versions = {library.__name__: library.__version__ for library in libraries}
             about = {"arguments": vars(args), "processes": run.accelerator.num_processes}
-            about["versions"] = {library.__name__: library.__version__ for library in libraries}
-            about["versions"]["python"] = platform.python_version()
+            about["versions"] = versions | {"python": platform.python_version()}
             (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         last = rows[-1] if rows else {}
         self.skipped, self.overflows = last.get("skipped", 0), last.get("overflows", 0)
@@ -1953,14 +1957,11 @@ def write_card(run, args):
     # What others read has no paths of this machine
     given, place = (base, args.hub_model_id) if args.push_to_hub else (teacher, args.output_dir)
     opener = "from_single_file" if is_one_file(teacher) else "from_pretrained"
-    prompts, image = (
-        args.validation_prompts or ["a red apple"],
-        f"validation/step-{run.step:06d}.png",
-    )
-    shown = [
-        f"\n![The prompts below in 4 steps]({image})\n",
-        *(f"- {prompt}" for prompt in prompts),
-    ]
+    prompts = args.validation_prompts or ["a red apple"]
+    image, shown = f"validation/step-{run.step:06d}.png", ""
+    if (folder / image).is_file():
+        lines = [f"\n![The prompts below in 4 steps]({image})\n", *prompts]
+        shown = "\n- ".join(lines) + "\n"
     layout = "stable-diffusion-xl" if FAMILY == "sdxl" else "stable-diffusion"
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     about |= {"tags": ["lcm", "lora", "lcm-lora", layout]}
@@ -1976,7 +1977,7 @@ Generates images in 1 to 8 steps without guidance. Made from {base} by {Path(__f
 {args.gradient_accumulation_steps}, learning rate {args.learning_rate:g}, rank {args.lora_rank},
 alpha {args.lora_alpha:g}, omega {args.w_min:g} to {args.w_max:g}, {args.num_ddim_timesteps} DDIM
 steps, {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
-{chr(10).join([*shown, ""]) if (folder / image).is_file() else ""}
+{shown}
 ```python
 from diffusers import {kind}, LCMScheduler
 
@@ -2120,9 +2121,6 @@ def set_up(args):
         check_stamp(folder, columns, args)
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(run.schedule.alpha))
     run.timesteps = timesteps.to(accelerator.device)
-    size = f"{pipe.unet.num_parameters() / 1e6:.2f}M parameters, {pipe.unet.dtype}"
-    size += f", {run.schedule.prediction_type}; {args.num_ddim_timesteps} DDIM timesteps"
-    accelerator.print(f"teacher: {args.pretrained_teacher_model}, {size}")
     run.record = make_record(run, args)
     if run.resumed:
         check_record(run, args)
@@ -2143,21 +2141,19 @@ def set_up(args):
     run.ema = None if args.ema_decay is None else EMAModel(run.trained, decay=args.ema_decay)
     if run.resumed:
         load_state(run)
-    lora = f"rank {args.lora_rank}, {sum(p.numel() for p in run.trained) / 1e6:.2f}M parameters"
-    accelerator.print(f"LoRA: {len(lora_layers(run.target))} layers of {lora}")
-    batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated"
-    batch += f" x {accelerator.num_processes} processes"
+    base, lora = pipe.unet.num_parameters() / 1e6, sum(p.numel() for p in run.trained) / 1e6
+    kind = f"{pipe.unet.dtype}, {run.schedule.prediction_type}"
     length = "streamed" if args.streaming else len(records)
-    accelerator.print(f"data: {length} images, in a step {batch}")
+    batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated"
     resumed = f", resumed from {run.resumed}" if run.resumed else ""
-    accelerator.print(f"steps: {run.step} to {args.max_train_steps}{resumed}")
-    every = f"a checkpoint every {args.checkpointing_steps} steps and at the end, "
-    every += (
-        f"validation images every {args.validation_steps}"
-        if run.prompts
-        else ("no validation images without --validation_prompts")
-    )
-    accelerator.print(every)
+    shown = f"validation images every {args.validation_steps}"
+    shown = shown if run.prompts else "no validation images without --validation_prompts"
+    accelerator.print(f"""\
+teacher: {base:.2f}M parameters, {kind}; {args.num_ddim_timesteps} DDIM timesteps
+LoRA: {len(lora_layers(run.target))} layers of rank {args.lora_rank}, {lora:.2f}M parameters
+data: {length} images, in a step {batch} x {accelerator.num_processes} processes
+steps: {run.step} to {args.max_train_steps}{resumed}
+a checkpoint every {args.checkpointing_steps} steps and at the end, {shown}""")
     return run, records, known.get("", {})
 
 
@@ -2177,11 +2173,7 @@ def distil(args):
     stop = Stop(args.max_train_hours, world)
     loader = make_loader(records, empty, args, run.step, accelerator.process_index, world)
     batches = or_end(loader, lambda: run.step and save_checkpoint(run, args))
-    first = list(itertools.islice(batches, 1))
-    if hasattr(signal, "SIGCHLD"):  # a reader that dies ends the run between steps, not in one
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for batch in first:  # says at once if nothing can be read: nothing is written before
-        check_batch(batch)
+    first = list(itertools.islice(batches, 1))  # nothing is written where nothing can be read
     log = Log(run, args)
     try:
         number = train(run, itertools.chain(first, batches), log, stop, args)
@@ -2189,8 +2181,9 @@ def distil(args):
         log.bar.close()
     if number:
         name = "--max_train_hours" if number == OUT_OF_TIME else signal.Signals(number).name
-        resume = ["--resume_from_checkpoint", "latest"]
-        command = shlex.join([*launched_by, *resume * (args.resume_from_checkpoint != "latest")])
+        if args.resume_from_checkpoint != "latest":
+            launched_by += ["--resume_from_checkpoint", "latest"]
+        command = shlex.join(launched_by)
         accelerator.print(f"stopped by {name} after step {run.step}; resume with: {command}")
         accelerator.end_training()
         raise SystemExit(128 + number)
@@ -2213,9 +2206,8 @@ def distil(args):
     accelerator.end_training()
     if run.hub:  # without checkpoints, logs and args.json
         files, folder = [LORA_FILE, "unet/*", "validation/*", "README.md"], args.output_dir
-        with or_fail(
-            "--push_to_hub: the upload failed", f"`hf upload` sends {folder}, it is whole"
-        ):
+        advice = f"`hf upload` sends {folder}, it is whole"
+        with or_fail("--push_to_hub: the upload failed", advice):
             place = {"repo_id": args.hub_model_id, "folder_path": folder}
             run.hub.upload_folder(**place, allow_patterns=files)
 
@@ -2239,8 +2231,6 @@ def main(argv=None):
     except KeyboardInterrupt:  # before the first step; later ones are kept for the end of the step
         raise SystemExit(128 + signal.SIGINT) from None
     finally:  # readers of a loader that an error leaves behind
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for reader in multiprocessing.active_children():
             reader.kill()
 

@@ -107,7 +107,6 @@ def read(sd15):
         batches = []
         loader = sd15.make_loader(sd15.load_records(args), None, args, first_step, rank, world)
         for batch in sd15.or_end(loader, lambda: None):
-            sd15.check_batch(batch)
             batches.append(batch)
         return batches
 
@@ -258,8 +257,8 @@ def test_broken_sources_end_with_one_line(sd15, tmp_path, case, workers):
     with pytest.raises(SystemExit, match=message) as ended:
         args = sd15.parse_args(command_line(flags))
         loader = sd15.make_loader(sd15.load_records(args), None, args, 0, 0, 1)
-        for batch in sd15.or_end(loader, lambda: None):
-            sd15.check_batch(batch)
+        for _ in sd15.or_end(loader, lambda: None):
+            pass
     assert "error: " in ended.value.code and "\n" not in ended.value.code
 
 

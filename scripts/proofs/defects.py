@@ -120,7 +120,7 @@ DEFECTS = (
      {'options = {"cache_dir": args.cache_dir, "split"': 'options = {"split"'}),
     (16, "the first bad record is not named", SD15,
      "tests/test_defects.py::test_defect_16_the_first_bad_record_is_named",
-     {", the first: {batch['unusable'][0]}": ""}),
+     {", the first: {unusable[0]}": ""}),
     (17, "two UNets in memory", SD15,
      "tests/test_train_sd15.py::test_defect_17_one_copy_of_the_base",
      {"shared = [*unet.parameters(), *unet.buffers()]": "shared = []"}),
