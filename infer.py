@@ -13,6 +13,7 @@ there. scripts/compare.py makes the grids, scripts/fuse_lora.py the merged model
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -48,6 +49,8 @@ def or_fail(what, advice=""):
         reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
         if re.search("(?i)out ?of ?memory|t allocate memory|^MemoryError", f"{error!r} {reason}"):
             advice = "--batch_size 1, --tiny_vae and smaller images need less memory"
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            advice = "make that place writable, free some space, or name another (HF_HOME)"
         fail(f"{what} ({type(error).__name__}: {reason})" + (f"; {advice}" if advice else ""))
 
 

@@ -1,5 +1,6 @@
 """infer.py on a tiny Stable Diffusion 1.5: what it generates, what it says, what it refuses."""
 
+import errno
 import json
 import pickle
 import random
@@ -1003,3 +1004,11 @@ def test_a_line_of_prompts_ends_at_a_line_break_only(tmp_path):
     file.write_bytes("one\u2028still one\r\ntwo\x85two\ftwo\nthree".encode())
     prompts = [row["prompt"] for row in infer.read_lines(str(file))]
     assert prompts == ["one\u2028still one", "two\x85two\ftwo", "three"]
+
+
+@pytest.mark.parametrize("number", ["EACCES", "EROFS", "ENOSPC"])
+def test_a_place_that_cannot_be_written_gets_its_own_advice(number):
+    """Such as a cache of another user."""
+    place = infer.or_fail("--base_model a/b: cannot be opened", "--base_model names another")
+    with pytest.raises(SystemExit, match="HF_HOME"), place:
+        raise OSError(getattr(errno, number), "no", "/somewhere")
