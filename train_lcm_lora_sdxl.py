@@ -371,11 +371,7 @@ class NoiseSchedule:
             fail(f"the teacher's scheduler is {name}: only schedules of betas can be distilled")
         kinds = "beta_schedule may be linear, scaled_linear or squaredcos_cap_v2"
         with or_fail("the teacher's scheduler config cannot be used", kinds):
-            scheduler = LCMScheduler.from_config(config)
-            alpha_bar = scheduler.alphas_cumprod.double()
-            total = scheduler.config.num_train_timesteps
-            if len(alpha_bar) != total or not (alpha_bar.diff() < 0).all():
-                raise ValueError(f"its betas are not {total} numbers between 0 and 1")
+            alpha_bar = LCMScheduler.from_config(config).alphas_cumprod.double()
         if kind == "epsilon" and alpha_bar[-1] <= 0:
             both = "prediction_type = 'epsilon' and rescale_betas_zero_snr = true"
             why = "at the last timestep nothing is left of the image; it needs v_prediction"
@@ -785,7 +781,9 @@ def check_teacher(pipe, args):
         fail(f"the teacher's UNet takes {channels} channels; give a text-to-image teacher")
     if pipe.unet.config.time_cond_proj_dim:
         fail("the teacher is an LCM already; give the model it was distilled from")
-    total = pipe.scheduler.config.num_train_timesteps
+    total, alpha_bar = pipe.scheduler.config.num_train_timesteps, pipe.scheduler.alphas_cumprod
+    if len(alpha_bar) != total or not (alpha_bar.diff() < 0).all():
+        fail(f"the teacher's betas are not {total} numbers between 0 and 1")
     if args.num_ddim_timesteps > total:
         fail(f"--num_ddim_timesteps {args.num_ddim_timesteps}: the teacher has {total} timesteps")
 
@@ -2213,7 +2211,13 @@ def distil(args):
         return
     stop = Stop(args.max_train_hours, world)
     loader = make_loader(records, empty, args, run.step, accelerator.process_index, world)
-    batches = or_end(loader, lambda: run.step and save_checkpoint(run, args))
+
+    def save():
+        """What was trained, where the data end before the run does."""
+        if accelerator.is_main_process and run.step:
+            save_checkpoint(run, args)
+
+    batches = or_end(loader, save)
     first = list(itertools.islice(batches, 1))  # nothing is written where nothing can be read
     log = Log(run, args)
     try:
