@@ -27,8 +27,8 @@ def kit(tmp_path_factory):
         make_lora(unet, folder / f"{family}.safetensors", base, family=family)
         torch.manual_seed(0)
         net = ControlNetModel.from_unet(
-            unet, conditioning_embedding_out_channels=(16, 32, 96)
-        )  # this VAE's factor is 4
+            unet, conditioning_embedding_out_channels=(16, 32, 64, 96)
+        )  # this VAE's factor is 8
         for weight in net.parameters():
             if not weight.any():  # the zero convolutions, where training starts
                 torch.nn.init.normal_(weight, std=0.05)
@@ -63,7 +63,7 @@ def settings(path):
     return json.loads(Image.open(path).text["infer_args"])
 
 
-def is_image(path, size=(64, 64)):
+def is_image(path, size=(128, 128)):
     """Whether a file is an RGB image of this size, neither flat nor black, white or clipped."""
     image = Image.open(path)
     low, high = image.convert("L").getextrema()
