@@ -64,7 +64,7 @@ def test_prompts_of_the_comparison_are_not_picked():
     for place in np.random.default_rng([0, 0]).permutation(len(rows)):
         first.setdefault(rows[place]["category"], rows[place]["text"])
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
-    prompts = re.findall(r'"([^"]+ style)"', script[script.index("prompts=(") :])
+    prompts = re.findall(r'"([^"]+ style)"', script[script.index("infer.py") :])
     assert prompts == [*first.values()][:8]
 
 
