@@ -159,8 +159,6 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     args.output_dir = args.output_dir or ROOT / "demo" / f"teacher-{args.layout}"
-    if args.cuda_graph and not torch.cuda.is_available():
-        p.error("--cuda_graph: PyTorch finds no CUDA GPU here")
     return args
 
 
@@ -811,6 +809,8 @@ def apply_umask(folder):
 def main():
     """Read, train what is not yet trained, write."""
     args = parse_args()
+    if args.cuda_graph and not torch.cuda.is_available():
+        sys.exit("--cuda_graph: PyTorch finds no CUDA GPU here")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.bf16 |= device.type == "cuda"
