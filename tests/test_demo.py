@@ -145,8 +145,8 @@ def test_a_part_ends_by_time_and_goes_on(tmp_path):
 
     start = time.time()
     part.train(draw)
-    assert 1.1 < time.time() - start < 5
-    assert part.step > 200 and rates[-1] < 1e-5 < max(rates)
+    assert 1.1 < time.time() - start < 10
+    assert part.step > 10 and rates[-1] < 0.1 * max(rates)
     again = run()
     assert again.step == part.step
     again.train(draw)
