@@ -689,7 +689,10 @@ def test_grid_of_several_sizes(kit, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = tmp_path / "grid.png"
     run(kit, path, "--prompts_file", tmp_path / "p.jsonl", "--compare", "--steps", 1, prompt=())
-    assert [(job["width"], job["height"]) for job in settings(path)["jobs"]] == [(192, 128), (128, 192)]
+    assert [(job["width"], job["height"]) for job in settings(path)["jobs"]] == [
+        (192, 128),
+        (128, 192),
+    ]
 
 
 @pytest.mark.parametrize("family", DEMO)
