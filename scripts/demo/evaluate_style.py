@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
     add("--lora", **folder, required=True, help=f"LCM-LoRA: folder with {LORA_FILE}")
     add("--style_lora", **folder, required=True, help="style LoRA of the same base, likewise")
-    add("--fine_tune", **folder, required=True, help="the base model, fine-tuned on the style")
+    add("--fine_tune", **folder, help="the base model, fine-tuned on the style")
     add("--output_dir", **folder, required=True, help="gets README.md and style.png")
     add("--only_figure", action="store_true", help="generate style.png, and measure nothing")
     add("--model", default="demo/teacher-sd15", help="base model of both LoRAs")
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--data", **folder, default=ROOT / "demo" / "data", help=data)
     steps, columns = [2, 4, 8, 16, 32], "columns; 4 must be among them"
     add("--steps", type=int, nargs="+", metavar="N", default=steps, help=columns)
-    scales, best = [2.5, 1.5, 4], "scales to try for the best one for DPM-Solver++"
+    scales, best = [4, 2, 3], "scales to try for the best one for DPM-Solver++"
     add("--guidance", type=float, nargs="+", metavar="G", default=scales, help=best)
     add("--num_prompts", type=int, metavar="N", default=250, help="captions to generate images for")
     add("--batch_size", type=int, metavar="N", default=64, help="images generated at once")
@@ -84,6 +84,8 @@ def parse_args(argv=None):
     add("--device", default=device, help="where torch computes")
     args = parser.parse_args(argv)
     args.gallery = ["twemoji"]
+    if not (args.fine_tune or args.only_figure):
+        parser.error("--fine_tune is needed without --only_figure")
     if 4 not in args.steps:
         parser.error("--steps: 4 must be among them, where the methods are judged")
     return args
@@ -208,7 +210,7 @@ def main(argv=None):
         ("style_lora", LORA_FILE),
         ("fine_tune", "model_index.json"),
     ):
-        if not (getattr(args, name) / file).is_file():
+        if getattr(args, name) and not (getattr(args, name) / file).is_file():
             raise SystemExit(f"--{name} {getattr(args, name)}: no {file} there")
     quiet_libraries()
     with safe_open(args.lora / LORA_FILE, "pt") as file:
