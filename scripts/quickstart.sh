@@ -12,13 +12,15 @@ out=${OUTPUT_DIR:-outputs/quickstart-$family}
 python "train_lcm_lora_$family.py" --mixed_precision no \
   --pretrained_teacher_model "demo/teacher-$family" --dataset_name demo/data \
   --lora_rank 32 --learning_rate 1e-3 --lr_scheduler cosine --num_ddim_timesteps 10 \
-  --w_min 1.5 --w_max 1.5 --loss_units output --train_batch_size 16 --max_train_steps 600 \
+  --w_min 3 --w_max 3 --loss_units output --train_batch_size 16 --max_train_steps 600 \
   --checkpointing_steps 300 --checkpoints_total_limit 1 \
-  --validation_prompts "red apple, noto style" "penguin, fluent flat style" \
+  --validation_prompts "television, fluent 3D style" "horse, noto style" \
   --validation_steps 300 \
   --report_to tensorboard --resume_from_checkpoint latest --output_dir "$out" "$@"
 
-python infer.py --lora "$out" --compare --output "$out/compare.png" --overwrite \
-  --prompt "red apple, noto style" "penguin, fluent flat style" "rocket, noto style" \
-  "face with tears of joy, fluent flat style"
+# The first captions of a seeded shuffle that are each of another category
+python infer.py --lora "$out" --compare --output "$out/compare.png" --overwrite --prompt \
+  "television, fluent 3D style" "horse, noto style" "fairy, fluent flat style" \
+  "fondue, fluent flat style" "grinning face, fluent 3D style" "pen, fluent 3D style" \
+  "building construction, noto style" "coat, noto style"
 echo "Done. The LoRA: $out/pytorch_lora_weights.safetensors  The images: $out/compare.png"

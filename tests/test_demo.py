@@ -1,5 +1,7 @@
 """The embedded default: demo/data, the two demo teachers, and what the quickstart makes of them."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "demo" / "data"
 FAMILIES = ["sd15", "sdxl"]
+TRAIN_STYLES = {"noto", "fluent flat", "fluent 3D"}
 
 
 def size(folder):
@@ -23,24 +26,51 @@ def test_the_demo_is_small():
         assert 0 < size(ROOT / "demo" / f"teacher-{family}") <= 20e6
 
 
-@pytest.mark.parametrize(
-    "config,styles", [(None, {"noto", "fluent flat"}), ("twemoji", {"twemoji"})]
-)
-def test_datasets_opens_the_images(config, styles, tmp_path):
-    """By default the two styles of the teacher; the held-out style only by name."""
+@pytest.mark.parametrize("file,styles", [("train", TRAIN_STYLES), ("twemoji", {"twemoji"})])
+def test_datasets_opens_the_images(file, styles, tmp_path):
+    """By default the three styles of the teacher; the held-out style only by its file's name."""
     import datasets
 
-    data = datasets.load_dataset(str(DATA), config, split="train", cache_dir=str(tmp_path))
+    chosen = {} if file == "train" else {"data_files": f"{file}.parquet"}
+    data = datasets.load_dataset(str(DATA), split="train", cache_dir=str(tmp_path), **chosen)
     assert set(data["style"]) == styles
-    assert len(data) > 1500 * len(styles)
+    assert len(data) == 843 * len(styles)
     for row in data.select(range(0, len(data), 500)):
-        assert row["image"].size == (64, 64)
+        assert row["image"].size == (128, 128)
         assert row["text"].endswith(f", {row['style']} style")
+
+
+def test_other_images_are_not_taken_from_the_cache(tmp_path):
+    """`datasets` keeps what it read from a folder whose README.md names the files: no such here."""
+    import datasets
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(DATA / "README.md", folder)
+    for count in 3, 5:
+        records = datasets.Dataset.from_dict({"text": ["a"] * count})
+        records.to_parquet(folder / "train.parquet")
+        read = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(read) == count
+
+
+def test_prompts_of_the_comparison_are_not_picked():
+    """The first eight captions of evaluate.py's shuffle that are each of another category."""
+    import numpy as np
+    from pyarrow.parquet import read_table
+
+    rows = read_table(DATA / "train.parquet", columns=["text", "category"]).to_pylist()
+    first = {}
+    for place in np.random.default_rng([0, 0]).permutation(len(rows)):
+        first.setdefault(rows[place]["category"], rows[place]["text"])
+    script = (ROOT / "scripts" / "quickstart.sh").read_text()
+    prompts = re.findall(r'"([^"]+ style)"', script[script.index("infer.py") :])
+    assert prompts == [*first.values()][:8]
 
 
 def test_licences_stand_beside_the_images():
     """Each source's licence or attribution is there."""
-    for name in ("noto", "fluent", "twemoji", "emojibase"):
+    for name in ("noto", "fluent", "fluent-3d", "twemoji", "emojibase"):
         assert (DATA / f"LICENSE-{name}.txt").stat().st_size > 200
 
 
@@ -58,7 +88,7 @@ def test_the_teacher_opens_and_generates(family):
         "red apple, noto style", guidance_scale=4.0, generator=torch.Generator().manual_seed(0)
     ).images[0]
     pixels = np.asarray(image, np.float32)
-    assert image.size == (64, 64)
+    assert image.size == (128, 128)
     assert pixels.std() > 20, "a blank"
     assert np.abs(np.diff(pixels, axis=1)).mean() < 40, "noise"
 
@@ -115,8 +145,8 @@ def test_a_part_ends_by_time_and_goes_on(tmp_path):
 
     start = time.time()
     part.train(draw)
-    assert 1.1 < time.time() - start < 5
-    assert part.step > 200 and rates[-1] < 1e-5 < max(rates)
+    assert 1.1 < time.time() - start < 10
+    assert part.step > 10 and rates[-1] < 0.1 * max(rates)
     again = run()
     assert again.step == part.step
     again.train(draw)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import train_style_lora
 from conftest import ROOT
+from test_infer import make_lora
 
 
 def normal(*shape, seed=0):
@@ -94,7 +95,7 @@ def test_every_column_can_be_generated():
             return latents, []
 
     adapters = {method: {"x": 1.0} for method in (style.LCM, style.DPM, style.BEST)}
-    flags = "--lora a --style_lora b --fine_tune c --output_dir d".split()
+    flags = "--lora a --style_lora b --fine_tune c --output_dir d --guidance 2.5 1.5 4".split()
     args = style.parse_args(flags)
     generated, guidance = style.generate_all(
         Studio(), adapters, 10, args, lambda x: {"value": abs(x - 2.4)}
@@ -125,3 +126,32 @@ def test_what_is_not_there_is_named(tmp_path, missing):
     ]
     with pytest.raises(SystemExit, match=f"^--{missing} .*: no "):
         style.main([*flags, "--output_dir", str(tmp_path / "out")])
+
+
+def test_the_figure_alone(tmp_path, monkeypatch):
+    """--only_figure: base, style LoRA and both LoRAs for each caption, and nothing measured."""
+    from diffusers import UNet2DConditionModel
+
+    class Features(torch.nn.Module):
+        def forward(self, images):
+            return torch.zeros(len(images), 1)
+
+    folders = {name: tmp_path / name for name in ("lora", "style_lora")}
+    flags = "--steps 1 --batch_size 2 --learning_rate 1e-2 --output_dir".split()
+    train_style_lora.main([*flags, str(folders["style_lora"])])
+    base = ROOT / "demo" / "teacher-sd15"
+    folders["lora"].mkdir()
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    make_lora(unet, folders["lora"] / style.LORA_FILE, base)
+    columns, grid, asked, generate = [], style.grid, [], style.generate
+    monkeypatch.setattr(style, "grid", lambda *given: columns.extend(given[0]) or grid(*given))
+    monkeypatch.setattr(style, "generate", lambda *a: asked.append(a[1:4]) or generate(*a))
+    monkeypatch.setattr(evaluate, "Features", Features)
+    monkeypatch.setattr(style, "FIGURE_PROMPTS", 2)
+    monkeypatch.setattr(style, "FIGURE_STEPS", 3)
+    words = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
+    assert style.main([*words, "--output_dir", str(tmp_path / "out"), "--only_figure"]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["style.png"]
+    assert asked == [(style.DPM, 3, 5.0), (style.DPM, 3, 5.0), (style.LCM, 4, 1)]
+    shown = [[image.tobytes() for image in column["images"]] for column in columns]
+    assert len(columns) == 3 and all(len(set(row)) == 3 for row in zip(*shown, strict=True))

@@ -19,7 +19,7 @@ NAMES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
-    """A random LoRA and ControlNet per demo teacher; apple.png (90 x 64), half-white mask.png."""
+    """A random LoRA and ControlNet per demo teacher; apple.png (180 x 128), half-white mask.png."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("kit")
@@ -28,15 +28,15 @@ def kit(tmp_path_factory):
         make_lora(unet, folder / f"{family}.safetensors", base, family=family)
         torch.manual_seed(0)
         net = ControlNetModel.from_unet(
-            unet, conditioning_embedding_out_channels=(16, 32, 96)
-        )  # this VAE's factor is 4
+            unet, conditioning_embedding_out_channels=(16, 32, 64, 96)
+        )  # this VAE's factor is 8
         for weight in net.parameters():
             if not weight.any():  # the zero convolutions, where training starts
                 torch.nn.init.normal_(weight, std=0.05)
         net.save_pretrained(folder / f"control-{family}")
-    apple, mask = Image.new("RGB", (90, 64), "white"), Image.new("L", (64, 64))
-    ImageDraw.Draw(apple).ellipse((20, 8, 70, 60), fill="#d02020")
-    ImageDraw.Draw(mask).rectangle((32, 0, 64, 64), fill=255)
+    apple, mask = Image.new("RGB", (180, 128), "white"), Image.new("L", (128, 128))
+    ImageDraw.Draw(apple).ellipse((40, 16, 140, 120), fill="#d02020")
+    ImageDraw.Draw(mask).rectangle((64, 0, 128, 128), fill=255)
     apple.save(folder / "apple.png")
     mask.save(folder / "mask.png")
     return folder
@@ -64,7 +64,7 @@ def settings(path):
     return json.loads(Image.open(path).text["infer_args"])
 
 
-def is_image(path, size=(64, 64)):
+def is_image(path, size=(128, 128)):
     """Whether a file is an RGB image of this size, neither flat nor black, white or clipped."""
     image = Image.open(path)
     low, high = image.convert("L").getextrema()
@@ -89,7 +89,7 @@ def pipeline(kit, kind, family="sd15", scheduler=("LCMScheduler", {}), lora=True
     return pipe
 
 
-def fitted(path, size=(88, 64)):
+def fitted(path, size=(176, 128)):
     """An image as infer.py takes it: its edges cropped, not stretched."""
     return ImageOps.fit(Image.open(path), size, Image.Resampling.LANCZOS)
 
@@ -161,7 +161,7 @@ def test_img2img(kit, tmp_path, family, capsys):
     flags = ("--image", kit / "apple.png", "--strength")
     half = run(kit, tmp_path / "half.png", *flags, 0.5, family=family)
     assert capsys.readouterr().err == ""
-    assert is_image(half, (88, 64))
+    assert is_image(half, (176, 128))
     source = fitted(kit / "apple.png")
     pipe = pipeline(kit, "Img2ImgPipeline", family)
     # img2img wants an image per prompt: with one image, a list of generators would share its noise.
@@ -191,9 +191,9 @@ def test_each_scheduler_starts_from_images(kit, tmp_path, name):
     """img2img, inpainting, ControlNet with each: of the image's size, not as without the LoRA."""
     control = ("--controlnet", kit / "control-sd15", "--control_image", kit / "apple.png")
     for kind, flags, size in (
-        ("img2img", ("--image", kit / "apple.png"), (88, 64)),
-        ("inpainting", ("--image", kit / "apple.png", "--mask", kit / "mask.png"), (88, 64)),
-        ("controlnet", control, (88, 64)),
+        ("img2img", ("--image", kit / "apple.png"), (176, 128)),
+        ("inpainting", ("--image", kit / "apple.png", "--mask", kit / "mask.png"), (176, 128)),
+        ("controlnet", control, (176, 128)),
     ):
         path = run(kit, tmp_path / f"{kind}.png", "--scheduler", name, *flags)
         assert is_image(path, size)
@@ -253,7 +253,7 @@ def test_inpainting(kit, tmp_path, family, capsys):
     flags = ("--image", kit / "apple.png", "--mask", kit / "mask.png")
     path = run(kit, tmp_path / "x.png", *flags, family=family)
     assert capsys.readouterr().err == ""
-    assert is_image(path, (88, 64)) and settings(path)["strength"] == 1
+    assert is_image(path, (176, 128)) and settings(path)["strength"] == 1
     base = run(kit, tmp_path / "base.png", *flags, "--lora_scale", 0, family=family)
     source = fitted(kit / "apple.png")
 
@@ -263,7 +263,7 @@ def test_inpainting(kit, tmp_path, family, capsys):
             for _, high in ImageChops.difference(Image.open(path), other).crop(box).getextrema()
         )
 
-    left, right = (0, 0, 42, 64), (46, 0, 88, 64)
+    left, right = (0, 0, 84, 128), (92, 0, 176, 128)
     assert moved(path, left) == 0 and moved(path, right) > 8
     assert moved(path, right, Image.open(base)) > 8
 
@@ -277,7 +277,7 @@ def test_controlnet(kit, tmp_path, family, given):
     files = {"image": kit / "apple.png", "mask": kit / "mask.png"}
     flags = [word for name in given for word in (f"--{name}", files[name])] + [
         "--width",
-        64,
+        128,
         "--steps",
         3,
     ]
@@ -402,7 +402,7 @@ def test_tiny_vae(kit, tmp_path, monkeypatch, family, given):
     """As diffusers generates with it, decoding and encoding; the base's VAE is not made at all."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    vae = make_tiny_vae(tmp_path / "vae")
+    vae = make_tiny_vae(tmp_path / "vae", factor=8)
     files = {"image": kit / "apple.png", "mask": kit / "mask.png"}
     flags = [word for name in given for word in (f"--{name}", files[name])]
     full = run(kit, tmp_path / "full.png", *flags, family=family)
@@ -413,7 +413,7 @@ def test_tiny_vae(kit, tmp_path, monkeypatch, family, given):
         path = run(kit, tmp_path / "x.png", "--tiny_vae", vae, *flags, family=family)
     assert settings(path)["tiny_vae"] == str(vae) and difference(path, full) > 8
     if given == ("image", "mask"):
-        black = (0, 0, 42, 64)
+        black = (0, 0, 84, 128)
         assert Image.open(path).crop(black).tobytes() == Image.open(full).crop(black).tobytes()
         return
     pipe = pipeline(
@@ -429,7 +429,7 @@ def test_tiny_vae(kit, tmp_path, monkeypatch, family, given):
 
 def test_tiny_vae_in_fused_output(kit, tmp_path):
     """It is saved in the VAE's place, and what is saved is a base to generate with."""
-    flags = ("--tiny_vae", make_tiny_vae(tmp_path / "vae"))
+    flags = ("--tiny_vae", make_tiny_vae(tmp_path / "vae", factor=8))
     run(kit, None, *flags, "--fused_output", tmp_path / "fused", prompt=())
     ours = run(kit, tmp_path / "ours.png", *flags)
     fused = run(kit, tmp_path / "fused.png", "--base_model", tmp_path / "fused", "--lora_scale", 0)
@@ -442,15 +442,15 @@ def test_tiny_vae_in_fused_output(kit, tmp_path):
 
 def test_tiny_vae_that_does_not_fit(kit, tmp_path):
     """One for other latents, and a folder that holds something else, are refused with one line."""
-    has = "the base model has latents of 4 channels and a side of 1/4"
+    has = "the base model has latents of 4 channels and a side of 1/8"
     for folder, message in (
         (
-            make_tiny_vae(tmp_path / "sd3", latent_channels=16),
-            f"is for latents of 16 channels and a side of 1/4; {has}",
+            make_tiny_vae(tmp_path / "sd3", factor=8, latent_channels=16),
+            f"is for latents of 16 channels and a side of 1/8; {has}",
         ),
         (
-            make_tiny_vae(tmp_path / "taesd", factor=8),
-            f"is for latents of 4 channels and a side of 1/8; {has}",
+            make_tiny_vae(tmp_path / "taef4", factor=4),
+            f"is for latents of 4 channels and a side of 1/4; {has}",
         ),
         (DEMO["sd15"] / "vae", "its weights are not those of AutoencoderTiny"),
         (DEMO["sd15"], "cannot be opened"),
@@ -465,7 +465,7 @@ def test_tiny_vae_is_not_read_from_pickle(kit, tmp_path):
     """Weights in a .bin file are refused."""
     from diffusers import AutoencoderTiny
 
-    AutoencoderTiny.from_pretrained(make_tiny_vae(tmp_path / "vae")).save_pretrained(
+    AutoencoderTiny.from_pretrained(make_tiny_vae(tmp_path / "vae", factor=8)).save_pretrained(
         tmp_path / "bin", safe_serialization=False
     )
     with pytest.raises(SystemExit, match="^error: --tiny_vae .*bin cannot be opened"):
@@ -510,9 +510,9 @@ def test_prompts_in_json_lines(kit, tmp_path):
     """Own seeds, sizes, negative prompts, in the order of the lines, each as if generated alone."""
     rows = [
         {"prompt": "a cat", "seed": 7},
-        {"prompt": "a dog", "width": 96, "height": 72, "negative_prompt": "red"},
+        {"prompt": "a dog", "width": 192, "height": 144, "negative_prompt": "red"},
         {"prompt": "a cup", "seed": 2**32 - 1, "negative_prompt": ""},
-        {"prompt": "a car", "width": 96, "height": 72},
+        {"prompt": "a car", "width": 192, "height": 144},
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--steps", 2, "--guidance_scale", 2)
@@ -527,7 +527,7 @@ def test_prompts_in_json_lines(kit, tmp_path):
     )
     for index, row in enumerate(rows):
         path = tmp_path / f"x-{index}.png"
-        assert is_image(path, (row.get("width", 64), row.get("height", 64)))
+        assert is_image(path, (row.get("width", 128), row.get("height", 128)))
         said = settings(path)
         assert said["prompt"] == row["prompt"] and said["seed"] == row.get("seed", index)
         assert said["negative_prompt"] == row.get("negative_prompt")
@@ -673,7 +673,7 @@ def test_grid_from_images(kit, tmp_path, cells, given):
     path = run(kit, tmp_path / "grid.png", *flags, prompt=("a cat", "a dog"))
     sources = [name.removesuffix("_image") for name in files if name != "controlnet"]
     assert [column.get("label") for column in cells] == [*sources, None, None]
-    assert cells[0]["images"][0].size == ((90, 64) if "image" in files else (64, 64))
+    assert cells[0]["images"][0].size == ((180, 128) if "image" in files else (128, 128))
     taken = 3 if given == "img2img" else 4  # strength 0.8
     assert [column["passes"] for column in settings(path)["columns"]] == [2 * taken, taken]
     run(kit, tmp_path / "lcm.png", *flags[: 2 * len(files)], prompt=("a cat", "a dog"))
@@ -686,11 +686,14 @@ def test_grid_from_images(kit, tmp_path, cells, given):
 
 def test_grid_of_several_sizes(kit, tmp_path):
     """Rows of other sizes are fitted into the cells."""
-    rows = [{"prompt": "a", "width": 96}, {"prompt": "b", "height": 96}]
+    rows = [{"prompt": "a", "width": 192}, {"prompt": "b", "height": 192}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = tmp_path / "grid.png"
     run(kit, path, "--prompts_file", tmp_path / "p.jsonl", "--compare", "--steps", 1, prompt=())
-    assert [(job["width"], job["height"]) for job in settings(path)["jobs"]] == [(96, 64), (64, 96)]
+    assert [(job["width"], job["height"]) for job in settings(path)["jobs"]] == [
+        (192, 128),
+        (128, 192),
+    ]
 
 
 @pytest.mark.parametrize("family", DEMO)
@@ -1113,7 +1116,7 @@ def test_other_formats(kit, tmp_path, ending, kind):
     path = run(kit, tmp_path / f"x.{ending}", prompt=("a cät",))
     ours = run(kit, tmp_path / "x.png", prompt=("a cät",))
     image, other = Image.open(path), Image.open(ours)
-    assert image.format == kind and image.size == (64, 64)
+    assert image.format == kind and image.size == (128, 128)
     apart = ImageChops.difference(image.convert("RGB"), other.convert("RGB"))
     assert sum(ImageStat.Stat(apart).mean) / 3 < 8
     said = json.loads(image.getexif()[0x010E])
@@ -1160,10 +1163,10 @@ def test_images_are_not_kept(kit, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "size", "words"),
     [
-        (["--image"], (88, 64), ["Size: 88 x 64, that of --image"]),
-        (["--control_image"], (88, 64), ["Size: 88 x 64, that of --control_image"]),
-        (["--image", "--width", 64], (64, 64), ["--image: 90 x 64, cropped .* of 64 x 64"]),
-        (["--control_image", "--height", 96], (88, 96), ["--control_image: 90 x 64, cropped"]),
+        (["--image"], (176, 128), ["Size: 176 x 128, that of --image"]),
+        (["--control_image"], (176, 128), ["Size: 176 x 128, that of --control_image"]),
+        (["--image", "--width", 128], (128, 128), ["--image: 180 x 128, cropped .* of 128 x 128"]),
+        (["--control_image", "--height", 192], (176, 192), ["--control_image: 180 x 128, cropped"]),
     ],
 )
 def test_images_are_cropped_never_stretched(kit, tmp_path, monkeypatch, capsys, flags, size, words):
@@ -1177,9 +1180,9 @@ def test_images_are_cropped_never_stretched(kit, tmp_path, monkeypatch, capsys, 
     out = capsys.readouterr().out
     assert all(len(re.findall(word, out)) == 1 for word in words), out
     # A disc of the image is a disc in what the pipeline gets: its width is its height in scale.
-    scale = max(size[0] / 90, size[1] / 64)
+    scale = max(size[0] / 180, size[1] / 128)
     row = [given[0].getpixel((x, size[1] // 2))[1] < 128 for x in range(size[0])]
-    assert abs(sum(row) - min(50 * scale, size[0])) <= 4
+    assert abs(sum(row) - min(100 * scale, size[0])) <= 8
 
 
 def test_mask_follows_its_image(kit):
@@ -1229,7 +1232,7 @@ def test_grid_names_what_made_it(kit, tmp_path, monkeypatch):
     flags = ["--lcm_weight", 0.9, "--style_lora", f"{kit / 'sd15.safetensors'}:0.25"]
     flags += ["--image", kit / "apple.png", "--strength", 0.6]
     run(kit, tmp_path / "x.png", *flags, "--compare", "--scheduler", "lcm", "--steps", 2)
-    for words in "sd15 0.9 + sd15 0.25 on teacher-sd15", "88 x 64 px", "seed 0", "strength 0.6":
+    for words in "sd15 0.9 + sd15 0.25 on teacher-sd15", "176 x 128 px", "seed 0", "strength 0.6":
         assert words in titles[0]
 
 

@@ -2,11 +2,9 @@
 """Rebuild the demo's data: emoji with captions, from pinned npm packages.
 
     python scripts/demo/build_dataset.py --output_dir demo/data
-    python scripts/demo/build_dataset.py --side 128 --output_dir NEW_FOLDER
 
---side 64: everything but skin tones and flags, in two styles (Noto, Fluent flat).
---side 128: the everyday things of concepts.txt, in three styles (also Fluent 3D), with a category.
-Twemoji is kept apart as a style the demo teacher has never seen. The caption of each image is
+The everyday things of concepts.txt in three styles (Noto, Fluent flat, Fluent 3D). Twemoji is kept
+apart as a style the demo teacher has never seen. The caption of each image is
 "{label}, {style} style". Needs npm (to fetch the packages) and, from scripts/demo/requirements.txt,
 resvg_py (to render the SVG files).
 """
@@ -28,7 +26,6 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 WEBP_QUALITY = 90  # below 95 nothing is seen at these sizes, and the data stay small
-SKIPPED_GROUPS = {2, 9}  # emojibase: components (swatches of skin and hair) and flags
 CONCEPTS = Path(__file__).resolve().parent / "concepts.txt"
 
 CAPTIONS = (
@@ -46,7 +43,7 @@ STYLES = {  # name in the caption: (npm package, sha256 of its tarball, parquet 
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
         "train",
     ),
-    "fluent 3D": (  # 256 px WebP, so only for the larger side
+    "fluent 3D": (  # 256 px WebP
         "@lobehub/fluent-emoji-3d@1.1.0",
         "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
         "train",
@@ -94,13 +91,10 @@ def everyday():
     return concepts
 
 
-def read_concepts(side, folder):
-    """All concepts of this set in emojibase's order: (code points, label, category or None)."""
+def read_concepts(folder):
+    """The concepts of concepts.txt in emojibase's order: (code points, label, category)."""
     data = json.loads(fetch(*CAPTIONS, folder)["en/data.json"])
-    data = [e for e in data if "group" in e and e["group"] not in SKIPPED_GROUPS]
     data = sorted(data, key=lambda e: e.get("order", 0))
-    if side == 64:
-        return [(code_points(e["hexcode"]), e["label"], None) for e in data]
     wanted = everyday()
     unknown = sorted(set(wanted) - {e["label"] for e in data})
     if unknown:
@@ -145,10 +139,7 @@ def render(source, side):
     image = PILImage.open(io.BytesIO(bytes(source))).convert("RGBA")
     white = PILImage.new("RGBA", image.size, "white")
     image = PILImage.alpha_composite(white, image).convert("RGB")
-    if side == 64:  # committed like this: three images that are not square are stretched
-        image = image.resize((side, side), PILImage.Resampling.BOX)
-    else:
-        image = ImageOps.pad(image, (side, side), PILImage.Resampling.BOX, color="white")
+    image = ImageOps.pad(image, (side, side), PILImage.Resampling.BOX, color="white")
     out = io.BytesIO()
     image.save(out, "WEBP", quality=WEBP_QUALITY, method=6)
     return out.getvalue()
@@ -160,21 +151,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     demo_data = Path(__file__).resolve().parents[2] / "demo" / "data"
-    parser.add_argument("--side", type=int, choices=[64, 128], default=64, help="pixels")
-    parser.add_argument("--output_dir", type=Path, help="default with --side 64: demo/data")
+    parser.add_argument("--side", type=int, default=128, help="pixels")
+    parser.add_argument("--output_dir", type=Path, default=demo_data, help="default: demo/data")
     args = parser.parse_args()
-    if args.output_dir is None:
-        if args.side != 64:
-            parser.error("--side 128 needs --output_dir: demo/data holds the 64 px set")
-        args.output_dir = demo_data
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     rows = {"train": [], "twemoji": []}
     with tempfile.TemporaryDirectory() as folder:
-        concepts = read_concepts(args.side, folder)
+        concepts = read_concepts(folder)
         for style, (package, sha256, split) in STYLES.items():
-            if style == "fluent 3D" and args.side == 64:
-                continue
             files = fetch(package, sha256, folder)
             source = svg_source(files) if "icons.json" in files else bitmap_source(files)
             found = 0
@@ -182,14 +167,13 @@ def main():
                 if hexcode not in source:
                     continue
                 image = {"bytes": render(source[hexcode], args.side), "path": f"{hexcode}.webp"}
-                row = {"image": image, "text": f"{label}, {style} style", "style": style}
-                rows[split].append(row | ({"category": category} if category else {}))
+                text = f"{label}, {style} style"
+                row = {"image": image, "text": text, "style": style, "category": category}
+                rows[split].append(row)
                 found += 1
             print(f"{style}: {found} of {len(concepts)} concepts", flush=True)
 
-    features = {"image": Image(), "text": Value("string"), "style": Value("string")}
-    if args.side == 128:
-        features["category"] = Value("string")
+    features = {"image": Image()} | dict.fromkeys(("text", "style", "category"), Value("string"))
     for split, records in rows.items():
         path = args.output_dir / f"{split}.parquet"
         Dataset.from_list(records, features=Features(features)).to_parquet(path)

@@ -8,8 +8,9 @@ the other two, and scripts/demo/style.sh everything. The settings are those of t
 figure 3: DPM-Solver++ at guidance 7.5, and the style LoRA with weight 0.8 beside the LCM-LoRA, 1
 alone. DPM-Solver++ also samples at the guidance that suits it best in 8 steps, a harder comparison.
 
-Writes README.md, with a table of distances to the style's real images and the result of each
-comparison, and style.png, after that figure. Exit code 0 if the LCM-LoRA in 4 steps is closer than
+Writes style.png, a row per thing: the base and the style LoRA in 25 steps, style LoRA and LCM-LoRA
+in 4. Then README.md, with a table of distances to the style's real images and the result of each
+comparison; --only_figure leaves it out. Exit code 0 if the LCM-LoRA in 4 steps is closer than
 DPM-Solver++ in 4 at the report's guidance, with intervals that do not overlap, for the style LoRA
 and for the fine-tuned teacher; else 1.
 """
@@ -18,18 +19,21 @@ import argparse
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+from PIL import Image
 from safetensors import safe_open
 from torchmetrics.image.kid import poly_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
+from compare import grid
 from evaluate import (
     LORA_FILE,
     ROOT,
     TEACHER_STEPS,
     Studio,
-    contact_sheet,
     estimate,
     frechet,
     load_lora,
@@ -48,7 +52,7 @@ DPM, BEST, LCM = "DPM-Solver++", "DPM-Solver++ (best guidance)", "LCM-LoRA"
 REPORT_GUIDANCE = 7.5
 STYLE, FINE_TUNE = "style LoRA", "fine-tuned teacher"
 STYLE_WEIGHT = 0.8
-SHEET_PROMPTS = 4
+FIGURE_PROMPTS, FIGURE_STEPS = 6, 25
 
 
 def parse_args(argv=None):
@@ -61,14 +65,15 @@ def parse_args(argv=None):
     add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
     add("--lora", **folder, required=True, help=f"LCM-LoRA: folder with {LORA_FILE}")
     add("--style_lora", **folder, required=True, help="style LoRA of the same base, likewise")
-    add("--fine_tune", **folder, required=True, help="the base model, fine-tuned on the style")
+    add("--fine_tune", **folder, help="the base model, fine-tuned on the style")
     add("--output_dir", **folder, required=True, help="gets README.md and style.png")
+    add("--only_figure", action="store_true", help="generate style.png, and measure nothing")
     add("--model", default="demo/teacher-sd15", help="base model of both LoRAs")
     data = "folder with twemoji.parquet: image, text"
     add("--data", **folder, default=ROOT / "demo" / "data", help=data)
     steps, columns = [2, 4, 8, 16, 32], "columns; 4 must be among them"
     add("--steps", type=int, nargs="+", metavar="N", default=steps, help=columns)
-    scales, best = [2.5, 1.5, 4], "scales to try for the best one for DPM-Solver++"
+    scales, best = [4, 2, 3], "scales to try for the best one for DPM-Solver++"
     add("--guidance", type=float, nargs="+", metavar="G", default=scales, help=best)
     add("--num_prompts", type=int, metavar="N", default=250, help="captions to generate images for")
     add("--batch_size", type=int, metavar="N", default=64, help="images generated at once")
@@ -79,6 +84,8 @@ def parse_args(argv=None):
     add("--device", default=device, help="where torch computes")
     args = parser.parse_args(argv)
     args.gallery = ["twemoji"]
+    if not (args.fine_tune or args.only_figure):
+        parser.error("--fine_tune is needed without --only_figure")
     if 4 not in args.steps:
         parser.error("--steps: 4 must be among them, where the methods are judged")
     return args
@@ -123,7 +130,25 @@ def generate(studio, method, steps, guidance, lcm_steps):
             DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=2
         )
     with stage(f"{method}, {steps} steps, guidance {guidance:g}"):
-        return studio.look(studio.sample(scheduler, steps, guidance)[0], keep=SHEET_PROMPTS)
+        return studio.look(studio.sample(scheduler, steps, guidance)[0], keep=FIGURE_PROMPTS)
+
+
+def figure(args, captions, guidance, lcm_steps):
+    """style.png: a row per caption; base, style LoRA in 25 steps, style LoRA + LCM-LoRA in 4."""
+    with stage("loading: figure"):
+        studio, adapters = open_subject(args, STYLE, captions[:FIGURE_PROMPTS])
+    columns = []
+    for group, plugged, method, steps, scale in (
+        ("Base", {}, DPM, FIGURE_STEPS, guidance),
+        ("+ style LoRA", adapters[DPM], DPM, FIGURE_STEPS, guidance),
+        ("+ LCM-LoRA", adapters[LCM], LCM, 4, 1),
+    ):
+        plug(studio.pipe.unet, plugged)
+        _, images = generate(studio, method, steps, scale, lcm_steps)
+        images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        columns.append({"group": group, "label": f"{steps} steps", "images": images})
+    title = "A style LoRA, and the LCM-LoRA that never saw it"
+    grid(columns, captions[:FIGURE_PROMPTS], title).save(args.output_dir / "style.png")
 
 
 def generate_all(studio, adapters, lcm_steps, args, kid):
@@ -142,6 +167,16 @@ def generate_all(studio, adapters, lcm_steps, args, kid):
                 sampled = generate(studio, method, steps, guidance[method], lcm_steps)
                 generated[method, steps] = sampled
     return generated, guidance
+
+
+def one_a_category(args):
+    """The first captions of a seeded shuffle that are each of another category."""
+    file = args.data / "twemoji.parquet"
+    rows = datasets.Dataset.from_parquet(str(file)).remove_columns("image")
+    first = {}
+    for place in np.random.default_rng([args.seed, 0]).permutation(len(rows)):
+        first.setdefault(rows[int(place)]["category"], rows[int(place)]["text"])
+    return [*first.values()]
 
 
 def load_style(pipe, path):
@@ -175,11 +210,17 @@ def main(argv=None):
         ("style_lora", LORA_FILE),
         ("fine_tune", "model_index.json"),
     ):
-        if not (getattr(args, name) / file).is_file():
+        if getattr(args, name) and not (getattr(args, name) / file).is_file():
             raise SystemExit(f"--{name} {getattr(args, name)}: no {file} there")
     quiet_libraries()
     with safe_open(args.lora / LORA_FILE, "pt") as file:
-        lcm_steps = int(file.metadata()["num_ddim_timesteps"])
+        header = file.metadata()
+    lcm_steps = int(header["num_ddim_timesteps"])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    guidance = 1 + (float(header["w_min"]) + float(header["w_max"])) / 2
+    figure(args, one_a_category(args), guidance, lcm_steps)
+    if args.only_figure:
+        return 0
     images, order, texts = read_data(args)
     own, others = order[: args.num_prompts], order[args.num_prompts :]
     captions = [texts[i] for i in own]
@@ -187,7 +228,7 @@ def main(argv=None):
         resampling(len(own), args.bootstrap, args.seed),
         resampling(len(others), args.bootstrap, args.seed + 1),
     )
-    rows, verdicts, sheet = [], [], []
+    rows, verdicts = [], []
 
     def kid(x):
         """The KID of features to the real images, with its interval."""
@@ -230,16 +271,7 @@ def main(argv=None):
             ours, theirs = (show(at_4[one], 1000) for one in (LCM, method))
             says = f"{LCM} {ours}, {method} at {guidance[method]:g} {theirs}"
             verdicts.append((method, apart, f"{name}, 4 steps: {says}"))
-        if name == STYLE:
-            for i in range(SHEET_PROMPTS):
-                for method in DPM, LCM:
-                    sheet += [
-                        (generated[method, n][1][i], f"{method} {n}: {captions[i]}")
-                        for n in args.steps
-                    ]
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    contact_sheet(*zip(*sheet), args.output_dir / "style.png", columns=len(args.steps))
     lines = "".join(
         f"- {'closer' if apart else 'not closer'}: {says}\n" for _, apart, says in verdicts
     )
@@ -258,8 +290,8 @@ said where they do not overlap.
 
 {lines}
 {table(["", "guidance", "UNet passes", "KID x 1000", "Frechet"], rows)}
-The first {SHEET_PROMPTS} captions: the style LoRA with {DPM} at guidance {REPORT_GUIDANCE:g}, then
-with the LCM-LoRA, in {", ".join(map(str, args.steps))} steps.
+{FIGURE_PROMPTS} captions, the first of a seeded shuffle that are each of another category: the base
+and the style LoRA with {DPM} in {FIGURE_STEPS} steps, the style LoRA with the LCM-LoRA in 4.
 
 ![style](style.png)
 """

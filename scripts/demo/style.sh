@@ -19,5 +19,5 @@ python scripts/demo/train_style_lora.py --full --learning_rate 2e-4 \
 python scripts/demo/evaluate_style.py --lora "$lora" --style_lora outputs/style-lora \
   --fine_tune outputs/style-teacher --output_dir outputs/style "$@" || [ $? = 1 ]
 python scripts/demo/evaluate_style.py --lora "$lora" --style_lora outputs/style-lora \
-  --fine_tune outputs/style-teacher --num_prompts 500 --steps 4 --guidance 2.5 \
+  --fine_tune outputs/style-teacher --num_prompts 500 --steps 4 --guidance 4 \
   --output_dir outputs/style-500 "$@"
