@@ -1848,6 +1848,16 @@ def launch_command():
         return ["accelerate", "launch", *sys.argv]
 
 
+def write_whole(path, text):
+    """Write a file beside its place and put it there: a full disk leaves the one of before."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def parse_row(line):
     """A line of log.jsonl; {} where it is broken, such as by a full disk."""
     try:
@@ -1890,17 +1900,16 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(folder / ".lock")
             self.lock.acquire(timeout=0)  # until this process ends, however it ends
-            path, part = folder / "log.jsonl", folder / "log.jsonl.part"
+            path = folder / "log.jsonl"
             old = path.read_bytes().split(b"\n") if run.resumed and path.exists() else []
             rows = [row for row in map(parse_row, old) if row.get("step", math.inf) <= run.step]
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            part.replace(path)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file = path.open("a", buffering=1)
             libraries = (torch, accelerate, diffusers, transformers, peft, datasets)
             versions = {library.__name__: library.__version__ for library in libraries}
             about = {"arguments": vars(args), "processes": run.accelerator.num_processes}
             about["versions"] = versions | {"python": platform.python_version()}
-            (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+            write_whole(folder / "args.json", json.dumps(about, indent=2) + "\n")
         last = rows[-1] if rows else {}
         self.skipped, self.overflows = last.get("skipped", 0), last.get("overflows", 0)
 
@@ -2034,7 +2043,7 @@ pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("
   CFG scale 1
 - `{infer_command(place, prompts[0])}`
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "README.md", text)
 
 
 def open_hub(args, rank):

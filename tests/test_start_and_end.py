@@ -315,6 +315,21 @@ def test_a_tilde_in_the_commands_of_other_programs(monkeypatch):
     assert load_script("help_formatter").command_line(words) == expected
 
 
+def test_a_small_file_is_whole_or_as_before(sd15, monkeypatch, tmp_path):
+    """Such as args.json on a full disk."""
+    file = tmp_path / "args.json"
+    sd15.write_whole(file, "before")
+
+    def half(path, text, **_):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(file), "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        sd15.write_whole(file, "after")
+    assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]
+
+
 # ------------------------------------------------------------------------------ start, step and end
 
 
