@@ -149,7 +149,7 @@ def test_original_steps_of_the_header(kit, tmp_path, cells):
     assert settings(run(kit, tmp_path / "50.png", *flags))["original_inference_steps"] == 50
     images = [column["images"][0] for column in cells]
     for ours, theirs in zip(images[:2], images[2:]):
-        assert max(high for _, high in ImageChops.difference(ours, theirs).getextrema()) > 8
+        assert max(high for _, high in ImageChops.difference(ours, theirs).getextrema()) > 2
     for name in "lcm", "tcd":
         with pytest.raises(SystemExit, match="--steps 21: must be from 1 to 20"):
             run(tmp_path, tmp_path / "x.png", "--scheduler", name, "--steps", 21)
