@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to an image: install, distil a demo teacher into an LCM-LoRA, compare the two.
 #     bash scripts/quickstart.sh [sd15 | sdxl] [more arguments of the trainer]
-# Two CPU cores and no GPU are enough: about ten minutes (docs/results.md), downloads apart.
+# Two CPU cores and no GPU are enough: five minutes (docs/results.md), downloads apart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 family=sd15
