@@ -195,7 +195,7 @@ def test_the_table_of_cards_is_what_memory_prints():
         (
             memory,
             ["--resolution", "98"],
-            "--resolution 98: it must be a multiple of the VAE's factor, 4",
+            "--resolution 98: it must be a multiple of the VAE's factor, 8",
         ),
         (memory, ["--batch", "0"], "must be 1 or more"),
     ],
