@@ -856,9 +856,9 @@ def check_base(base, unet, scheduler, mask):
         return diffusers.LCMScheduler.from_config(scheduler)
 
 
-def check_tokenizer(tokenizer, config, what):
-    """Refuse a tokenizer that does not fit the text encoder of this config."""
-    # Where its files are missing the library makes one up, to which all prompts are the same.
+def check_tokenizer(tokenizer, config, where):
+    """End the run where a tokenizer does not fit the text encoder of this config."""
+    # Without its files the library makes one up, to which all captions are the same
     words = [token for token in tokenizer.get_vocab() if re.fullmatch("[a-z]+</w>", token)]
     word, ids, eos = max(words, key=len, default=""), tokenizer("a").input_ids, config.eos_token_id
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -872,8 +872,8 @@ def check_tokenizer(tokenizer, config, what):
         and eos in (2, ends[1])  # 2: in old configs
     ):
         has = f"{size} tokens of {rows}, length {length:g} of {most}, ends {ids[-1]} of {eos}"
-        files = "tokenizer.json (or vocab.json, merges.txt) or tokenizer_config.json"
-        fail(f"{what} does not fit the text encoder ({has}); {files} is not its own")
+        advice = "give its own tokenizer.json (or vocab.json, merges.txt), tokenizer_config.json"
+        fail(f"{where} does not fit the text encoder ({has}); {advice}")
 
 
 def load_pipeline(base, config, args, device, dtype, loras):

@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from help_formatter import HelpFormatter, command_line
 
@@ -37,15 +38,6 @@ WORDS = (
     "text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection"
 ).split()
 WORD = re.compile(rf"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))}|\d+)(?=_|$)")
-# The names of layers in SDXL's original code.
-ORIGINAL_NAMES = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    "resnets.conv1": "in_layers.2", "resnets.conv2": "out_layers.3",
-    "resnets.time_emb_proj": "emb_layers.1", "resnets.conv_shortcut": "skip_connection",
-    "downsamplers.conv": "op",
-}  # fmt: skip
 # A header's words for the kind of base.
 VERSIONS = ("family", "ss_base_model_version", "modelspec.architecture")
 # A header's digests of tensors under their old names.
@@ -84,6 +76,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     parse_args()  # at once: the libraries that infer.py imports take seconds to load
 
 import infer
+from train_lcm_lora_sdxl import name_in_file, save
 
 
 def dotted(path, name):
@@ -138,27 +131,13 @@ def is_xl(keys, parts, metadata):
     return named or 2048 in widths or "xl" in said
 
 
-def original_name(path, depth):
-    """A UNet layer's name in SDXL's original code, where blocks are numbered through."""
-    found = re.fullmatch(r"(\w+)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", path)
-    if not found:
-        return ORIGINAL_NAMES.get(path, path)
-    side, block, kind, layer, rest = found.groups()
-    place = {"attentions": 1, "upsamplers": 2}.get(kind, 0)
-    rest = ORIGINAL_NAMES.get(f"{kind}.{rest}", rest)
-    if side == "mid":
-        return f"middle_block.{place or 2 * int(layer)}.{rest}"
-    count = int(block) * (depth + 1) + (depth if "samplers" in kind else int(layer))
-    start = f"input_blocks.{count + 1}" if side == "down" else f"output_blocks.{count}"
-    return f"{start}.{place}.{rest}"
-
-
 def kohya_names(unet):
     """{module path: name in a file of SDXL's family}; diffusers' where it could not read others."""
     depth = block_depth(unet)
     if depth > 2 or any(re.match(r"(down|up)_blocks\.[3-9]", name) for name in unet):
         return {}
-    return {name: original_name(name, depth) for name in unet}
+    config = SimpleNamespace(layers_per_block=depth, up_block_types=())
+    return {name: name_in_file(name, config) for name in unet}
 
 
 def header(metadata, layers, output):
@@ -173,18 +152,6 @@ def header(metadata, layers, output):
     if "ss_output_name" in kept:  # by which A1111 lists it
         kept["ss_output_name"] = output.name.removesuffix(".safetensors")
     return kept | {"format": "pt"}
-
-
-def save(tensors, about):
-    """A .safetensors file with the header's keys sorted: the library shuffles them at each call."""
-    from safetensors.torch import save as to_bytes
-
-    content = memoryview(to_bytes(tensors))
-    start = 8 + int.from_bytes(content[:8], "little")
-    head = {"__metadata__": about} | json.loads(bytes(content[8:start]))
-    text = json.dumps(head, sort_keys=True, ensure_ascii=False).encode(errors="replace")
-    text += b" " * (-len(text) % 8)  # the numbers stay aligned
-    return b"".join([len(text).to_bytes(8, "little"), text, content[start:]])
 
 
 def write(folder, naming, parts, metadata, keys):

@@ -831,11 +831,11 @@ def test_images_of_modes_in_memory(sd15, mode):
     assert max(abs(value - expected) for value in pixel) <= 1
 
 
-def test_infer_opens_images_as_the_trainers_do():
+@pytest.mark.parametrize("name", ["to_rgb", "check_tokenizer"])
+def test_infer_opens_images_and_tokenizers_as_the_trainers_do(name):
     """The same definition, byte for byte."""
-    names = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py", "infer.py")
-    texts = {drift.definitions((ROOT / name).read_text())["to_rgb"] for name in names}
-    assert len(texts) == 1
+    files = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py", "infer.py")
+    assert len({drift.definitions((ROOT / file).read_text())[name] for file in files}) == 1
 
 
 def test_unusable_records_in_parquet_and_tars(read, tmp_path, monkeypatch):
