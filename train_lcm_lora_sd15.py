@@ -1781,7 +1781,7 @@ class Stop:
         if self.since and now - self.since > 1:  # sooner it is the first, from the launcher too
             os._exit(128 + number)
         if not self.since and this_rank() == "0":
-            os.write(2, b"\nstopping: this step, then saving; a second signal ends it at once\n")
+            os.write(2, b"\nstopping after this step, then saving; a second signal ends at once\n")
         self.number, self.since = self.number or number, self.since or now
 
     def asked(self):
