@@ -27,6 +27,12 @@ Deliberate differences from the paper:
    open, --loss_type l2 is the squared one.
 5. omega is uniform in 3..15, the range of Hugging Face's example scripts. The report trained with a
    fixed omega of 7.5 (--w_min 7.5 --w_max 7.5), the LCM paper with a range.
+6. null is --negative_prompt, and the guided output can be rescaled, where the teacher is used so.
+7. --phases M, off by default: f maps to the lower edge of its phase, one of M, not to t = 0. From
+   Phased Consistency Models (arXiv 2405.18407); TCD (2402.19159) and Hyper-SD (2404.13686) map to
+   earlier timesteps too, the latter with a number of phases that falls to 1 in the run.
+8. On data with trajectories (scripts/generate_data.py) z_nk and z_hat_n are points of the teacher's
+   own path from pure noise, computed ahead, in the place of a noised image and its step by Psi.
 """
 
 import argparse
@@ -36,6 +42,7 @@ import csv
 import datetime
 import difflib
 import errno
+import functools
 import glob
 import hashlib
 import io
@@ -53,7 +60,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 FAMILY = "sd15"
@@ -107,7 +114,8 @@ ENCODE = (
     "FLAGS of this command, then train with --dataset_name FOLDER"
 )
 # Flags that are refused, and what to do instead
-REFUSED = dict.fromkeys(["cache_latents", "cache_text_embeddings", "cache_only"], ENCODE) | {
+ENCODED_ONLY = ["cache_latents", "cache_text_embeddings", "cache_only", "aspect_ratio_buckets"]
+REFUSED = dict.fromkeys(ENCODED_ONLY, ENCODE) | {
     "hub_token": "a command line is seen by others; set HF_TOKEN or run `hf auth login`",
     "logging_steps": "every step is logged; leave it out",
     "paged_adam": "give --optimizer paged_adamw8bit",
@@ -149,17 +157,23 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
 
+    recipe = []
+
     def error(message):
         """One line: what is wrong, what was perhaps meant, and no token."""
         for word in re.findall(r" (--\w+)", message.partition("unrecognized arguments:")[2]):
             close = difflib.get_close_matches(word, parser._option_string_actions, 1)
             message += "".join(f"; did you mean {other}?" for other in close)
+        message += f" (recipe.json of the teacher gives {' '.join(recipe)})" if recipe else ""
         fail(re.sub(r"hf_\w+", "***", message))
 
     parser.error = error
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
     omega, beta, whole = number(float, -1), number(float, 0, 0.999999), number(int, 0)
     alpha = number(float, 1e-6, 1e6)
+
+    def phases(text):
+        return [count(part) for part in text.split(",")]
 
     def one(flag, kind, default, unit, text):
         group.add_argument(flag, type=kind, default=default, metavar=unit, help=text)
@@ -180,6 +194,9 @@ def parse_args(argv=None):
     name("--teacher_revision", "NAME", "revision of a teacher on the hub", "--revision")
     name("--variant", "NAME", "file variant of the teacher, such as fp16")
     name("--pretrained_vae_model_name_or_path", "VAE", "another VAE than the teacher's")
+    choice("--prediction_type", "epsilon v_prediction", None, "(default: as the teacher says)")
+    switch("--rescale_betas_zero_snr", "its noise reaches zero SNR (default: as it says)",
+           action=argparse.BooleanOptionalAction)
     name("--lora_path", "LORA", "LoRA to start from: file or output folder")
     one("--lora_rank", count, 64, "R", "rank of the LoRA layers")
     one("--lora_alpha", alpha, None, "A", "scale A / R of the update (default: R)")
@@ -203,13 +220,18 @@ def parse_args(argv=None):
     switch("--center_crop", "crop the middle instead of a random place")
     switch("--random_flip", "mirror half of the images")
     one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
+    one("--max_prompt_chunks", count, 1, "PIECES", "of 75 tokens that are read of a caption")
     one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
     name("--cache_dir", "FOLDER", "where downloads are kept")
 
     group = parser.add_argument_group("Distillation")
     one("--w_min", omega, 3.0, "OMEGA", "least guidance scale minus 1")
     one("--w_max", omega, 15.0, "OMEGA", "largest guidance scale minus 1")
-    one("--num_ddim_timesteps", count, 50, "N", "of the DDIM solver")
+    one("--negative_prompt", str, "", "PROMPT", "that the teacher is guided away from")
+    one("--guidance_rescale", share, 0.0, "0..1", "of the guided output, against over-exposure")
+    one("--num_ddim_timesteps", count, None, "N", "of the solver (default: 50, or what fits M)")
+    one("--phases", phases, [1], "M", "or M,M,...: phases in equal parts of the run; 1: LCM")
+    choice("--target", "network trajectory", "network", "f of the network, or data's trajectories")
     choice("--loss_type", "huber l2", "huber", "distance d of the loss")
     choice("--loss_units", "x0 output", "x0", "d between clean latents, or outputs of the network")
     one("--huber_c", positive, 0.001, "C", "of the pseudo-Huber distance, in units of the loss")
@@ -259,12 +281,14 @@ def parse_args(argv=None):
 
     for flag in (*IGNORED, *REFUSED):
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    recipe = read_recipe(parser.parse_known_args(argv)[0].pretrained_teacher_model)
+    args = parser.parse_args([*recipe, *argv])
     for flag, why in REFUSED.items():
         if vars(args).pop(flag):
             fail(f"--{flag} is not supported: {why}")
     for flag, value in vars(args).items():
-        if value == "":
+        if value == "" and flag != "negative_prompt":
             fail(f"--{flag} is empty; give a value or leave it out")
         if isinstance(value, str) and value.startswith("~"):  # where no shell has replaced it
             setattr(args, flag, os.path.expanduser(value))
@@ -273,8 +297,26 @@ def parse_args(argv=None):
     return args
 
 
+def read_recipe(teacher):
+    """The flags that recipe.json in a teacher's folder stands for; make_teacher.py writes it."""
+    file = Path(os.path.expanduser(teacher or ""), "recipe.json")
+    if not file.is_file():
+        return []
+    try:
+        recipe = dict(json.loads(file.read_text(encoding="utf-8")))
+        omega = [recipe["guidance_scale"] - 1] * 2 if "guidance_scale" in recipe else []
+        flags = dict(zip(("w_min", "w_max"), omega))
+        if recipe.get("width") == recipe.get("height"):
+            recipe["resolution"] = recipe.get("width")
+    except (ValueError, TypeError) as error:
+        fail(f"{file}: no recipe can be read ({error}); delete it or write it anew")
+    names = "negative_prompt guidance_rescale max_prompt_chunks resolution".split()
+    flags |= {name: recipe[name] for name in names if recipe.get(name) is not None}
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
 def check_args(args):
-    """Refuse what does not go together; --streaming is then known."""
+    """Refuse what does not go together; --streaming and N are then known."""
     name, tars = args.pretrained_teacher_model, args.train_shards_path_or_url
     if name is None or Path(name).is_file() and not is_one_file(name):
         fail(f"--pretrained_teacher_model {name}: give a folder, hub id or .safetensors file")
@@ -284,6 +326,12 @@ def check_args(args):
         fail("--hub_model_id: nothing is uploaded without --push_to_hub; give both or neither")
     if unknown := {*args.allow_changed} - {*vars(args), "processes"}:
         fail(f"--allow_changed {' '.join(unknown)}: no such flag; give names as learning_rate")
+    fits = [n for n in (50, 40, 25, 20, 10, 8, 5, 4, 2, 1) if all(n % m == 0 for m in args.phases)]
+    args.num_ddim_timesteps = steps = args.num_ddim_timesteps or max(fits, default=0)
+    if not steps or any(steps % m for m in args.phases):
+        some = f"give one of {', '.join(map(str, fits))}" if fits else "give 1, 2, 4, 5 or 8 phases"
+        given = f"--num_ddim_timesteps {steps or '(not given)'}, --phases {args.phases}"
+        fail(f"{given}: each phase has as many timesteps; {some}")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is between them")
     if [args.train_data_dir, args.dataset_name, tars].count(None) != 2:
@@ -338,6 +386,7 @@ from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
+    TCDScheduler,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -397,10 +446,14 @@ class NoiseSchedule:
             return (z_t - sigma * output) / alpha, output
         return alpha * z_t - sigma * output, alpha * output + sigma * z_t
 
-    def output_per_x0(self, t):
-        """|d output / d x0| at a given z_t, [B,1,1,1]: alpha / sigma (epsilon), 1 / sigma (v)."""
-        alpha, sigma = self.at(t)
-        return (alpha if self.prediction_type == "epsilon" else 1) / sigma
+    def output_per_f(self, t, s=None):
+        """|d output / d f| of f(z_t, t) to timestep s at a given z_t, [B,1,1,1]; None: f is x0.
+
+        alpha_t / (alpha_s sigma_t - sigma_s alpha_t) (epsilon); 1 / the same (v)
+        """
+        (alpha, sigma), (alpha_s, sigma_s) = self.at(t), (1, 0) if s is None else self.at(s)
+        per_v = 1 / (alpha_s * sigma - sigma_s * alpha)
+        return alpha * per_v if self.prediction_type == "epsilon" else per_v
 
     def ddim_step(self, output, z_t, t, t_to):
         """z_t + Psi(z_t, t, t_to): one step of the DDIM ODE solver, [B,4,h,w].
@@ -425,8 +478,30 @@ def boundary_scalings(t, s=10.0, sigma_data=0.5):
     return sigma_data**2 / (x**2 + sigma_data**2), x / (x**2 + sigma_data**2).sqrt()
 
 
-def consistency_function(output, z_t, t, schedule):
-    """f_theta(z_t, t) = c_skip(t) z_t + c_out(t) x0(output, z_t, t); [B,4,h,w]."""
+def phases_at(step, args):
+    """M of an optimizer step: those of --phases have equal parts of the run."""
+    return args.phases[step * len(args.phases) // args.max_train_steps]
+
+
+def rescale_guidance(guided, out_c, share):
+    """The guided output with a `share` (0..1) of its contrast set to that of out_c; [B,4,h,w].
+
+    share std(out_c) / std(guided) guided + (1 - share) guided, std over each sample
+    (arXiv 2305.08891, equations 15 and 16, as diffusers' pipelines apply it)
+    """
+    std, std_c = (out.std(dim=(1, 2, 3), keepdim=True) for out in (guided, out_c))
+    return share * (guided * (std_c / std)) + (1 - share) * guided
+
+
+def consistency_function(output, z_t, t, schedule, s=None):
+    """f_theta(z_t, t) = c_skip(t) z_t + c_out(t) x0(output, z_t, t); [B,4,h,w].
+
+    To the edge s of a phase, int64 [B] (PCM): alpha(s) x0 + sigma(s) eps; z_t itself at t = s.
+    """
+    if s is not None:
+        return torch.where(
+            (t == s)[:, None, None, None], z_t, schedule.ddim_step(output, z_t, t, s)
+        )
     c_skip, c_out = boundary_scalings(t)
     x0, _ = schedule.x0_and_eps(output, z_t, t)
     return c_skip * z_t + c_out * x0
@@ -471,21 +546,26 @@ def sample_batch(run, batch, args):
     """A batch as Algorithm 1 has it: z, c, noise, t_nk, omega.
 
     z, noise [B,4,h,w] and omega [B,1,1,1] float32; t_nk int64 [B]; c {name: [B,...]}: the prompt's
-    embeddings and, for SDXL, the pooled ones and the sizes.
+    embeddings and, for SDXL, the pooled ones and the sizes. Of data with trajectories z is the
+    teacher's path [B,N+1,4,h,w], at t = 0 and the solver's timesteps, and noise is None.
     """
     step, places, device = batch["step"][0], batch["place"], run.timesteps.device
     # LoRA dropout uses torch's generator, which `predict` takes back to here
     torch.manual_seed(int(rng(args.seed, step, places[0], "dropout").integers(2**63)))
     # z = E(x): a sample of the VAE's posterior, whose moments encoded data already have
-    vae, moments = run.pipe.vae, batch.get("moments")
-    if moments is None:
-        moments = encode_images(vae, batch["pixels"], args.vae_encode_batch_size)
-    shape = (vae.config.latent_channels, *moments.shape[2:])
-    posterior_noise = normal(args.seed, step, places, "posterior", shape).to(device)
-    z = sample_posterior(moments.to(device), posterior_noise, vae.config.scaling_factor)
-    c = conditions(run.pipe, batch, device)
-    # noise ~ N(0, I)
-    noise = normal(args.seed, step, places, "noise", shape).to(device)
+    c = conditions(run.pipe, batch, device, args.max_prompt_chunks)
+    vae, noise = run.pipe.vae, None
+    if "path" in batch:
+        z = batch["path"].to(device).float().unflatten(1, (args.num_ddim_timesteps + 1, -1))
+    else:
+        moments = batch.get("moments")
+        if moments is None:
+            moments = encode_images(vae, batch["pixels"], args.vae_encode_batch_size)
+        shape = (vae.config.latent_channels, *moments.shape[2:])
+        posterior_noise = normal(args.seed, step, places, "posterior", shape).to(device)
+        z = sample_posterior(moments.to(device), posterior_noise, vae.config.scaling_factor)
+        # noise ~ N(0, I)
+        noise = normal(args.seed, step, places, "noise", shape).to(device)
     # t_nk ~ the solver's timesteps
     chosen = [rng(args.seed, step, place, "timestep") for place in places]
     t_nk = run.timesteps[[int(one.integers(len(run.timesteps))) for one in chosen]]
@@ -496,37 +576,63 @@ def sample_batch(run, batch, args):
     return z, c, noise, t_nk, omega
 
 
+def guided_output(run, z_t, t, c, omega, args):
+    """The teacher's output with guidance scale 1 + omega [B,1,1,1]; [B,4,h,w].
+
+    (1 + omega) out(c) - omega out(null), then `rescale_guidance`. Without guidance, with w_min and
+    w_max of 0, no pass is spent on null: the LoRA learns the prompt alone, and keeps guidance.
+    """
+    if args.w_min == args.w_max == 0:
+        return predict(run.teacher, z_t, t, c)
+    # with and without the prompt in one batch of 2B
+    c_null = c | {name: null.expand_as(c[name]) for name, null in run.c_null.items()}
+    both = {name: torch.cat([c[name], c_null[name]]) for name in c}
+    out = predict(run.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), both)
+    out_c, out_null = out.chunk(2)
+    guided = out_c + omega * (out_c - out_null)
+    return (
+        rescale_guidance(guided, out_c, args.guidance_rescale) if args.guidance_rescale else guided
+    )
+
+
 def distillation_loss(run, z, c, noise, t_nk, omega, args):
     """Algorithm 1 for one batch: the scalar loss d(f_theta(z_nk, t_nk), f_theta^-(z_hat_n, t_n)).
 
-    z, noise [B,4,h,w]; c conditions, [B,...] each; t_nk int64 [B]; omega [B,1,1,1]; all float32.
-    `run.student` and `run.target` are one network, of which the target is the bare module: it takes
-    no part in the exchange of gradients.
+    z, noise [B,4,h,w] (or of trajectories, as `sample_batch` says); c conditions, [B,...] each;
+    t_nk int64 [B]; omega [B,1,1,1]; all float32. `run.student` and `run.target` are one network, of
+    which the target is the bare module: it takes no part in the exchange of gradients.
     """
-    schedule = run.schedule
+    schedule, phases = run.schedule, phases_at(run.step, args)
     # t_n, k timesteps below t_{n+k}; the lowest step ends at t = 0, where f is the identity
     skip_k = len(schedule.alpha) // args.num_ddim_timesteps
     t_n = (t_nk - skip_k).clamp(min=0)
-    # z_{t_{n+k}} ~ N(alpha z, sigma^2 I)
-    z_nk = schedule.add_noise(z, noise, t_nk)
+    # s, the lower edge of t_n's phase, which f maps to; with one phase 0
+    length = skip_k * (args.num_ddim_timesteps // phases)
+    edge = ((t_n + 1) // length * length - 1).clamp(min=0)
+    s = None if phases == 1 else edge
     with torch.no_grad():
-        # the teacher with and without the prompt, in one batch of 2B
-        c_null = c | {name: null.expand_as(c[name]) for name, null in run.c_null.items()}
-        both = {name: torch.cat([c[name], c_null[name]]) for name in c}
-        out = predict(run.teacher, torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), both)
-        out_c, out_null = out.chunk(2)
-        # z_hat_n = z_nk + (1 + omega) Psi(c) - omega Psi(null): Psi is affine in the output, so
-        # guide that, then step
-        z_hat_n = schedule.ddim_step(out_c + omega * (out_c - out_null), z_nk, t_nk, t_n)
-        # f_theta^-(z_hat_n, t_n, c), no gradient
-        f_target = predict(run.target, z_hat_n, t_n, c)
-        f_target = consistency_function(f_target, z_hat_n, t_n, schedule)
+        if noise is None:
+            # a path of the teacher: z_{t_{n+k}}, z_hat_n and the point at s are on it
+            z_nk, z_hat_n, z_s = (z[range(len(z)), (t + 1) // skip_k] for t in (t_nk, t_n, edge))
+        else:
+            # z_{t_{n+k}} ~ N(alpha z, sigma^2 I)
+            z_nk = schedule.add_noise(z, noise, t_nk)
+            # z_hat_n = z_nk + (1 + omega) Psi(c) - omega Psi(null): Psi is affine in the output, so
+            # guide that, then step
+            guided = guided_output(run, z_nk, t_nk, c, omega, args)
+            z_hat_n = schedule.ddim_step(guided, z_nk, t_nk, t_n)
+        # f_theta^-(z_hat_n, t_n, c), no gradient; or what it is to learn, the end of the path
+        if args.target == "trajectory":
+            f_target = z_s
+        else:
+            f_target = predict(run.target, z_hat_n, t_n, c)
+            f_target = consistency_function(f_target, z_hat_n, t_n, schedule, s)
     # f_theta(z_nk, t_nk, c), last: its activations are the only ones ever held
     f_student = predict(run.student, z_nk, t_nk, c)
-    f_student = consistency_function(f_student, z_nk, t_nk, schedule)
+    f_student = consistency_function(f_student, z_nk, t_nk, schedule, s)
     # d(f_theta, f_theta^-); in units of x0 t = 999 weighs twenty times as much as t = 259, in those
     # of the output the same
-    unit = schedule.output_per_x0(t_nk) if args.loss_units == "output" else 1.0
+    unit = schedule.output_per_f(t_nk, s) if args.loss_units == "output" else 1.0
     return distance(unit * f_student, unit * f_target, args.loss_type, args.huber_c)
 
 
@@ -684,6 +790,7 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
         if configs:
             # only its betas are needed, not its class, which may take further libraries
             config = LCMScheduler.load_config(configs, subfolder="scheduler", **common)
+            config = settle_prediction(args, name, config, True)
             NoiseSchedule(config, "cpu")  # ends the run where it cannot be used
             options["scheduler"] = None
         if one_file:
@@ -701,10 +808,11 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
                     place["variant"] = args.variant  # some parts may have no such variant
                 options[part] = open_part(part, folder, dtype, skip, **place)
             pipe = pipeline_class.from_pretrained(folder, **options, **more)
-        if configs:
-            pipe.register_modules(scheduler=LCMScheduler.from_config(config))
+        if not configs:
+            config = settle_prediction(args, name, pipe.scheduler.config, False)
+        pipe.register_modules(scheduler=LCMScheduler.from_config(config))
         if one_file:
-            check_one_file(name, pipe, parts.count("unet"), skip)
+            check_one_file(pipe, parts.count("unet"), skip)
     for part in needed & skip:
         setattr(pipe, part, None)
     for key in ("latents_mean", "latents_std", "shift_factor"):
@@ -717,23 +825,56 @@ def open_teacher(pipeline_class, needed, args, dtype, skip, **options):
     return pipe
 
 
-def check_one_file(name, pipe, unet_tensors, skip):
-    """Its tensors are those of the pipeline; it says nothing else of itself than the configs."""
+def check_one_file(pipe, unet_tensors, skip):
+    """The tensors of its file are those of the pipeline."""
     nets = [net for part, net in networks(pipe) if part not in skip]
     missing = [key for net in nets for key, p in net.named_parameters() if p.is_meta]
     if missing or unet_tensors != (needed := len(pipe.unet.state_dict())):
         what = f"{len(missing)} missing, first {missing[0]}" if missing else f"{needed} needed"
         raise ValueError(f"its tensors do not match these: {unet_tensors} of a UNet, {what}")
+
+
+def read_markers(name):
+    """What a checkpoint in one file says that it predicts, and what UIs guess: scheduler settings.
+
+    It says so by the tensors v_pred and ztsnr and by ModelSpec's header. SD 2.x does not: ComfyUI
+    guesses v-prediction where the values of one bias spread by more than 0.09.
+    """
+    kinds = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
     with safe_open(name, "pt") as file:
-        keys, about, config = file.keys(), file.metadata() or {}, pipe.scheduler.config
-    kind = config.prediction_type
-    said = "v" if "v_pred" in keys else about.get("modelspec.prediction_type") or kind
-    said = "EDM" if any(key.startswith("edm_") for key in keys) else said
-    zero_snr = "ztsnr" in keys and not config.get("rescale_betas_zero_snr")
-    if said[0] != kind[0] or zero_snr:
-        what = f"has prediction_type {said}{' with rescale_betas_zero_snr' * zero_snr}, not {kind}"
-        advice = "give --teacher_config a folder whose scheduler says so too (EDM cannot be used)"
-        fail(f"--pretrained_teacher_model {name} {what}: {advice}")
+        keys, about = {*file.keys()}, file.metadata() or {}
+        said = {kinds.get(about.get("modelspec.prediction_type"))} - {None}
+        said |= {"v_prediction"} if "v_pred" in keys else set()
+        if edm := sorted(key for key in keys if key.startswith("edm_")):
+            raise ValueError(f"it holds {edm[0]}: models of EDM's noise levels cannot be used")
+        if len(said) > 1:
+            raise ValueError("it holds v_pred, but its ModelSpec says epsilon")
+        marked = {"prediction_type": said.pop()} if said else {}
+        marked |= {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
+        unet = "model.diffusion_model."
+        width = f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        bias = f"{unet}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+        if not {width, bias} <= keys or file.get_slice(width).get_shape()[1] != 1024:
+            return marked, {}
+        spread = file.get_tensor(bias).float().std(unbiased=False)
+        return marked, {"prediction_type": "v_prediction" if spread > 0.09 else "epsilon"}
+
+
+def settle_prediction(args, name, config, explicit):
+    """A scheduler config with what the model predicts: by flag, file, config, guess, in that order.
+
+    `explicit`: the config is the user's, not a library's default.
+    """
+    one_file = name.lower().endswith(".safetensors")
+    marked, guessed = read_markers(name) if one_file else ({}, {})
+    flags = {key: vars(args)[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    for key, value in marked.items():
+        other = flags.get(key, config.get(key) if explicit else value)
+        if other != value:
+            where = f"--{key}" if key in flags else "the config"
+            raise ValueError(f"{key} is {value} by its own marker, {other} by {where}")
+    return dict(config) | ({} if explicit else guessed) | marked | flags
 
 
 def check_tokenizer(tokenizer, config, where):
@@ -839,10 +980,35 @@ def make_student(pipe, args, device):
     return student
 
 
+def split_prompt(text, tokenizer, chunks):
+    """The first `chunks` pieces of a prompt, each what CLIP reads at once; the last may be empty.
+
+    Cut at ends of words, as UIs cut; a word longer than a piece is cut inside.
+    """
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in found["offset_mapping"]]
+    room, pieces, start, first = tokenizer.model_max_length - 2, [], 0, 0
+    while len(ends) - first > room:
+        last = first + room  # the tokens before it fit
+        cut = next((i for i in range(last, first, -1) if text[ends[i - 1]].isspace()), last)
+        pieces.append(text[start : ends[cut - 1]])
+        start, first = ends[cut - 1], cut
+    return [*pieces, text[start:], *[""] * chunks][:chunks]
+
+
 @torch.no_grad()
-def encode_captions(pipe, captions):
-    """The prompts' embeddings, made as the pipeline makes them: {"prompt": [B,L,D]}."""
-    return {"prompt": pipe.encode_prompt(captions, pipe.text_encoder.device, 1, False)[0]}
+def encode_captions(pipe, captions, chunks=1):
+    """The prompts' embeddings, made as the pipeline makes them: {"prompt": [B,L,D]}.
+
+    With more than one chunk each piece of a prompt is a prompt, and they are joined along L.
+    """
+    pieces = captions
+    if chunks > 1:
+        pieces = [
+            piece for text in captions for piece in split_prompt(text, pipe.tokenizer, chunks)
+        ]
+    prompt = pipe.encode_prompt(pieces, pipe.text_encoder.device, 1, False)[0]
+    return {"prompt": prompt.reshape(len(captions), -1, prompt.shape[-1])}
 
 
 @torch.no_grad()
@@ -858,9 +1024,9 @@ def sample_posterior(moments, noise, scaling_factor):
     return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling_factor
 
 
-def conditions(pipe, batch, device):
+def conditions(pipe, batch, device, chunks):
     """All that the UNet gets beside z and t, {name: [B,...]}: embeddings, for SDXL sizes too."""
-    c = {} if "prompt" in batch else encode_captions(pipe, batch["caption"])
+    c = {} if "prompt" in batch else encode_captions(pipe, batch["caption"], chunks)
     for name in {"prompt", "text_embeds"} & batch.keys():
         c[name] = batch[name].to(device, pipe.unet.dtype)  # encoded data are float32
     return c | ({"time_ids": batch["time_ids"].to(device)} if "time_ids" in batch else {})
@@ -884,7 +1050,8 @@ ELSEWHERE = (
     "saved and encoded data to --dataset_name"
 )
 # Columns of encoded data, which scripts/encode_data.py makes; it documents their format
-ENCODED = ("moments", "mirrored", "prompt", "text_embeds", "time_ids")
+LATENTS = ("path", "moments")
+ENCODED = (*LATENTS, "mirrored", "size", "prompt", "text_embeds", "time_ids")
 STAMP, PROMPTS = "encoded.json", "prompts.safetensors"
 
 
@@ -1094,11 +1261,18 @@ def make_stamp(args, what):
     teacher, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
     names = ["mixed_precision", "variant", "teacher_revision"]
     stamp = {"format": FORMAT_VERSION, "family": FAMILY}
-    if "latents" in what:
-        names += ["resolution", "center_crop", "use_fix_crop_and_size"]
+    if {"latents", "generated", "trajectories"} & {*what}:
+        names.append("resolution")
         own = [vae] if vae else [teacher, args.teacher_config]
         stamp["VAE"] = identity(["*" if vae else "vae/*"], *own)
+    if "latents" in what:
+        names += ["center_crop", "use_fix_crop_and_size"]
+    if "trajectories" in what:  # which a run of other guidance or steps cannot take
+        names += ["w_min", "w_max", "negative_prompt", "guidance_rescale", "num_ddim_timesteps"]
+        names += ["prediction_type", "rescale_betas_zero_snr"]
+        stamp["UNet"] = identity(["unet/*"], teacher)
     if "captions" in what:
+        names.append("max_prompt_chunks")
         parts = ["text_encoder*/*", "tokenizer*/*", "model_index.json"]
         stamp["text encoders"] = identity(parts, teacher, args.teacher_config)
     return stamp | {name: vars(args)[name] for name in names if name in args}
@@ -1113,8 +1287,12 @@ def check_stamp(folder, columns, args):
         if stamp.get(key) != value:
             what = f"it was encoded with {key} {stamp.get(key)}, this run has {value}"
             fail(f"--dataset_name {folder}: {what}; give the flags it was made with or encode anew")
-    if args.random_flip and "moments" in columns and "mirrored" not in columns:
+    if args.random_flip and {*LATENTS} & {*columns} and "mirrored" not in columns:
         fail(f"--random_flip: {folder} has no mirrored images; encode with --random_flip too")
+    if args.proportion_empty_prompts and "path" in columns:
+        fail(f"--proportion_empty_prompts: the paths in {folder} are those of their captions")
+    if args.streaming and "size" in columns:
+        fail(f"--streaming: {folder} has images of several sizes; give --no-streaming")
 
 
 def load_prompts(folder, columns):
@@ -1213,45 +1391,50 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def resize_and_crop(image, side, place, flip):
-    """The shorter side becomes `side`; mirrored if `flip`; a square at `place` = (x, y), each 0..1.
+def resize_and_crop(image, sides, place, flip):
+    """A part of `sides` (width, height) of the image, resized so that it just covers them.
 
-    Returns the square and its left and top edge in the resized, mirrored image, in pixels. Only the
-    square is resized: a strip of 40,000 x 10 pixels would else become 2,000,000 x 512.
+    At `place` = (x, y), each 0..1; mirrored if `flip`. Returns it and its left and top edge in the
+    resized, mirrored image, in pixels. Only the part is resized: a strip of 40,000 x 10 pixels
+    would else become 2,000,000 x 512.
     """
-    scale = side / min(image.size)
-    size = [max(side, round(s * scale)) for s in image.size]
-    left, top = (round(p * (s - side)) for p, s in zip(place, size, strict=True))
-    x, y = size[0] - side - left if flip else left, top  # of the square before it is mirrored
+    scale = max(side / s for side, s in zip(sides, image.size, strict=True))
+    size = [max(side, round(s * scale)) for side, s in zip(sides, image.size, strict=True)]
+    edges = zip(place, size, sides, strict=True)
+    left, top = (round(p * (s - side)) for p, s, side in edges)
+    x, y = size[0] - sides[0] - left if flip else left, top  # of the part before it is mirrored
     x_scale, y_scale = (old / new for old, new in zip(image.size, size, strict=True))
-    box = (x * x_scale, y * y_scale, (x + side) * x_scale, (y + side) * y_scale)
-    square = image.resize((side, side), Image.Resampling.LANCZOS, box)
-    return ImageOps.mirror(square) if flip else square, left, top
+    box = (x * x_scale, y * y_scale, (x + sides[0]) * x_scale, (y + sides[1]) * y_scale)
+    part = image.resize(sides, Image.Resampling.LANCZOS, box)
+    return ImageOps.mirror(part) if flip else part, left, top
 
 
-def prepare_image(image, place, flip, args):
+def prepare_image(image, sides, place, flip, args):
     """A training image as what the step needs of it: pixels [3,H,W] in -1..1."""
-    square, _, _ = resize_and_crop(image, args.resolution, place, flip)
-    return {"pixels": VaeImageProcessor(do_resize=False).preprocess(square)[0]}
+    part, _, _ = resize_and_crop(image, sides, place, flip)
+    return {"pixels": VaeImageProcessor(do_resize=False).preprocess(part)[0]}
 
 
 def make_sample(record, step, place, empty, args):
     """A record as a training sample, or UnusableRecord; a function of it and (step, place).
 
-    These are the keys of a batch: pixels [3,H,W] or moments [8,h,w]; caption, and where it is
-    encoded prompt [L,D], for SDXL text_embeds [P]; for SDXL time_ids [6]; step, place, name.
+    These are the keys of a batch: pixels [3,H,W], moments [8,h,w] or path [4 (N+1),h,w]; caption,
+    and where it is encoded prompt [L,D], for SDXL text_embeds [P]; for SDXL time_ids [6]; step,
+    place, name.
     `empty`: the embeddings of the empty prompt, where captions are encoded.
     """
     purposes = ("crop", "flip", "caption")
     crop, flip, caption = (rng(args.seed, step, place, purpose).random(2) for purpose in purposes)
     crop, flip = (0.5, 0.5) if args.center_crop else crop, args.random_flip and flip[0] < 0.5
-    if "moments" in record:
-        sample = {"moments": record["mirrored" if flip else "moments"]}
+    if kind := next((name for name in LATENTS if name in record), None):
+        sample = {kind: record["mirrored" if flip else kind]}
+        if "size" in record:  # columns have one shape: latents of several sizes are [h w, channels]
+            sample[kind] = sample[kind].T.unflatten(1, record["size"].tolist())
         sample |= {"time_ids": record["time_ids"]} if "time_ids" in record else {}
     else:
         with or_unusable(record["name"]):
             image = open_image(record["image"])
-        sample = prepare_image(image, crop, flip, args)
+        sample = prepare_image(image, (args.resolution, args.resolution), crop, flip, args)
     i = int(caption[1] * len(record["captions"]))
     dropped = caption[0] < args.proportion_empty_prompts
     sample["caption"] = "" if dropped else record["captions"][i]
@@ -1260,27 +1443,54 @@ def make_sample(record, step, place, empty, args):
     return sample | {"step": step, "place": place, "name": record["name"]}
 
 
+@functools.lru_cache(8)
+def order_of(seed, epoch, records):
+    """The numbers of the records in the order of an epoch."""
+    return rng(seed, epoch, 0, "order").permutation(records)
+
+
 class Samples(torch.utils.data.Dataset):
     """Training samples by (optimizer step, place in the global batch), from seeded shuffles.
 
-    Step s reads positions [s G, (s + 1) G) of one endless stream, G the global batch; epoch e of it
-    is a permutation of all records. An unusable record is replaced by the next usable one and named
-    in the sample.
+    Records are read from one endless stream, of which epoch e is a permutation of all; step s has
+    positions [s G, (s + 1) G) of it, G the global batch. Where latents are of several sizes, step s
+    has the batch that is the s-th to be full when each record waits for others of its size. An
+    unusable record is replaced by the next usable one, of its size, and named in the sample.
     """
 
     def __init__(self, records, empty, args, global_batch):
         self.records, self.empty, self.args, self.global_batch = records, empty, args, global_batch
-        self.epoch, self.order = None, None
+        self.sizes, self.full, self.waiting, self.read = None, [], defaultdict(list), 0
+        if "size" in getattr(records, "column_names", ()):
+            rows = records.select_columns("size").with_format("numpy")[:]["size"].tolist()
+            counts = Counter(tuple(size) for size in rows if size[0])
+            usual = max(counts, key=counts.get, default=None)  # an unusable record has none
+            self.sizes = [tuple(size) if size[0] else usual for size in rows]
+
+    def row(self, position):
+        """The number of the record at a position of the stream."""
+        epoch, index = divmod(position, len(self.records))
+        return int(order_of(self.args.seed, epoch, len(self.records))[index])
+
+    def position(self, step, place):
+        """Where in the stream this place's record is."""
+        if not self.sizes:
+            return step * self.global_batch + place
+        while len(self.full) <= step:
+            size = self.sizes[self.row(self.read)]
+            self.waiting[size].append(self.read)
+            self.read += 1
+            if len(self.waiting[size]) == self.global_batch:
+                self.full.append(self.waiting.pop(size))
+        return self.full[step][place]
 
     def __getitem__(self, step_and_place):
-        step, place = step_and_place
-        epoch, index = divmod(step * self.global_batch + place, len(self.records))
-        if epoch != self.epoch:
-            order = rng(self.args.seed, epoch, 0, "order").permutation(len(self.records))
-            self.epoch, self.order = epoch, order
-        unusable = []
+        (step, place), unusable = step_and_place, []
+        position = self.position(step, place)
         for i in range(len(self.records)):
-            row = int(self.order[(index + i) % len(self.records)])
+            row = self.row(position + i)
+            if self.sizes and self.sizes[row] != self.sizes[self.row(position)]:
+                continue
             try:
                 with or_unusable(f"row {row}"):  # such as a text that is not UTF-8
                     fields = self.records[row]
@@ -1450,13 +1660,16 @@ def header(pipe, args, step):
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
+    phases = args.phases[-1]
+    about |= {"phases": phases, "sampler": "lcm" if phases == 1 else "tcd"}
     about["training_args"] = json.dumps(settings, sort_keys=True)
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
     spec = {"sai_model_spec": "1.0.0", "prediction_type": prediction}
     spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
     spec |= {"title": f"LCM-LoRA of {name}", "architecture": f"{architecture}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
-    spec |= {"usage_hint": "LCM sampler, 4 steps (1 to 8), CFG scale 1"}
+    _, sampler, _, guidance = sampling(args)
+    spec |= {"usage_hint": f"sampler {sampler}, schedule sgm_uniform, 4 steps (1 to 8), {guidance}"}
     kohya = {"network_module": "networks.lora", "network_dim": args.lora_rank, "steps": step}
     kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": name}
     kohya["output_name"] = Path(args.output_dir).resolve().name  # by which A1111 lists it
@@ -1466,6 +1679,18 @@ def header(pipe, args, step):
     about |= {f"modelspec.{k}": v for k, v in spec.items()}
     about |= {f"ss_{k}": v for k, v in kohya.items()}
     return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in about.items()}
+
+
+def sampling(args):
+    """What the LoRA is sampled with: (scheduler in diffusers, sampler in UIs, guidance, in words).
+
+    Phases lead to points of the teacher's path, not to its end: no sampler of them adds noise.
+    """
+    keeps = args.w_min == args.w_max == 0  # guided by the base as before
+    guidance = (7.5, "CFG scale and negative prompt of the base") if keeps else (1.0, "CFG scale 1")
+    if args.phases[-1] == 1:
+        return "LCMScheduler", "lcm", *guidance
+    return "TCDScheduler", "euler", *guidance
 
 
 def save(tensors, about):
@@ -1926,7 +2151,8 @@ def validate(run, args):
         setattr(sampler, name, None)
     sampler.unet = run.target
     grid = {"original_inference_steps": args.num_ddim_timesteps, "clip_sample": False}
-    sampler.scheduler = LCMScheduler.from_config(run.pipe.scheduler.config, **grid)
+    kind = LCMScheduler if phases_at(run.step - 1, args) == 1 else TCDScheduler  # as `sampling`
+    sampler.scheduler = kind.from_config(run.pipe.scheduler.config, **grid)
     sampler.set_progress_bar_config(disable=True)
     embeddings = {"prompt": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
     settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
@@ -1940,7 +2166,8 @@ def validate(run, args):
     path = Path(args.output_dir, "validation", f"step-{run.step:06d}.png")
     path.parent.mkdir(exist_ok=True)
     about, base = PngImagePlugin.PngInfo(), base_name(args.pretrained_teacher_model)
-    settings = f"Steps: 4, Sampler: LCM, CFG scale: 1, Seed: {args.seed}, Model: {base}"
+    name = kind.__name__[:3]
+    settings = f"Steps: 4, Sampler: {name}, CFG scale: 1, Seed: {args.seed}, Model: {base}"
     lines = [*args.validation_prompts, f"{settings}, LCM-LoRA: step {run.step}"]
     about.add_itxt("parameters", "\n".join(lines))  # as A1111 writes it
     diffusers.utils.make_image_grid(images, 1, len(images)).save(path, pnginfo=about)
@@ -1973,33 +2200,43 @@ def write_card(run, args):
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     about |= {"tags": ["lcm", "lora", "lcm-lora", layout]}
     about |= {} if Path(teacher).exists() else {"base_model": teacher}
+    scheduler, sampler, scale, guidance = sampling(args)
+    usual = {"phases": [1], "negative_prompt": "", "guidance_rescale": 0, "max_prompt_chunks": 1}
+    more = [f", {k} {vars(args)[k]}" for k, value in usual.items() if vars(args)[k] != value]
+    grid = f"original_inference_steps={args.num_ddim_timesteps}"
+    if args.prediction_type == "v_prediction":  # which a checkpoint in one file may not tell
+        grid += ', prediction_type="v_prediction"'
+        grid += f", rescale_betas_zero_snr={args.rescale_betas_zero_snr}"
     text = f"""---
 {ModelCardData(**about)}
 ---
 
 # LCM-LoRA of {base}
 
-Generates images in 1 to 8 steps without guidance. Made from {base} by {Path(__file__).name}:
+Generates images in 1 to 8 steps, with the {guidance}. Made from {base} by {Path(__file__).name}:
 {run.step} steps at {args.resolution} px, batch {args.train_batch_size} x
 {args.gradient_accumulation_steps}, learning rate {args.learning_rate:g}, rank {args.lora_rank},
 alpha {args.lora_alpha:g}, omega {args.w_min:g} to {args.w_max:g}, {args.num_ddim_timesteps} DDIM
-steps, {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}.
+steps, {args.loss_type} loss, mixed precision {args.mixed_precision}, seed {args.seed}
+{"".join(more)[2:]}
 {shown}
 ```python
-from diffusers import {kind}, LCMScheduler
+from diffusers import {kind}, {scheduler}
 
 pipe = {kind}.{opener}("{given}")
-pipe.scheduler = LCMScheduler.from_config(
-    pipe.scheduler.config, original_inference_steps={args.num_ddim_timesteps}
+pipe.scheduler = {scheduler}.from_config(
+    pipe.scheduler.config, {grid}
 )
 pipe.load_lora_weights("{place}", weight_name="{file}")
 # or, by PEFT: pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "{place}", subfolder="unet")
-pipe({prompts[0]!r}, num_inference_steps=4, guidance_scale=1.0).images[0].save("lcm.png")
+settings = {{"num_inference_steps": 4, "guidance_scale": {scale}}}
+pipe({prompts[0]!r}, **settings).images[0].save("lcm.png")
 ```
 
-- ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, cfg 1, lcm, sgm_uniform
-- A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; LCM, 4 steps,
-  CFG scale 1
+- ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, {sampler},
+  sgm_uniform, {guidance}
+- A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; sampler
+  {sampler}, schedule type SGM Uniform, 4 steps, {guidance}
 - `{infer_command(place, prompts[0])}`
 """
     write_whole(folder / "README.md", text)
@@ -2106,8 +2343,8 @@ def set_up(args):
     records, folder = load_records(args), encoded_folder(args)
     columns = records.column_names if folder else []
     known = load_prompts(folder, columns)
-    texts, skip = ["", *(args.validation_prompts or [])], set()
-    if "moments" in columns and not args.validation_prompts:
+    texts, skip = [args.negative_prompt, *(args.validation_prompts or [])], set()
+    if {*LATENTS} & {*columns} and not args.validation_prompts:
         skip.add("vae")
     if "prompt" in columns and known.keys() >= {*texts}:
         skip |= {*TEXT_ENCODERS}
@@ -2124,8 +2361,12 @@ def set_up(args):
     run.pipe = pipe = load_teacher(args, DTYPES[args.mixed_precision], skip)
     run.schedule = NoiseSchedule(pipe.scheduler.config, accelerator.device)
     check_teacher(pipe, args)
+    args.prediction_type = run.schedule.prediction_type
+    args.rescale_betas_zero_snr = bool(pipe.scheduler.config.rescale_betas_zero_snr)
     if folder:
         check_stamp(folder, columns, args)
+    if args.target == "trajectory" and "path" not in columns:
+        fail("--target trajectory: make data by scripts/generate_data.py --trajectories")
     timesteps = ddim_timesteps(args.num_ddim_timesteps, len(run.schedule.alpha))
     run.timesteps = timesteps.to(accelerator.device)
     run.record = make_record(run, args)
@@ -2137,7 +2378,8 @@ def set_up(args):
         load_lora(pipe, run.target, source, flag)
     samples = [{"caption": text} | known.get(text, {}) for text in texts]
     batches = [torch.utils.data.default_collate([sample]) for sample in samples]
-    run.c_null, *run.prompts = [conditions(pipe, batch, accelerator.device) for batch in batches]
+    device, chunks = accelerator.device, args.max_prompt_chunks
+    run.c_null, *run.prompts = [conditions(pipe, batch, device, chunks) for batch in batches]
     for name in {*TEXT_ENCODERS} & pipe.components.keys() if "prompt" in columns else ():
         setattr(pipe, name, None)  # it has done its work
 
@@ -2149,7 +2391,9 @@ def set_up(args):
     if run.resumed:
         load_state(run)
     base, lora = pipe.unet.num_parameters() / 1e6, sum(p.numel() for p in run.trained) / 1e6
-    kind = f"{pipe.unet.dtype}, {run.schedule.prediction_type}"
+    kind = f"{pipe.unet.dtype}, {args.prediction_type}"
+    kind += ", zero terminal SNR" if args.rescale_betas_zero_snr else ""
+    kind += "" if args.phases == [1] else f", phases {args.phases}"
     length = "streamed" if args.streaming else len(records)
     batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated"
     resumed = f", resumed from {run.resumed}" if run.resumed else ""

@@ -10,6 +10,7 @@ Beside its own flags it takes those of the training command: the teacher, the da
 --mixed_precision count, the others may stay. A run on encoded data loads neither VAE nor text
 encoders, save for validation. A killed run goes on with the same command;
 `accelerate launch scripts/encode_data.py ...` shares the files out among its processes.
+With --aspect_ratio_buckets images are not cropped to squares but to the nearest of some sizes.
 
 The output is a folder that `datasets.load_from_disk` opens:
 
@@ -17,14 +18,16 @@ The output is a folder that `datasets.load_from_disk` opens:
                                 (float: float16 with --mixed_precision fp16, else float32)
         moments     float [2C, h, w]: mean and log variance of the latents' posterior, unscaled
         mirrored    the same of the mirrored image, with --random_flip
+        size        int [2]: h, w, with --aspect_ratio_buckets; latents are then [h w, channels]
         prompt      float [captions, L, D]: embeddings of the captions
         text_embeds float [captions, P]: their pooled embeddings, SDXL only
-        time_ids    int [6]: height, width, top, left, side, side, SDXL only
+        time_ids    int [6]: height, width, top, left, height and width of the crop, SDXL only
         captions    list of text
         name        what the record is called in messages
         unusable    why the record cannot be used, else null; a trainer replaces such records
         image       the undecoded image, where latents are not encoded
-    prompts.safetensors         prompt (and text_embeds) of the empty and the validation prompts
+    prompts.safetensors         prompt (and text_embeds) of the empty, the negative and the
+                                validation prompts
     encoded.json                the stamp: what all this was made from; a trainer compares it
     dataset_info.json, state.json    written last: without them the folder is not complete
 """
@@ -62,6 +65,8 @@ def parse_args(argv=None):
         metavar="FOLDER",
         help="new, or one to go on with",
     )
+    sizes = "of images: `h,w;h,w;...` in pixels, or no value: 1:3 to 3:1 at --resolution"
+    add("--aspect_ratio_buckets", nargs="?", const="", metavar="SIZES", help=sizes)
     add("--encode", nargs="+", choices=kinds, default=kinds, help="what is (default: both)")
     parser.error = lambda message: sys.exit(f"{Path(__file__).name}: error: {message}")
     # answers --help before the libraries are loaded
@@ -100,6 +105,39 @@ def or_end(trainer, what, advice):
         trainer.fail(f"{what} ({trainer.reason(error)}); {advice}", trainer.this_rank())
 
 
+def make_buckets(resolution, factor):
+    """Sizes (height, width) of resolution^2 pixels or a little less, from 1:3 to 3:1.
+
+    In multiples of 64 px, as Stable Diffusion was trained; of less below 512 px.
+    """
+    step = max(factor, min(64, resolution // 8 // factor * factor))
+    sides = range(step, 2 * resolution + 1, step)
+    sizes = {(side, int(resolution**2 / side / step) * step) for side in sides}
+    sizes |= {(width, height) for height, width in sizes}
+    return sorted(size for size in sizes if min(size) and 3 * max(size) <= 10 * min(size))
+
+
+def find_buckets(trainer, args, factor):
+    """The sizes (height, width) that --aspect_ratio_buckets stands for; None without it."""
+    text, side = args.aspect_ratio_buckets, args.resolution
+    if text is None:
+        return None
+    advice = f"give sizes in pixels, multiples of {factor}, such as {side},{side};{2 * side},{side}"
+    with or_end(trainer, f"--aspect_ratio_buckets {text!r}", advice):
+        parse = trainer.diffusers.training_utils.parse_buckets_string
+        sizes = parse(text) if text else make_buckets(side, factor)
+        if wrong := [size for size in sizes if size[0] % factor or size[1] % factor]:
+            raise ValueError("{} x {}".format(*wrong[0]))
+    return sorted({*sizes})
+
+
+def bucket_of(trainer, size, buckets):
+    """The bucket (width, height) of an image of `size` (width, height)."""
+    nearest = trainer.diffusers.training_utils.find_nearest_bucket
+    height, width = buckets[nearest(size[1], size[0], buckets)]
+    return width, height
+
+
 def load_encoders(trainer, args, accelerator):
     """The teacher's pipeline with what encodes on the device; sets the default of --resolution."""
     name = args.pretrained_teacher_model
@@ -119,6 +157,7 @@ def load_encoders(trainer, args, accelerator):
     if args.resolution % factor:
         what = f"--resolution {args.resolution}"
         trainer.fail(f"{what}: give a multiple of the VAE's factor, {factor}")
+    args.buckets = find_buckets(trainer, args, factor)
     pipe.unet = None
     for _, part in trainer.networks(pipe):
         part.requires_grad_(False).eval().to(memory_format=trainer.torch.channels_last)
@@ -149,6 +188,7 @@ def open_output(trainer, args, records, accelerator, lock):
     stamp = trainer.make_stamp(args, args.encode) | {"what": args.encode, "records": len(records)}
     stamp |= {"columns": [args.image_column, args.caption_column], "random_flip": args.random_flip}
     stamp |= {"fingerprint of the data": records._fingerprint}
+    stamp |= {"buckets": [list(size) for size in args.buckets]} if args.buckets else {}
     with or_end(trainer, f"--output {folder}: in use or not writable", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
@@ -174,9 +214,13 @@ def write_prompts(trainer, pipe, args):
     path, known = args.output / trainer.PROMPTS, {}
     with contextlib.suppress(SystemExit):  # if it is missing or broken it is made anew
         known = trainer.load_prompts(args.output, ["prompt"])
-    new = [text for text in ["", *(args.validation_prompts or [])] if text not in known]
+    texts = ["", args.negative_prompt, *(args.validation_prompts or [])]
+    new = [text for text in texts if text not in known]
     for text in dict.fromkeys(new):
-        known[text] = {k: v[0].cpu() for k, v in trainer.encode_captions(pipe, [text]).items()}
+        known[text] = {
+            k: v[0].cpu()
+            for k, v in trainer.encode_captions(pipe, [text], args.max_prompt_chunks).items()
+        }
     if new:
         tensors = trainer.torch.utils.data.default_collate([*known.values()])
         with or_end(trainer, f"{path}: it cannot be made", AGAIN):
@@ -194,9 +238,11 @@ def features_of(trainer, pipe, args):
         return getattr(datasets, f"Array{len(shape)}D")(shape, kind)
 
     if "latents" in args.encode:
-        side = args.resolution // pipe.vae_scale_factor
-        shape = (2 * pipe.vae.config.latent_channels, side, side)
+        side, channels = args.resolution // pipe.vae_scale_factor, pipe.vae.config.latent_channels
+        shape = (None, 2 * channels) if args.buckets else (2 * channels, side, side)
         columns["moments"] = array(shape, pipe.vae.dtype)
+        if args.buckets:
+            columns["size"] = datasets.List(datasets.Value("int64"), 2)
         if args.random_flip:
             columns["mirrored"] = columns["moments"]
         if args.family == "sdxl":
@@ -230,24 +276,40 @@ class Images:
                 return record
             with trainer.or_unusable(record["name"]):
                 image = trainer.open_image(record.pop("image"))
-            middle = [trainer.prepare_image(image, (0.5, 0.5), turn, self.args) for turn in turns]
+            buckets, sides = self.args.buckets, (self.args.resolution, self.args.resolution)
+            sides = bucket_of(trainer, image.size, buckets) if buckets else sides
+            middle = [
+                trainer.prepare_image(image, sides, (0.5, 0.5), turn, self.args) for turn in turns
+            ]
             pixels = trainer.torch.stack([turn["pixels"] for turn in middle])
             return record | middle[0] | {"pixels": pixels}
         except trainer.UnusableRecord as error:
             return {"unusable": str(error), "name": f"row {row}", "captions": []}
 
 
+def pack(sample):
+    """Put latents [channels,h,w] of any size into the shape of their column, [h w, channels]."""
+    names = {"path", "moments", "mirrored"} & sample.keys()
+    sample["size"] = [*sample[next(iter(names))].shape[1:]]
+    sample |= {name: sample[name].flatten(1).T for name in names}
+
+
 def encode_batch(trainer, pipe, samples, features, args):
     """Prepared records as rows of the output; an unusable one has zeros."""
     usable = [sample for sample in samples if "unusable" not in sample]
     if usable and "latents" in args.encode:
-        pixels = trainer.torch.cat([sample.pop("pixels") for sample in usable])
-        moments = trainer.encode_images(pipe.vae, pixels, args.vae_encode_batch_size)
-        for sample, turns in zip(usable, moments.unflatten(0, (len(usable), -1)), strict=True):
-            sample |= zip(("moments", "mirrored"), turns, strict=False)
+        shapes = [sample["pixels"].shape for sample in usable]
+        for shape in dict.fromkeys(shapes):
+            some = [sample for sample, its in zip(usable, shapes, strict=True) if its == shape]
+            pixels = trainer.torch.cat([sample.pop("pixels") for sample in some])
+            moments = trainer.encode_images(pipe.vae, pixels, args.vae_encode_batch_size)
+            for sample, turns in zip(some, moments.unflatten(0, (len(some), -1)), strict=True):
+                sample |= zip(("moments", "mirrored"), turns, strict=False)
+                if args.buckets:
+                    pack(sample)
     if usable and "captions" in args.encode:
         texts = [*dict.fromkeys(text for sample in usable for text in sample["captions"])]
-        embeddings = trainer.encode_captions(pipe, texts)
+        embeddings = trainer.encode_captions(pipe, texts, args.max_prompt_chunks)
         for sample in usable:
             rows = [texts.index(text) for text in sample["captions"]]
             sample |= {name: value[rows] for name, value in embeddings.items()}
@@ -257,8 +319,8 @@ def encode_batch(trainer, pipe, samples, features, args):
             value = sample.get(name)
             if value is None and hasattr(kind, "shape"):
                 value = trainer.np.zeros([size or 0 for size in kind.shape], kind.dtype)
-            elif value is None and name == "time_ids":
-                value = [0] * 6
+            elif value is None and name in ("time_ids", "size"):
+                value = [0] * kind.length
             elif trainer.torch.is_tensor(value):
                 is_bf16 = value.dtype == trainer.torch.bfloat16
                 value = (value.float() if is_bf16 else value).cpu().numpy()

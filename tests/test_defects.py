@@ -110,7 +110,7 @@ def test_defect_14_sizes_are_those_of_the_crop(sdxl, size, flip):
     width, height = size
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     image = Image.fromarray(np.dstack([x, y, 0 * x]).astype(np.uint8))
-    sample = sdxl.prepare_image(image, (0.25, 0.25), flip, flags(sdxl))
+    sample = sdxl.prepare_image(image, (20, 20), (0.25, 0.25), flip, flags(sdxl))
     x, y, _ = ((sample["pixels"][:, 0, 0] + 1) * 127.5).round().tolist()
     left = width - 1 - x if flip else x
     assert left + y == 6

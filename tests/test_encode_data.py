@@ -177,9 +177,9 @@ def work(trainer, monkeypatch):
         seen.images += len(pixels)
         return encode_images(vae, pixels, batch_size)
 
-    def captions(pipe, captions):
+    def captions(pipe, captions, *more):
         seen.captions += captions
-        return encode_captions(pipe, captions)
+        return encode_captions(pipe, captions, *more)
 
     monkeypatch.setattr(trainer, "encode_images", images)
     monkeypatch.setattr(trainer, "encode_captions", captions)

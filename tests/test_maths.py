@@ -116,7 +116,7 @@ def test_units_of_the_output(sd15, prediction_type):
     for t in GRID:
         t = torch.tensor([t, t])
         x0, wrong = (schedule.x0_and_eps(out, z, t)[0] for out in (output, output + error))
-        assert close((schedule.output_per_x0(t) * (wrong - x0)).abs(), error.abs(), 1e-3)
+        assert close((schedule.output_per_f(t) * (wrong - x0)).abs(), error.abs(), 1e-3)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -131,7 +131,7 @@ def test_loss_in_units_of_the_output(sd15, prediction_type):
         return sd15.distillation_loss(run, c=c, **part, args=args).item()
 
     rows = [slice(i, i + 1) for i in range(4)]
-    factors = run.schedule.output_per_x0(inputs["t_nk"]).flatten().tolist()
+    factors = run.schedule.output_per_f(inputs["t_nk"]).flatten().tolist()
     assert factors[0] / factors[3] > 5
     apart = [factor**2 * loss(row, "x0") for factor, row in zip(factors, rows, strict=True)]
     assert [loss(row, "output") for row in rows] == pytest.approx(apart, rel=1e-4)
@@ -305,8 +305,11 @@ def problem(sd15, prediction_type="epsilon", loss_type="huber", omega=(3.0, 7.5,
         "t_nk": torch.tensor([19, 259, 739, 999]),
         "omega": torch.tensor(omega)[:, None, None, None],
     }
-    args = SimpleNamespace(num_ddim_timesteps=50, loss_type=loss_type, huber_c=0.1, loss_units="x0")
-    return SimpleNamespace(**nets, schedule=schedule, c_null={"prompt": null}), inputs, args
+    args = SimpleNamespace(
+        num_ddim_timesteps=50, loss_type=loss_type, huber_c=0.1, loss_units="x0", phases=[1],
+        target="network", w_min=3.0, w_max=15.0, guidance_rescale=0.0, max_train_steps=1,
+    )
+    return SimpleNamespace(**nets, schedule=schedule, c_null={"prompt": null}, step=0), inputs, args
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])

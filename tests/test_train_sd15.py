@@ -998,7 +998,7 @@ def colours(image):
 def test_crop_is_where_it_should_be(sd15, size, first):
     """Top or left at (0, 0), bottom or right at (1, 1), both halves in the middle."""
     image = halves(size, first)
-    crops = {p: sd15.resize_and_crop(image, 20, (p, p), False)[0] for p in (0, 0.5, 1)}
+    crops = {p: sd15.resize_and_crop(image, (20, 20), (p, p), False)[0] for p in (0, 0.5, 1)}
     assert all(crop.size == (20, 20) for crop in crops.values())
     assert colours(crops[0]) == {RED} and colours(crops[1]) == {BLUE}
     middle = np.asarray(crops[0.5])[..., 0] == 255
@@ -1013,12 +1013,12 @@ def test_crop_is_where_it_should_be(sd15, size, first):
 @pytest.mark.parametrize("size", [(20, 33), (33, 20), (7, 301), (100, 99), (5, 5)])
 def test_any_shape_becomes_the_square(sd15, size):
     for place in ((0, 0), (1, 1), (0.3, 0.7)):
-        assert sd15.resize_and_crop(Image.new("RGB", size), 16, place, False)[0].size == (16, 16)
+        assert sd15.resize_and_crop(Image.new("RGB", size), (16, 16), place, False)[0].size == (16, 16)
 
 
 def test_shapes_are_kept(sd15):
     """A square in a portrait stays one, at a third of its size."""
-    square, _, _ = sd15.resize_and_crop(halves((60, 90), (0, 0, 30, 30)), 20, (0, 0), False)
+    square, _, _ = sd15.resize_and_crop(halves((60, 90), (0, 0, 30, 30)), (20, 20), (0, 0), False)
     red = np.asarray(square)[..., 0]
     assert (red[:10, :10] > 220).all() and (red[10:] < 35).all() and (red[:, 10:] < 35).all()
 
@@ -1027,13 +1027,13 @@ def test_crop_is_counted_in_the_mirrored_image(sd15):
     """The edges that come back are those of the square in the image as it was mirrored."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8))
     for flip, source in ((False, image), (True, ImageOps.mirror(image))):
-        square, left, top = sd15.resize_and_crop(image, 20, (0.2, 0), flip)
+        square, left, top = sd15.resize_and_crop(image, (20, 20), (0.2, 0), flip)
         assert (left, top) == (6, 0) and square.tobytes() == source.crop((6, 0, 26, 20)).tobytes()
 
 
 def test_enlarged_images_are_interpolated(sd15):
     """By Lanczos: between the two colours there are others."""
-    square, _, _ = sd15.resize_and_crop(halves((8, 8), (0, 0, 4, 8)), 20, (0, 0), False)
+    square, _, _ = sd15.resize_and_crop(halves((8, 8), (0, 0, 4, 8)), (20, 20), (0, 0), False)
     assert len(colours(square)) > 2 and {RED, BLUE} < colours(square)
 
 

@@ -55,7 +55,7 @@ def count_flops(model, resolution, encoded):
     with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
         training = Training(model, resolution, 1, "no", ["encoded"] * encoded)
         with FlopCounterMode(display=False) as counter:
-            training.step()
+            training.take_step()
     return counter.get_total_flops()
 
 
@@ -87,7 +87,7 @@ def serve(model, resolution, cell):
         synchronize()
         start = time.perf_counter()
         for _ in range(int(line)):
-            training.step(number := number + 1)
+            training.take_step(number := number + 1)
         synchronize()
         seconds = (time.perf_counter() - start) / int(line)
         answer = json.dumps({"seconds": seconds, "memory": peak_memory() / 2**30})

@@ -191,7 +191,7 @@ def step_memory(model, resolution, batch, precision, options, more=(), real=Fals
         training.optimizer.step()
         training.optimizer.zero_grad()
         counter.restart(training.trained)
-        training.step()
+        training.take_step()
         pipe = training.pipe
         parts = {"base": size_of([*pipe.unet.parameters(), *pipe.unet.buffers()])}
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]

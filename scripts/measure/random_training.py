@@ -165,7 +165,7 @@ class Training:
         self.batch, self.c_null = self.random_batch(batch, dtype)
         optimizer, self.lr_scheduler = trainer.make_optimizer(self.trained, args)
         self.student, self.optimizer = self.accelerator.prepare(self.target, optimizer)
-        self.ema = None
+        self.ema, self.step = None, 0
 
     def random_batch(self, size, dtype):
         """(A batch as the trainer's loader gives it, the conditions of the empty prompt)."""
@@ -187,7 +187,7 @@ class Training:
         batch["moments"] = torch.randn(size, 2 * config.in_channels, side, side).to(dtype)
         return batch | c, {name: value[:1].to(device) for name, value in c.items()}
 
-    def step(self, number=0):
+    def take_step(self, number=0):
         """One optimizer step, as the trainer's loop takes it; what it logs of it."""
         trainer, args = self.trainer, self.args
         batch = self.batch | {"step": [number]}
