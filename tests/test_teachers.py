@@ -284,11 +284,10 @@ def test_one_file_says_what_it_predicts(one_file, tmp_path, program, keys, marke
                 load(*given, teacher_config=config).scheduler.config.prediction_type[0] == kind[0]
             )
         else:
-            flag = "teacher_config" if program == "trainer" else "base_config"
-            said = "EDM" if "edm" in "".join(keys) else "v" if keys else marked
-            refused(
-                f"x.safetensors.*prediction_type {said}.*--{flag}", *given, teacher_config=config
-            )
+            said = "v_prediction" if "v_pred" in keys or marked == "v" else "epsilon"
+            said = f"{said} by its marker.*--prediction_type {said}"
+            said = "edm_.* cannot be used" if "edm" in "".join(keys) else said
+            refused(f"x.safetensors.*{said}", *given, teacher_config=config)
 
 
 def test_zero_terminal_snr_of_one_file(one_file, make_teacher, tmp_path):
@@ -299,7 +298,7 @@ def test_zero_terminal_snr_of_one_file(one_file, make_teacher, tmp_path):
     save_file(load_file(file) | marks, tmp_path / "x.safetensors")
     load("trainer", "sd15", tmp_path / "x.safetensors", teacher_config=rescaled)
     given = "trainer", "sd15", tmp_path / "x.safetensors"
-    refused("rescale_betas_zero_snr.*--teacher_config", *given, teacher_config=plain)
+    refused("True by its marker.*--rescale_betas_zero_snr", *given, teacher_config=plain)
 
 
 CONTINUOUS = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}

@@ -96,10 +96,10 @@ DEFECTS = (
      {"torch.tensor([height, width,": "torch.tensor([width, height,"}),
     (14, "the mirrored crop's edge from the width of the crop", SDXL,
      "tests/test_defects.py::test_defect_14_sizes_are_those_of_the_crop",
-     {"if flip else square, left, top": "if flip else square, side - left if flip else left, top"}),
+     {"if flip else part, left, top": "if flip else part, sides[1] - left if flip else left, top"}),
     (14, "the crop's edges always (0, 0)", SDXL,
      "tests/test_defects.py::test_defect_14_sizes_are_those_of_the_crop",
-     {"width, top, left, side, side])": "width, 0, 0, side, side])"}),
+     {"width, top, left, h, w])": "width, 0, 0, h, w])"}),
     (15, "an endless search where no record is good", SD15,
      "tests/test_defects.py::test_defect_15_no_good_record_is_an_error",
      {"for i in range(len(self.records)):": "for i in itertools.count():"}),
@@ -133,9 +133,8 @@ DEFECTS = (
     (17, "teacher's passes apart", SD15,
      "tests/test_maths.py::test_passes_of_a_step",
      {"out_c, out_null = out.chunk(2)":
-      "out_c, out_null = (predict(run.teacher, z_nk, t_nk, given) for given in (c, c_null))",
-      "        out = predict(run.teacher, torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), "
-      "both)\n": ""}),
+      "out_c, out_null = (predict(run.teacher, z_t, t, given) for given in (c, c_null))",
+      "    out = predict(run.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), both)\n": ""}),
     (17, "text encoders at every step", SD15,
      "tests/test_defects.py::test_defect_17_encoders_rest_where_all_is_encoded",
      {"skip |= {*TEXT_ENCODERS}": "pass",
@@ -156,8 +155,8 @@ DEFECTS = (
      {"step=run.step, **layout)": "step=run.step, **layout)\n        break"}),
     (18, "validation prompts are hard-coded", SD15,
      "tests/test_train_sd15.py::test_defect_03_validation_uses_the_student",
-     {'["", *(args.validation_prompts or [])], set()':
-      '["", *["a house"] * len(args.validation_prompts or [])], set()'}),
+     {'[args.negative_prompt, *(args.validation_prompts or [])], set()':
+      '[args.negative_prompt, *["a house"] * len(args.validation_prompts or [])], set()'}),
     (19, "a resumed run starts the data again", SD15,
      "tests/test_train_sd15.py::test_defect_19_resumed_is_uninterrupted[plain]",
      {"make_loader(records, empty, args, run.step,": "make_loader(records, empty, args, 0,"}),
