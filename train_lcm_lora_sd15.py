@@ -985,13 +985,15 @@ def split_prompt(text, tokenizer, chunks):
     Cut at ends of words, as UIs cut; a word longer than a piece is cut inside.
     """
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [end for _, end in found["offset_mapping"]]
+    starts = [start for start, _ in found["offset_mapping"]]
     room, pieces, start, first = tokenizer.model_max_length - 2, [], 0, 0
-    while len(ends) - first > room:
+    while len(starts) - first > room:
         last = first + room  # the tokens before it fit
-        cut = next((i for i in range(last, first, -1) if text[ends[i - 1]].isspace()), last)
-        pieces.append(text[start : ends[cut - 1]])
-        start, first = ends[cut - 1], cut
+        # a character may be several tokens
+        cuts = [i for i in range(last, first, -1) if starts[i] > starts[i - 1]] or [last]
+        cut = next((i for i in cuts if text[starts[i] - 1].isspace()), cuts[0])
+        pieces.append(text[start : starts[cut]])
+        start, first = starts[cut], cut
     return [*pieces, text[start:], *[""] * chunks][:chunks]
 
 
