@@ -388,7 +388,6 @@ from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
     StableDiffusionXLPipeline,
-    TCDScheduler,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -1288,7 +1287,7 @@ def make_stamp(args, what):
 def check_stamp(folder, columns, args):
     """End the run where encoded data were made from something else than this run's flags say."""
     with or_fail(f"--dataset_name {folder}: {STAMP} is broken", "encode the data again"):
-        stamp = json.loads((folder / STAMP).read_text())
+        stamp = {"max_prompt_chunks": 1} | json.loads((folder / STAMP).read_text())
         wanted = make_stamp(args, stamp["what"])
     for key, value in wanted.items():
         if stamp.get(key) != value:
@@ -1708,7 +1707,7 @@ def header(pipe, args, step):
     spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
     spec |= {"title": f"LCM-LoRA of {name}", "architecture": f"{architecture}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
-    _, sampler, _, guidance = sampling(args)
+    _, sampler, _, guidance = sampling(args, args.phases[-1])
     spec |= {"usage_hint": f"sampler {sampler}, schedule sgm_uniform, 4 steps (1 to 8), {guidance}"}
     kohya = {"network_module": "networks.lora", "network_dim": args.lora_rank, "steps": step}
     kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": name}
@@ -1721,14 +1720,14 @@ def header(pipe, args, step):
     return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in about.items()}
 
 
-def sampling(args):
+def sampling(args, phases):
     """What the LoRA is sampled with: (scheduler in diffusers, sampler in UIs, guidance, in words).
 
     Phases lead to points of the teacher's path, not to its end: no sampler of them adds noise.
     """
     keeps = args.w_min == args.w_max == 0  # guided by the base as before
     guidance = (7.5, "CFG scale and negative prompt of the base") if keeps else (1.0, "CFG scale 1")
-    if args.phases[-1] == 1:
+    if phases == 1:
         return "LCMScheduler", "lcm", *guidance
     return "TCDScheduler", "euler", *guidance
 
@@ -2191,23 +2190,24 @@ def validate(run, args):
         setattr(sampler, name, None)
     sampler.unet = run.target
     grid = {"original_inference_steps": args.num_ddim_timesteps, "clip_sample": False}
-    kind = LCMScheduler if phases_at(run.step - 1, args) == 1 else TCDScheduler  # as `sampling`
-    sampler.scheduler = kind.from_config(run.pipe.scheduler.config, **grid)
+    kind, _, scale, _ = sampling(args, phases_at(run.step - 1, args))
+    sampler.scheduler = getattr(diffusers, kind).from_config(run.pipe.scheduler.config, **grid)
     sampler.set_progress_bar_config(disable=True)
     embeddings = {"prompt": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
-    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    null = {f"negative_{embeddings[key]}": value for key, value in run.c_null.items()}
+    settings = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "latent"}
     settings |= {"height": args.resolution, "width": args.resolution}
     for i, c in enumerate(run.prompts):
         noise = torch.Generator().manual_seed(args.seed + i)
         given = {name: c[key] for key, name in embeddings.items() if key in c}
-        z = sampler(**given, **settings, generator=noise).images
+        z = sampler(**given, **null, **settings, generator=noise).images
         pixels = vae.decode(z.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
         images += VaeImageProcessor().postprocess(pixels)
     path = Path(args.output_dir, "validation", f"step-{run.step:06d}.png")
     path.parent.mkdir(exist_ok=True)
     about, base = PngImagePlugin.PngInfo(), base_name(args.pretrained_teacher_model)
-    name = kind.__name__[:3]
-    settings = f"Steps: 4, Sampler: {name}, CFG scale: 1, Seed: {args.seed}, Model: {base}"
+    settings = f"Steps: 4, Sampler: {kind[:3]}, CFG scale: {scale:g}, Seed: {args.seed}"
+    settings += f", Model: {base}"
     lines = [*args.validation_prompts, f"{settings}, LCM-LoRA: step {run.step}"]
     about.add_itxt("parameters", "\n".join(lines))  # as A1111 writes it
     diffusers.utils.make_image_grid(images, 1, len(images)).save(path, pnginfo=about)
@@ -2240,7 +2240,7 @@ def write_card(run, args):
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     about |= {"tags": ["lcm", "lora", "lcm-lora", layout]}
     about |= {} if Path(teacher).exists() else {"base_model": teacher}
-    scheduler, sampler, scale, guidance = sampling(args)
+    scheduler, sampler, scale, guidance = sampling(args, args.phases[-1])
     usual = {"phases": [1], "negative_prompt": "", "guidance_rescale": 0, "max_prompt_chunks": 1}
     more = [f", {k} {vars(args)[k]}" for k, value in usual.items() if vars(args)[k] != value]
     grid = f"original_inference_steps={args.num_ddim_timesteps}"

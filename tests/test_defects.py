@@ -267,11 +267,12 @@ def test_defect_18_every_tracker_gets_the_images(sd15, teacher, tmp_path, monkey
         log_images = lambda values, **_: logged.append(values["validation"])  # noqa: E731
         trackers.append(SimpleNamespace(name=name, log_images=log_images))
     run = SimpleNamespace(pipe=pipe, target=pipe.unet, step=7)
-    run.prompts = [sd15.encode_captions(pipe, [text]) for text in ("red apple", "rain")]
+    run.c_null, *run.prompts = [sd15.encode_captions(pipe, [t]) for t in ("", "red apple", "rain")]
     run.accelerator = SimpleNamespace(trackers=trackers)
     no = lambda *_, **__: pytest.fail("built anew")  # noqa: E731
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", no)
     words = {"pretrained_teacher_model": teacher, "output_dir": tmp_path, "resolution": 24}
+    words["max_train_steps"] = 8
     words["validation_prompts"] = ["red apple", "rain"]
     sd15.validate(run, flags(sd15, *command_line(words)))
     assert len(logged) == 2 and np.array_equal(*logged) and logged[0].shape == (2, 24, 24, 3)
