@@ -157,14 +157,11 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
 
-    recipe = []
-
     def error(message):
         """One line: what is wrong, what was perhaps meant, and no token."""
         for word in re.findall(r" (--\w+)", message.partition("unrecognized arguments:")[2]):
             close = difflib.get_close_matches(word, parser._option_string_actions, 1)
             message += "".join(f"; did you mean {other}?" for other in close)
-        message += f" (recipe.json of the teacher gives {' '.join(recipe)})" if recipe else ""
         fail(re.sub(r"hf_\w+", "***", message))
 
     parser.error = error
@@ -220,7 +217,7 @@ def parse_args(argv=None):
     switch("--center_crop", "crop the middle instead of a random place")
     switch("--random_flip", "mirror half of the images")
     one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
-    one("--max_prompt_chunks", count, 1, "PIECES", "of 75 tokens that are read of a caption")
+    one("--max_prompt_chunks", number(int, 1, 100), 1, "PIECES", "of 75 tokens that are read of a caption")
     one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
     name("--cache_dir", "FOLDER", "where downloads are kept")
 
@@ -283,12 +280,15 @@ def parse_args(argv=None):
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     recipe = read_recipe(parser.parse_known_args(argv)[0].pretrained_teacher_model)
-    args = parser.parse_args([*recipe, *argv])
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
     for flag, why in REFUSED.items():
-        if vars(args).pop(flag):
+        if vars(args).pop(flag) is not None:
             fail(f"--{flag} is not supported: {why}")
     for flag, value in vars(args).items():
-        if value == "" and flag != "negative_prompt":
+        if flag == "negative_prompt":  # any text
+            continue
+        if value == "":
             fail(f"--{flag} is empty; give a value or leave it out")
         if isinstance(value, str) and value.startswith("~"):  # where no shell has replaced it
             setattr(args, flag, os.path.expanduser(value))
@@ -298,21 +298,27 @@ def parse_args(argv=None):
 
 
 def read_recipe(teacher):
-    """The flags that recipe.json in a teacher's folder stands for; make_teacher.py writes it."""
+    """The defaults that recipe.json in a teacher's folder gives; make_teacher.py writes it."""
     file = Path(os.path.expanduser(teacher or ""), "recipe.json")
     if not file.is_file():
-        return []
+        return {}
+    limits = dict.fromkeys(("width", "height"), (1, 10**6)) | {"max_prompt_chunks": (1, 100)}
+    limits |= {"format": (1, 1), "guidance_scale": (0.0, 1e3), "guidance_rescale": (0.0, 1.0)}
     try:
-        recipe = dict(json.loads(file.read_text(encoding="utf-8")))
-        omega = [recipe["guidance_scale"] - 1] * 2 if "guidance_scale" in recipe else []
-        flags = dict(zip(("w_min", "w_max"), omega))
-        if recipe.get("width") == recipe.get("height"):
-            recipe["resolution"] = recipe.get("width")
-    except (ValueError, TypeError) as error:
-        fail(f"{file}: no recipe can be read ({error}); delete it or write it anew")
-    names = "negative_prompt guidance_rescale max_prompt_chunks resolution".split()
-    flags |= {name: recipe[name] for name in names if recipe.get(name) is not None}
-    return [f"--{name}={value}" for name, value in flags.items()]
+        recipe = {"format": None, "negative_prompt": "", **json.loads(file.read_text("utf-8"))}
+        for key in limits.keys() & recipe.keys():
+            (low, high), value = limits[key], recipe[key]
+            if type(value) not in (int, type(low)) or not low <= value <= high:
+                raise ValueError(f"{key} is {value!r:.80}, not a number from {low} to {high}")
+        (recipe["negative_prompt"] + "").encode()
+    except Exception as error:  # a list of ten thousand lists too
+        fail(f"{file}: it cannot be used ({error!r:.200}); mend or delete it")
+    defaults = dict.fromkeys(("w_min", "w_max"), recipe.get("guidance_scale", 0) - 1)
+    defaults = defaults if "guidance_scale" in recipe else {}
+    if recipe.get("width") == recipe.get("height"):
+        defaults["resolution"] = recipe.get("width")
+    names = {"negative_prompt", "guidance_rescale", "max_prompt_chunks"} & recipe.keys()
+    return defaults | {name: recipe[name] for name in names}
 
 
 def check_args(args):
@@ -666,7 +672,7 @@ class Run:
 
     accelerator; pipe, the teacher's pipeline; teacher, its UNet; student, a UNet with its weights
     and a LoRA, wrapped for many processes; target, the bare student; trained, theta; schedule;
-    timesteps of the solver, int64 [N]; c_null, conditions of the empty prompt {name: [1,...]};
+    timesteps of the solver, int64 [N]; c_null, conditions of the negative prompt {name: [1,...]};
     prompts, those of the validation prompts; optimizer, lr_scheduler, ema (or None); global_batch;
     resumed, the checkpoint it goes on from (or None); step, optimizer steps taken; hub (or None);
     record, what a resumed run must have in common, and changes, what it had not (`make_record`).
@@ -867,7 +873,7 @@ def settle_prediction(args, name, config, explicit):
     flags = {key: vars(args)[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
     flags = {key: value for key, value in flags.items() if value is not None}
     for key, value in marked.items():
-        other = flags.get(key, config.get(key) if explicit else value)
+        other = flags.get(key, config.get(key, value) if explicit else value)
         if other != value:
             where = f"--{key}" if key in flags else "the config"
             way = f"--{key}" if value is True else f"--{key} {value}"
@@ -1487,7 +1493,7 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, step_and_place):
         (step, place), unusable = step_and_place, []
         position = self.position(step, place)
-        for i in range(len(self.records)):
+        for i in range(2 * len(self.records)):  # a whole epoch, wherever in one it starts
             row = self.row(position + i)
             if self.sizes and self.sizes[row] != self.sizes[self.row(position)]:
                 continue
@@ -1660,7 +1666,7 @@ def header(pipe, args, step):
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
-    phases = args.phases[-1]
+    phases = phases_at(step - 1, args)
     about |= {"phases": phases, "sampler": "lcm" if phases == 1 else "tcd"}
     about["training_args"] = json.dumps(settings, sort_keys=True)
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
@@ -1668,7 +1674,7 @@ def header(pipe, args, step):
     spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
     spec |= {"title": f"LCM-LoRA of {name}", "architecture": f"{architecture}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
-    _, sampler, _, guidance = sampling(args, args.phases[-1])
+    _, sampler, _, guidance = sampling(args, phases)
     spec |= {"usage_hint": f"sampler {sampler}, schedule sgm_uniform, 4 steps (1 to 8), {guidance}"}
     kohya = {"network_module": "networks.lora", "network_dim": args.lora_rank, "steps": step}
     kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": name}
@@ -1941,7 +1947,7 @@ def check_record(run, args):
     with or_fail(f"--resume_from_checkpoint {run.resumed}: its flags are not known", advice):
         then = json.loads((run.resumed / RECORD_FILE).read_text())
     run.changes, free = then["changes"], [*NO_CHANGE]
-    if args.lr_scheduler.startswith("constant"):
+    if args.lr_scheduler.startswith("constant") and not args.phases[1:]:
         free.append("max_train_steps")
     if then["global_batch"] == run.global_batch and not args.streaming:
         free += PORTIONS
@@ -2205,9 +2211,9 @@ def write_card(run, args):
     usual = {"phases": [1], "negative_prompt": "", "guidance_rescale": 0, "max_prompt_chunks": 1}
     more = [f", {k} {vars(args)[k]}" for k, value in usual.items() if vars(args)[k] != value]
     grid = f"original_inference_steps={args.num_ddim_timesteps}"
-    if args.prediction_type == "v_prediction":  # which a checkpoint in one file may not tell
-        grid += ', prediction_type="v_prediction"'
-        grid += f", rescale_betas_zero_snr={args.rescale_betas_zero_snr}"
+    # Flags override configs, and a checkpoint in one file may not tell
+    grid += f', prediction_type="{args.prediction_type}"'
+    grid += f", rescale_betas_zero_snr={args.rescale_betas_zero_snr}"
     text = f"""---
 {ModelCardData(**about)}
 ---
