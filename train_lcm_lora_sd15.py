@@ -878,7 +878,10 @@ def settle_prediction(args, name, config, explicit):
             where = f"--{key}" if key in flags else "the config"
             way = f"--{key}" if value is True else f"--{key} {value}"
             raise ValueError(f"{key} is {value} by its marker, {other} by {where}: give {way}")
-    return dict(config) | ({} if explicit else guessed) | marked | flags
+    said = ({} if explicit else guessed) | marked | flags
+    # Of values in this list another scheduler class takes its own default
+    unsaid = [key for key in config.get("_use_default_values", ()) if key not in said]
+    return dict(config) | said | {"_use_default_values": unsaid}
 
 
 def check_tokenizer(tokenizer, config, where):

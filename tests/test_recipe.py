@@ -119,11 +119,13 @@ def test_contradictions_are_one_line(marked, train_by, tmp_path, kind):
 def test_a_silent_config_contradicts_nothing(sd15, marked, tmp_path, said):
     """What ModelSpec says and no config denies is taken; words it does not have say nothing."""
     _, _, _, plain, _ = marked
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"modelspec.prediction_type": said})
+    save_file(
+        {"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"modelspec.prediction_type": said}
+    )
     args = SimpleNamespace(prediction_type=None, rescale_betas_zero_snr=None)
     settled = sd15.settle_prediction(args, str(tmp_path / "x.safetensors"), {}, True)
     kinds = {"epsilon": "epsilon", "v": "v_prediction"}
-    assert settled == ({"prediction_type": kinds[said]} if said in kinds else {})
+    assert settled.get("prediction_type") == kinds.get(said)
 
 
 @pytest.mark.parametrize("width", [768, 1024, 2048])
@@ -150,17 +152,19 @@ def test_guess_of_sd2(sd15, tmp_path, width, spread):
     assert settled(marked, prediction_type="x") == "v_prediction"
 
 
-def test_a_file_without_configs(sdxl, marked, train_by, tmp_path, capsys):
-    """Configs of diffusers' own choice are nobody's word: the marks win, and no line is needed."""
+def test_a_file_without_configs(marked, train_by, tmp_path, capsys):
+    """Configs of diffusers' own choice are nobody's word: the marks win, and no line is needed.
+
+    Also where the scheduler of the configs has them as its class's defaults.
+    """
     trainer, folder, file, _, silent = marked
-    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    name = "stabilityai/stable-diffusion-xl-base-1.0" if trainer is sdxl else name
-    hub = tmp_path / f"models--{name.replace('/', '--')}"
+    hub = tmp_path / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"  # of all tiny files
     with_scheduler(silent, hub / "snapshots" / "abc", prediction_type="epsilon")
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("abc")
     out = train_by(trainer, file)(cache_dir=tmp_path, **FEW)
-    assert ", v_prediction, zero terminal SNR;" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "teacher: " in line]
+    assert "v_prediction, zero terminal SNR" in line
     assert series(out) == series(train_by(trainer, folder)(**FEW))
 
 
@@ -386,7 +390,7 @@ def test_one_piece_is_as_before(make_teacher, sdxl):
     """Chunks that are not needed change nothing but the length; the empty prompt stays zeros."""
     pipe = pipeline_of(make_teacher("sdxl"))
     one, two = (sdxl.encode_captions(pipe, ["", "rain"], n) for n in (1, 2))
-    assert torch.equal(one["text_embeds"], two["text_embeds"])
+    assert torch.allclose(one["text_embeds"], two["text_embeds"], atol=1e-6)
     assert torch.allclose(one["prompt"], two["prompt"][:, :16], atol=1e-6)
     assert not two["prompt"][0].any() and two["prompt"][1, 16:].any()
 
