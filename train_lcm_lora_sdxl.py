@@ -456,11 +456,11 @@ class NoiseSchedule:
     def output_per_f(self, t, s=None):
         """|d output / d f| of f(z_t, t) to timestep s at a given z_t, [B,1,1,1]; None: f is x0.
 
-        alpha_t / (alpha_s sigma_t - sigma_s alpha_t) (epsilon); 1 / the same (v)
+        alpha_t / (alpha_s sigma_t - sigma_s alpha_t) (epsilon), 1 / the same (v)
         """
         (alpha, sigma), (alpha_s, sigma_s) = self.at(t), (1, 0) if s is None else self.at(s)
-        per_v = 1 / (alpha_s * sigma - sigma_s * alpha)
-        return alpha * per_v if self.prediction_type == "epsilon" else per_v
+        per_output = alpha_s * sigma - sigma_s * alpha
+        return (alpha if self.prediction_type == "epsilon" else 1) / per_output
 
     def ddim_step(self, output, z_t, t, t_to):
         """z_t + Psi(z_t, t, t_to): one step of the DDIM ODE solver, [B,4,h,w].
