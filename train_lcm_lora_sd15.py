@@ -217,7 +217,7 @@ def parse_args(argv=None):
     switch("--center_crop", "crop the middle instead of a random place")
     switch("--random_flip", "mirror half of the images")
     one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
-    one("--max_prompt_chunks", number(int, 1, 100), 1, "PIECES", "of 75 tokens that are read of a caption")
+    one("--max_prompt_chunks", number(int, 1, 100), 1, "PIECES", "of 75 tokens read of a caption")
     one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
     name("--cache_dir", "FOLDER", "where downloads are kept")
 
@@ -300,7 +300,7 @@ def parse_args(argv=None):
 def read_recipe(teacher):
     """The defaults that recipe.json in a teacher's folder gives; make_teacher.py writes it."""
     file = Path(os.path.expanduser(teacher or ""), "recipe.json")
-    if not file.is_file():
+    if not os.path.isfile(file):
         return {}
     limits = dict.fromkeys(("width", "height"), (1, 10**6)) | {"max_prompt_chunks": (1, 100)}
     limits |= {"format": (1, 1), "guidance_scale": (0.0, 1e3), "guidance_rescale": (0.0, 1.0)}
@@ -2212,7 +2212,7 @@ def write_card(run, args):
     about |= {} if Path(teacher).exists() else {"base_model": teacher}
     scheduler, sampler, scale, guidance = sampling(args, args.phases[-1])
     usual = {"phases": [1], "negative_prompt": "", "guidance_rescale": 0, "max_prompt_chunks": 1}
-    more = [f", {k} {vars(args)[k]}" for k, value in usual.items() if vars(args)[k] != value]
+    more = [f", {k} {vars(args)[k]!r}" for k, value in usual.items() if vars(args)[k] != value]
     grid = f"original_inference_steps={args.num_ddim_timesteps}"
     # Flags override configs, and a checkpoint in one file may not tell
     grid += f', prediction_type="{args.prediction_type}"'
