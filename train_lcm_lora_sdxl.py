@@ -340,6 +340,9 @@ def check_args(args):
         some = f"give one of {', '.join(map(str, fits))}" if fits else "give 1, 2, 4, 5 or 8 phases"
         given = f"--num_ddim_timesteps {steps or '(not given)'}, --phases {args.phases}"
         fail(f"{given}: each phase has as many timesteps; {some}")
+    for text in [args.negative_prompt, *(args.validation_prompts or [])]:
+        if re.search("[\ud800-\udfff]", text):
+            fail(f"the prompt {text!r} is not UTF-8")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is between them")
     if [args.train_data_dir, args.dataset_name, tars].count(None) != 2:

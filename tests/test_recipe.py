@@ -471,6 +471,15 @@ def test_any_negative_prompt(sd15, own, text):
     assert sd15.parse_args(words).negative_prompt == text
 
 
+@pytest.mark.parametrize("flag", ["negative_prompt", "validation_prompts"])
+@pytest.mark.parametrize("text", ["a \udcff", "\ud800"])
+def test_prompts_that_are_no_text(sd15, flag, text):
+    """Bytes of a shell that are not UTF-8, which no tokenizer takes."""
+    with pytest.raises(SystemExit, match="the prompt .* is not UTF-8") as end:
+        parsed(sd15, "x", **{flag: text})
+    str(end.value).encode()  # it can be shown
+
+
 BROKEN = {  # the text of recipe.json, and what the line says
     "empty": ("", "JSON"), "no JSON": ("{", "JSON"), "bytes": (b"\xff\xfe{}", "utf-8|JSON"),
     "NUL": (b"\0" * 64, "JSON"), "list": ("[]", "list"), "pairs": ('[["format", 1]]', "list"),
