@@ -1473,7 +1473,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, records, empty, args, global_batch):
         self.records, self.empty, self.args, self.global_batch = records, empty, args, global_batch
         self.sizes, self.full, self.waiting, self.read = None, [], defaultdict(list), 0
-        if "size" in getattr(records, "column_names", ()):
+        if {"size", "unusable"} <= {*getattr(records, "column_names", ())}:
             rows = records.select_columns("size").with_format("numpy")[:]["size"].tolist()
             counts = Counter(tuple(size) for size in rows if size[0])
             usual = max(counts, key=counts.get, default=None)  # an unusable record has none

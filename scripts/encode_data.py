@@ -191,7 +191,7 @@ def open_output(trainer, args, records, accelerator, lock):
     stamp = trainer.make_stamp(args, args.encode) | {"what": args.encode, "records": len(records)}
     stamp |= {"columns": [args.image_column, args.caption_column], "random_flip": args.random_flip}
     stamp |= {"fingerprint of the data": records._fingerprint}
-    stamp |= {"buckets": [list(size) for size in args.buckets]} if args.buckets else {}
+    stamp["buckets"] = args.buckets and [list(size) for size in args.buckets]
     with or_end(trainer, f"--output {folder}: in use or not writable", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:

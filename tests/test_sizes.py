@@ -136,6 +136,16 @@ def test_sizes_in_any_order(sd15, teacher):
     assert buckets[find_nearest_bucket(100, 10, buckets)] == (64, 32)
 
 
+def test_other_sizes_in_a_folder(encode, shapes):
+    """What was encoded with sizes is not gone on with without them, nor the other way round."""
+    flags, square = {"aspect_ratio_buckets": "32,32;48,24"}, {}
+    for first, then in ((flags, square), (square, flags)):
+        folder = encode("sd15", shapes, **first)
+        encode("sd15", shapes, **first, output=folder)
+        with pytest.raises(SystemExit, match="buckets: .* there, .* in this run"):
+            encode("sd15", shapes, **then, output=folder)
+
+
 def test_sizes_without_latents(encode, shapes):
     """Nothing is cropped then, so they would be lost without a word."""
     with pytest.raises(SystemExit, match="--aspect_ratio_buckets.*latents"):
@@ -373,6 +383,15 @@ def test_ranks_take_parts_of_one_batch(sd15):
     assert names(0, 1, first=5) == whole[5:]
     micro = names(0, 1, train_batch_size=2, gradient_accumulation_steps=2)
     assert [a + b for a, b in zip(micro[::2], micro[1::2], strict=True)] == whole
+
+
+def test_a_column_of_captions_called_size(train, tmp_path):
+    """It is no size of latents."""
+    rows = {"image": [image_bytes(Image.new("RGB", (40, 40)))] * 4, "size": ["large", "small"] * 2}
+    kinds = {"image": datasets.Image(), "size": datasets.Value("string")}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    data.save_to_disk(str(tmp_path / "data"))
+    assert len(series(train(dataset_name=tmp_path / "data", caption_column="size", **FEW))) == 3
 
 
 def test_broken_images_among_sizes(encode, train, tmp_path):
