@@ -144,9 +144,19 @@ def check_setting(key, value):
             valid = f"{kind.__name__} from {low} to {high}{multiple}"
             raise ValueError(f"{key} is {value!r:.80}, must be {valid}")
         return kind(value)
-    kind = {"rescale_betas_zero_snr": bool, "loras": list}.get(key, str)
+    if key == "loras":
+        for name, *weights in value:
+            fits = all(WEIGHTS[0] <= weight <= WEIGHTS[1] for weight in weights)
+            if not fits or not isinstance(name, str):
+                raise ValueError(
+                    f"LoRA {name!r:.80}: its weight must be {WEIGHTS[0]} to {WEIGHTS[1]}"
+                )
+        return value
+    kind = bool if key == "rescale_betas_zero_snr" else str
     if not isinstance(value, kind) or key == "prediction_type" and value not in PREDICTIONS:
         raise ValueError(f"{key} is {value!r:.80}, which cannot be used")
+    if kind is str:
+        value.encode()  # ends in ValueError where it is no valid text
     return value
 
 
@@ -159,7 +169,8 @@ def take_image(args):
         infer.fail(f"{where}: {error}")
     for note in notes:
         print(f"not mapped: {note}")
-    args.prompt = settings.get("prompt")
+    paths = settings.get("paths")
+    args.prompt = str(settings.get("prompt") or "").encode(errors="replace").decode()
     for folder in args.models:
         if not Path(folder).is_dir():
             infer.fail(f"--models {folder}: no such folder")
@@ -180,16 +191,16 @@ def take_image(args):
             value = [
                 (found, (te, unet))
                 for name, te, unet in value
-                if (found := find(name, "LoRA", models, missing)) and (te or unet)
+                if (found := find(name, "LoRA", models, missing, paths)) and (te or unet)
             ]
         elif key in ("base", "vae"):
-            value = find(value, key if key == "base" else "VAE", models, missing)
+            value = find(value, key if key == "base" else "VAE", models, missing, paths)
         setattr(args, key, value)
         if key == "loras":
             shown = ", ".join(f"{name} ({weight_words(weight)})" for name, weight in value)
             print(f"from the image: LoRAs {shown or 'none'}")
         else:
-            print(f"from the image: {key} {value}")
+            print(f"from the image: {key} {value!r}")
     if missing:
         flags = "--models names the folders; --base, --style_lora and --vae win over the image"
         infer.fail(f"{where}: {'; '.join(missing)}; {flags}")
@@ -199,13 +210,15 @@ def take_image(args):
         infer.fail(f"{where}: it names no checkpoint; give --base")
 
 
-def find(name, kind, models, missing):
+def find(name, kind, models, missing, paths):
     """The path of a model that an image names; where there is none, the reason is kept."""
+    if paths and infer.local(name):
+        return name
     try:
         return str(read_recipe.find(name, models, kind))
     except ValueError as error:
-        if infer.local(str(name)):  # infer.py's images have the paths themselves
-            return str(name)
+        if paths and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            return name  # of the Hub
         missing.append(str(error))
 
 
@@ -300,11 +313,12 @@ def make_scheduler(pipe, args):
     if settled.get(key) and not own.get(key):
         own["timestep_spacing"] = "trailing"  # else no image would begin at SNR 0
     own |= {name: settled[name] for name in ("prediction_type", key) if name in settled}
-    kind = getattr(diffusers, str(name), diffusers.DDIMScheduler)
-    knows = inspect.signature(kind).parameters
-    if not source or own.get(key) and key not in knows or "beta_schedule" not in knows:
-        kind = diffusers.DDIMScheduler  # it may also be a stand-in for one of another library
-    return kind.from_config(own)
+    with infer.or_fail(f"--base {args.base}: its scheduler config cannot be used"):
+        kind = getattr(diffusers, str(name), diffusers.DDIMScheduler)
+        knows = inspect.signature(kind).parameters
+        if not source or own.get(key) and key not in knows or "beta_schedule" not in knows:
+            kind = diffusers.DDIMScheduler  # it may also be a stand-in for one of another library
+        return kind.from_config(own)
 
 
 def make_pipe(args, part):
@@ -437,4 +451,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.excepthook = infer.last_words  # where nothing reads the output any more
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     main()

@@ -7,6 +7,7 @@ ValueError with one line of text.
 Settings have the names of make_teacher.py's flags, and besides
     prompt      text
     loras       [(name, weight in the text encoders, weight in the UNet)]
+    paths       true where names are paths or Hub ids, as infer.py writes them
 """
 
 import contextlib
@@ -74,14 +75,20 @@ def read(path):
     for key, reader in readers.items():
         if text := texts.get(key, "").strip():
             try:
-                return reader(text)
+                settings, notes = reader(text)
+                return settings, [printable(note) for note in dict.fromkeys(notes)]
             except ValueError as error:
                 reasons.append(f"{key}: {error}")
-            except (TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            except Exception as error:  # of all that JSON may hold
                 reasons.append(f"{key}: not as expected, {type(error).__name__} {error}"[:200])
     others = ", ".join(sorted(map(ascii, texts.keys() - readers.keys())))
     known = "nothing of A1111, Forge, ComfyUI or infer.py" + f", but {others[:200]}" * bool(others)
     raise ValueError("; ".join(reasons) or f"it holds {known}")
+
+
+def printable(text):
+    """A text of someone's image as one line without signs that a terminal would obey."""
+    return "".join(sign if sign.isprintable() else " " for sign in " ".join(text.split()))
 
 
 def number(value, what):
@@ -119,7 +126,8 @@ def from_infer(text):
     if not args.get("base_model"):
         raise ValueError("no settings in it")
     settings = {key: args[key] for key in INFER if args.get(key) is not None}
-    settings["base"], notes = args["base_model"], []
+    settings |= {"base": args["base_model"], "paths": True}
+    notes = []
     loras = args.get("loras") or []
     if args.get("lora"):
         notes.append(f"the LCM-LoRA {loras[0][0]}: a teacher is the model without it")
@@ -239,19 +247,19 @@ WIDGETS = {
 }
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom")
 # Nodes that hand on what they get; (bypassed) is what a workflow switches off
-SILENT = {*WIDGETS, "Reroute", "(bypassed)", "VAEDecode", "VAEDecodeTiled", "LatentUpscale"}
+SILENT = {*WIDGETS, "Reroute", "(bypassed)", "VAEDecode", "VAEDecodeTiled"}
 PASSES = {  # {what is followed: the inputs by which it may go on, the likeliest first}
     "model": ("model", "model1"),
     "clip": ("clip", "clip1"),
     "conditioning": ("conditioning", "conditioning_to", "conditioning_1"),
-    "latent": ("latent_image", "samples", "latent"),
+    "latent": ("latent_image", "samples", "latent", "pixels", "image", "images"),
 }
 
 
 def from_prompt(text):
     """ComfyUI's API format: {id: {"class_type": ..., "inputs": {name: value or [id, slot]}}}."""
     nodes = {
-        str(key): (str(node["class_type"]), dict(node.get("inputs") or {}))
+        str(key): (str(node["class_type"]).split("|")[0], dict(node.get("inputs") or {}))
         for key, node in parse_json(text).items()
         if isinstance(node, dict) and "class_type" in node
     }
@@ -264,9 +272,11 @@ def from_workflow(text):
     for link in data.get("links") or []:
         if isinstance(link, dict):
             link = [link["id"], link["origin_id"], link["origin_slot"]]
-        links[link[0]] = [str(link[1]), link[2]]
+        if link:
+            links[link[0]] = [str(link[1]), link[2]]
     for node in data.get("nodes") or []:
-        kind, values = str(node["type"]), node.get("widgets_values") or []
+        kind = str(node["type"]).split("|")[0]  # LoraLoader|pysssss is like LoraLoader
+        values = node.get("widgets_values") or []
         mode, inputs = node.get("mode", 0), dict(values) if isinstance(values, dict) else {}
         names = WIDGETS.get(kind, "value").split()
         if isinstance(values, list):
@@ -338,7 +348,7 @@ def from_nodes(nodes):
             if value is None or is_link(value):
                 notes.append(f"{what} from {kind}")
                 return None
-        return value
+        return value.get("content") if isinstance(value, dict) else value
 
     def take(key, inputs, name, convert=None):
         value = plain(inputs, name, name)
@@ -358,9 +368,9 @@ def from_nodes(nodes):
             add_lora(key, given, 2, "strength_model")
         elif kind == "ModelSamplingDiscrete" and "prediction_type" not in settings:
             kinds = {"eps": "epsilon", "v_prediction": "v_prediction"}
-            if (sampling := given.get("sampling")) in kinds:
+            if (sampling := str(plain(given, "sampling", "sampling"))) in kinds:
                 settings["prediction_type"] = kinds[sampling]
-                settings["rescale_betas_zero_snr"] = bool(given.get("zsnr"))
+                settings["rescale_betas_zero_snr"] = plain(given, "zsnr", "zsnr") is True
             else:
                 notes.append(f"{kind} (node {key}) of {sampling}")
         elif kind == "RescaleCFG":
@@ -372,14 +382,17 @@ def from_nodes(nodes):
     clip = None
     for end in "positive", "negative":
         for key, kind, given in upstream(nodes, inputs.get(end), "conditioning", notes):
-            if kind in ("CLIPTextEncode", "CLIPTextEncodeSDXL"):
-                name = "text" if kind == "CLIPTextEncode" else "text_g"
+            name = "text_g" if "text_g" in given else "text"
+            if name in given and is_link(given.get("clip")):
                 field = "prompt" if end == "positive" else "negative_prompt"
                 take(field, given, name, lambda value: TAG.sub("", str(value)).strip())
                 if given.get("text_l", given.get("text_g")) != given.get("text_g"):
                     notes.append(f"text_l of {kind} (node {key})")
                 clip = clip or given.get("clip")
                 break
+    if clip is None and loras:
+        notes.append("the way to the text encoders: LoRAs have there their weight in the UNet")
+        loras = {key: [name, unet, unet] for key, (name, _, unet) in loras.items()}
     for key, kind, given in upstream(nodes, clip, "clip", notes):
         if kind == "LoraLoader":
             add_lora(key, given, 1, "strength_clip")
@@ -395,7 +408,7 @@ def from_nodes(nodes):
     if is_link(source):
         take("vae", nodes.get(str(source[0]), ("", {}))[1], "vae_name", str)
     settings["loras"] = [(str(n), te, unet) for n, te, unet in reversed([*loras.values()])]
-    return settings, [*dict.fromkeys(notes)]
+    return settings, notes
 
 
 def everything_before(nodes, ends):
@@ -470,7 +483,7 @@ def find(name, models, kind):
         if len(hits) > 1:
             hits = [path for path in hits if kind_of(path) == kind] or hits
         if len(hits) > 1:
-            names = ", ".join(sorted(map(str, hits)))
+            names = ", ".join(sorted(map(str, hits))[:5])
             raise ValueError(f"{what} is one of {len(hits)}: {names}")
         if hits and hits[0].suffix.lower() in PICKLED:
             raise ValueError(f"{what} is {hits[0]}: pickled weights are not read")
