@@ -406,7 +406,10 @@ def from_nodes(nodes):
     decoders = [nodes[key][1] for key in way if nodes[key][0].startswith("VAEDecode")]
     source = decoders[0].get("vae") if decoders else None
     if is_link(source):
-        take("vae", nodes.get(str(source[0]), ("", {}))[1], "vae_name", str)
+        kind, given = nodes.get(str(source[0]), ("a missing node", {}))
+        take("vae", given, "vae_name", str)
+        if not {"vae_name", "ckpt_name"} & {*given}:
+            notes.append(f"VAE of {kind} (node {source[0]})")
     settings["loras"] = [(str(n), te, unet) for n, te, unet in reversed([*loras.values()])]
     return settings, notes
 
