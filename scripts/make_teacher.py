@@ -148,9 +148,8 @@ def check_setting(key, value):
         for name, *weights in value:
             fits = all(WEIGHTS[0] <= weight <= WEIGHTS[1] for weight in weights)
             if not fits or not isinstance(name, str):
-                raise ValueError(
-                    f"LoRA {name!r:.80}: its weight must be {WEIGHTS[0]} to {WEIGHTS[1]}"
-                )
+                low, high = WEIGHTS
+                raise ValueError(f"LoRA {name!r:.80}: its weight must be {low} to {high}")
         return value
     kind = bool if key == "rescale_betas_zero_snr" else str
     if not isinstance(value, kind) or key == "prediction_type" and value not in PREDICTIONS:
@@ -204,8 +203,9 @@ def take_image(args):
     if missing:
         flags = "--models names the folders; --base, --style_lora and --vae win over the image"
         infer.fail(f"{where}: {'; '.join(missing)}; {flags}")
-    if args.guidance_scale == 1 and settings.get("guidance_scale") == 1:
-        infer.warn(f"{where}: guidance_scale 1 is of few steps; a teacher is used with more")
+    scale = settings.get("guidance_scale")
+    if scale == args.guidance_scale and (scale or 9) <= 2:
+        infer.warn(f"{where}: guidance_scale {scale:g} is of few steps, a teacher needs more")
     if args.base is None:
         infer.fail(f"{where}: it names no checkpoint; give --base")
 
@@ -289,14 +289,12 @@ def skip_layers(pipe, clip_skip):
         if clip_skip > 2:
             why = "the pooled embedding needs the last layer of the second encoder"
             infer.fail(f"--clip_skip {clip_skip}: SDXL takes 1 or 2, which change nothing: {why}")
-        print(
-            f"--clip_skip {clip_skip} changes nothing: SDXL always reads the layer before the last"
-        )
+        why = "SDXL always reads the layer before the last"
+        print(f"--clip_skip {clip_skip} changes nothing: {why}")
         return
     encoder = pipe.text_encoder
-    stack = getattr(
-        encoder, "text_model", encoder
-    ).encoder  # which depends on the library's version
+    # Whether it has a text_model depends on the version of transformers.
+    stack = getattr(encoder, "text_model", encoder).encoder
     if clip_skip > (count := len(stack.layers)):
         infer.fail(f"--clip_skip {clip_skip}: its text encoder has {count} layers")
     stack.layers = stack.layers[: count - clip_skip + 1]
@@ -322,7 +320,7 @@ def make_scheduler(pipe, args):
 
 
 def make_pipe(args, part):
-    """The pipeline with all merged in, in float32, and {LoRA's name: weight}."""
+    """The pipeline with all merged in, in float32, and [(LoRA's name, weight)]."""
     weights = [weight for _, weight in args.loras]
     loras, names = {}, []
     for index, (name, _) in enumerate(args.loras):
@@ -358,7 +356,7 @@ def make_pipe(args, part):
 
 
 def write(pipe, part, args, names):
-    """Write the teacher, with its recipe, and read it back."""
+    """Write the teacher with its recipe."""
     for name in "safety_checker", "feature_extractor", "image_encoder":
         if hasattr(pipe, name):
             pipe.register_modules(**{name: None})

@@ -83,7 +83,7 @@ def read(path):
                 reasons.append(f"{key}: not as expected, {type(error).__name__} {error}"[:200])
     others = ", ".join(sorted(map(ascii, texts.keys() - readers.keys())))
     known = "nothing of A1111, Forge, ComfyUI or infer.py" + f", but {others[:200]}" * bool(others)
-    raise ValueError("; ".join(reasons) or f"it holds {known}")
+    raise ValueError(printable("; ".join(reasons) or f"it holds {known}"))
 
 
 def printable(text):
@@ -145,7 +145,8 @@ def from_infer(text):
 # -------------------------------------------------------------------------------- 3. A1111 and Forge
 
 TAG = re.compile(r"<(\w+):([^:<>]+)((?::[^:<>]*)*)>")
-FACT = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+FACT = re.compile(r'([^:,"\s][^:,"]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+LONGEST = 20000  # of a line of facts: more is no such line
 # The line of facts begins with Steps, or has it after others; a last resort is one line for all.
 FACTS = (
     r"(?m)^(?!Negative prompt:)(?:[A-Z][\w \-/]*:[^,\n]*, *)*Steps: *\d+ *(?:,|$)",
@@ -170,7 +171,7 @@ def from_parameters(text):
     if start:
         settings["negative_prompt"] = TAG.sub("", head[start.end() :]).strip()
     facts = {}
-    for key, value in FACT.findall(line):
+    for key, value in FACT.findall(line[:LONGEST]):
         with contextlib.suppress(ValueError):
             value = json.loads(value) if value.startswith('"') else value
         facts.setdefault(key.strip().lower(), str(value).strip())
@@ -195,9 +196,7 @@ def from_parameters(text):
             notes.append(f"{key.capitalize()}: {value[:60]}")
     settings["loras"] = [*a1111_loras(prompt, notes)]
     if "lora hashes" in facts and not settings["loras"]:
-        notes.append(
-            f"Lora hashes: {facts['lora hashes'][:60]}, of which the prompt says no weight"
-        )
+        notes.append(f"Lora hashes: {facts['lora hashes'][:60]}, without weights in the prompt")
     return settings, notes
 
 
@@ -246,6 +245,7 @@ WIDGETS = {
     "SamplerCustom": "add_noise noise_seed control_after_generate cfg",
 }
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom")
+CONTROLS = ("fixed", "increment", "decrement", "randomize")  # of a seed, after an image
 # Nodes that hand on what they get; (bypassed) is what a workflow switches off
 SILENT = {*WIDGETS, "Reroute", "(bypassed)", "VAEDecode", "VAEDecodeTiled"}
 PASSES = {  # {what is followed: the inputs by which it may go on, the likeliest first}
@@ -280,8 +280,7 @@ def from_workflow(text):
         mode, inputs = node.get("mode", 0), dict(values) if isinstance(values, dict) else {}
         names = WIDGETS.get(kind, "value").split()
         if isinstance(values, list):
-            # Old workflows lack this one, which says how the seed changes.
-            control = "control_after_generate"
+            control = "control_after_generate"  # which old workflows lack
             if control in names and not any(value in CONTROLS for value in values[:3] if value):
                 names.remove(control)
             inputs = dict(zip(names, values))
@@ -291,9 +290,6 @@ def from_workflow(text):
         if mode != 2:  # 2: never runs; 4: hands on its inputs
             nodes[str(node["id"])] = ("(bypassed)" if mode == 4 else kind, inputs)
     return from_nodes(nodes)
-
-
-CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
 def is_link(value):
@@ -391,8 +387,10 @@ def from_nodes(nodes):
                 clip = clip or given.get("clip")
                 break
     if clip is None and loras:
-        notes.append("the way to the text encoders: LoRAs have there their weight in the UNet")
-        loras = {key: [name, unet, unet] for key, (name, _, unet) in loras.items()}
+        notes.append("the way to the text encoders: LoRAs have their strength_clip there")
+        for key in loras:
+            if "strength_clip" in nodes[key][1]:
+                add_lora(key, nodes[key][1], 1, "strength_clip")
     for key, kind, given in upstream(nodes, clip, "clip", notes):
         if kind == "LoraLoader":
             add_lora(key, given, 1, "strength_clip")
@@ -436,6 +434,7 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 def plain_name(name):
     """A model's name as it is compared: in any case, with either slash, without its ending."""
     name = unicodedata.normalize("NFC", str(name)).replace("\\", "/").casefold().strip("/ ")
+    name = re.sub(r" \[[0-9a-f]{8,64}\]$", "", name)  # a hash, of older UIs
     return re.sub(r"\.(safetensors|ckpt|pt|pth|bin)$", "", name)
 
 
@@ -480,9 +479,8 @@ def find(name, models, kind):
         lambda parts: parts[-1] == base,
     )
     for rule in rules:
-        hits = {path.resolve(): path for name, path in models if rule(name.split("/"))}
-        hits = [*hits.values()]
-        hits = [path for path in hits if path.suffix.lower() not in PICKLED] or hits
+        hits = {path.resolve(): path for name, path in models if rule(name.split("/"))}.values()
+        hits = [path for path in hits if path.suffix.lower() not in PICKLED] or [*hits]
         if len(hits) > 1:
             hits = [path for path in hits if kind_of(path) == kind] or hits
         if len(hits) > 1:

@@ -1,5 +1,6 @@
 """scripts/make_teacher.py: the folder it writes, and what --from_image reads."""
 
+import contextlib
 import errno
 import json
 import os
@@ -456,6 +457,42 @@ def test_loops_and_flat_texts():
     }  # fmt: skip
 
 
+def test_long_texts_take_no_time():
+    """Runs of one sign, which a careless pattern would read again from each of them."""
+    start = time.monotonic()
+    for sign in (" ", "a", ",", ":", '"', "a:", '"a:', "<lora:", "Steps: ", "A:b, ", "(", "\n"):
+        for text in (
+            sign * 100000,
+            "Steps: 2, " + sign * 100000,
+            "\nNegative prompt:" + sign * 9999,
+        ):
+            with contextlib.suppress(ValueError):
+                read_recipe.from_parameters(text)
+    assert time.monotonic() - start < 10
+
+
+def test_infers_names_are_paths_or_hub_ids(tmp_path, capsys):
+    """A base of the Hub is taken by its id, as is a file that is there, before any of --models."""
+    said = {"base_model": "user/repo", "loras": [["lcm", 1], ["ink", 0.5]], "lora": "lcm"}
+    said |= {"style_lora": [[str(tmp_path / "ink.safetensors"), 0.5]], "guidance_scale": 1.5}
+    (tmp_path / "ink.safetensors").touch()
+    (tmp_path / "repo.safetensors").touch()
+    image = write_image(tmp_path / "a.png", infer_args=said)
+    args = make_teacher.parse_args(["--from_image", str(image), "--output", str(tmp_path / "t")])
+    make_teacher.take_image(args)
+    assert args.base == "user/repo"
+    assert args.loras == [(str(tmp_path / "ink.safetensors"), (0.5, 0.5))]
+    assert "guidance_scale 1.5 is of few steps" in capsys.readouterr().err
+
+
+def test_lora_without_a_way_to_the_text_encoder():
+    """It has its strength_clip there, which is said."""
+    graph = PROMPT | {"12": node("Odd", a=["8", 0], b=["9", 0])}
+    settings, notes = read_recipe.from_prompt(json.dumps(graph))
+    assert settings["loras"] == COMFY["loras"]
+    assert "the way to the text encoders" in notes[-1] and "negative_prompt" not in settings
+
+
 def test_models_are_found(tmp_path):
     """In any case, with or without ending, below subfolders as UIs write them."""
     for (
@@ -474,7 +511,7 @@ def test_models_are_found(tmp_path):
         return read_recipe.find(name, models, kind).relative_to(tmp_path).as_posix()
 
     assert found("ink") == found("a\\INK.safetensors") == "a/Ink.safetensors"
-    assert found("INK", "base") == "INK.safetensors"
+    assert found("INK", "base") == found("ink [0123456789]", "base") == "INK.safetensors"
     assert found("v1.5") == found("V1.5.SAFETENSORS") == found("x/v1.5") == "b/v1.5.safetensors"
     assert found("c/fog") == found("c_fog") == found("b\\c\\fog.safetensors")
     assert found("d/fog.safetensors") == "d/fog.safetensors" and found("my-lora") == "my-lora"
