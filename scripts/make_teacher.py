@@ -308,7 +308,7 @@ def make_scheduler(pipe, args):
     name, key = own.get("_class_name"), "rescale_betas_zero_snr"
     if source and name in ("LCMScheduler", "TCDScheduler"):
         infer.fail(f"--base {args.base}: an LCM-LoRA is merged in, by its scheduler ({name})")
-    if settled.get(key) and not own.get(key):
+    if settled.get(key) and not (source and own.get(key)):
         own["timestep_spacing"] = "trailing"  # else no image would begin at SNR 0
     own |= {name: settled[name] for name in ("prediction_type", key) if name in settled}
     with infer.or_fail(f"--base {args.base}: its scheduler config cannot be used"):

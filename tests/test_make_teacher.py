@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import make_teacher
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import read_recipe
 import torch
 from conftest import ROOT
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LCMScheduler
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -192,6 +193,18 @@ def test_recipe_and_prediction(kit, tmp_path, capsys):
         (second / "recipe.json").write_text(text)
         with pytest.raises(SystemExit, match="^error: .*second/recipe.json"):
             make("--base", second, "--output", tmp_path / "third")
+
+
+def test_scheduler_of_a_file_whose_configs_are_the_librarys():
+    """DDIM with what its markers say; at zero SNR it begins at the last timestep."""
+    for zero_snr, spacing in (True, "trailing"), (False, "leading"):
+        settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr}
+        pipe = SimpleNamespace(scheduler=LCMScheduler(steps_offset=1, **settings))
+        args = SimpleNamespace(base="a.safetensors", base_config=None)
+        made = make_teacher.make_scheduler(pipe, args)
+        assert type(made) is DDIMScheduler and made.config.steps_offset == 1
+        assert made.config.timestep_spacing == spacing and not made.config.clip_sample
+        assert {key: made.config[key] for key in settings} == settings
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
