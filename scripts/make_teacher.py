@@ -305,6 +305,7 @@ def make_scheduler(pipe, args):
     """The base's own scheduler, with what the model predicts; DDIM where its class cannot."""
     settled, source = pipe.scheduler.config, configs_of(args)
     own = dict(infer.read_configs(str(infer.local(source) or source))[1] if source else settled)
+    own.pop("_use_default_values", None)  # values under these names would not count
     name, key = own.get("_class_name"), "rescale_betas_zero_snr"
     if source and name in ("LCMScheduler", "TCDScheduler"):
         infer.fail(f"--base {args.base}: an LCM-LoRA is merged in, by its scheduler ({name})")
