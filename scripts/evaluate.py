@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,7 +76,7 @@ FIGURES = {
     "latents": ("latent distance", 1, 4),
     "clip": ("CLIP score", 1, 2),
     "detail": ("detail, %", 100, 1),
-    "next": ("to next steps x 100", 100, 2),
+    "next": ("to the next steps x 100", 100, 2),
     "recognised": ("recognised, %", 100, 1),
 }
 
@@ -140,6 +141,10 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto: cuda, else mps, else cpu; or e.g. cuda:1")
     types = "auto: fp16 on cuda, else fp32"
     add("--dtype", choices=["auto", *infer.DTYPES], default="auto", help=types)
+    copies = "programs that generate at once, on cuda:0, cuda:1 ... where there are several"
+    add("--processes", **count, default=1, help=copies)
+    part = "generate only part I of N, and stop: for several machines that share --columns"
+    add("--part", type=part_of, metavar="I/N", help=part)
 
     add = parser.add_argument_group("Output").add_argument
     add("--output", **folder, required=True, help="gets the report, and keeps what was generated")
@@ -155,6 +160,14 @@ def parse_args(argv=None):
     return args
 
 
+def part_of(text):
+    """An argparse type: 2/4 as (1, 4), the second of four parts."""
+    match = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!a:.80} is not I/N, e.g. 1/4 to 4/4")
+    return int(match[1]) - 1, int(match[2])
+
+
 def check_args(args):
     """Refuse what does not go together or is not there; fill in what follows from other flags."""
     if bool(args.prompts_file) == bool(args.data):
@@ -167,6 +180,8 @@ def check_args(args):
         infer.fail(f"--bootstrap {args.bootstrap}: intervals need 100 resamples or more")
     if args.size and len(args.size) > 2:
         infer.fail("--size: one side, or height and width")
+    if args.part and args.processes > 1:
+        infer.fail("--part and --processes do not go together")
     for flag in "lora", "steps", "samplers", "preference":
         values = getattr(args, flag) or []
         if len({*values}) < len(values):
@@ -200,6 +215,9 @@ class Lora(NamedTuple):
 
 def read_loras(args):
     """([Lora, ...], base, the teacher's guidance, the negative prompt), by flags and headers."""
+    for name in args.lora if args.write_card else ():
+        if not os.path.exists(os.path.expanduser(name)):
+            infer.fail(f"--write_card: LoRA {name} is not a file or folder here: download it first")
     opened = [infer.open_lora(infer.find_lora(name)) for name in args.lora]
     path, _, metadata = opened[0]
     base = args.base or metadata.get("base_model")
@@ -373,6 +391,11 @@ def kept(path, count, batch_size, make):
     return {key: tensor[:count] for key, tensor in parts[0].items()}
 
 
+def doubled(look):
+    """In float64, in which all is measured; float32 is what networks give and files keep."""
+    return {key: values.double() for key, values in look.items()}
+
+
 def write_whole(path, content):
     """Write bytes or text beside its place first: a file of its name is whole."""
     part = path.with_name(f".{os.getpid()}.{path.name}")
@@ -401,6 +424,7 @@ class Ruler:
         for lora in loras:
             infer.match_base(pipe, *infer.open_lora(lora.path), base)
         size = check_size(args, pipe)
+        infer.check_prompts(pipe, [infer.Job(text, negative, 0, None, None) for text in prompts])
         self.studio = Studio(pipe, prompts, args.seed, 1, negative, size)
         cells = self.studio.latent[0] * self.studio.latent[1]
         self.batch = self.studio.batch_size = args.batch_size or max(1, 4 * 64 * 64 // cells)
@@ -473,7 +497,8 @@ class Ruler:
     def look(self, images):
         """{name: [B,...]} of what is kept of images uint8 [B,3,H,W]."""
         found = {f"features_{i}": network(images) for i, network in enumerate(self.networks)}
-        return found | {"detail": detail(images)}
+        found |= {"detail": detail(images)}
+        return {key: values.float() for key, values in found.items()}
 
     def look_at_column(self, column, latents):
         """What is kept of a column's images, decoded once."""
@@ -486,7 +511,7 @@ class Ruler:
             except FloatingPointError as error:
                 infer.fail(f"{column.name}, prompt {int(rows[error.args[0]]) + 1}: {error.args[1]}")
 
-        return kept(path, len(latents), self.batch, make)
+        return doubled(kept(path, len(latents), self.batch, make))
 
     def look_at_files(self, what, facts, images):
         """What is kept of a list of functions that give PIL images."""
@@ -497,7 +522,7 @@ class Ruler:
 
         if rows_in(path) < len(images):
             print(f"features of {len(images)} images of {what}", flush=True)
-        return kept(path, len(images), self.batch, make)
+        return doubled(kept(path, len(images), self.batch, make))
 
 
 def base_config(lora):
@@ -608,15 +633,15 @@ def measure(args, ruler, columns, looks, real, gallery):
     return measured
 
 
-def check_reference(looks, floor):
+def check_reference(looks, replicates, seed):
     """(rows of a table, a sentence) that show whether more steps change the reference."""
-    names = {"twice": "twice the steps", "ddim": f"DDIM in {DDIM_STEPS}"}
+    names = {"twice": "twice the steps", "ddim": f"DDIM in {DDIM_STEPS}", "floor": "the floor"}
     if "twice" not in looks:
         return [], "Whether the reference has converged was not checked (--check_prompts 0)."
-    count = len(looks["twice"]["detail"])
-    weights = resampling(count, len(floor) - 1, 0)
-    rows, found = [], {}
-    for one, other in (("reference", "twice"), ("reference", "ddim"), ("twice", "ddim")):
+    count, rows, found = len(looks["twice"]["detail"]), [], {}
+    weights = resampling(count, replicates, seed)
+    pairs = [("reference", "twice"), ("reference", "ddim"), ("twice", "ddim")]
+    for one, other in [*pairs, ("reference", "floor")]:
         a, b = ({key: looks[role][key][:count] for key in ("features_0", "latents")}
                 for role in (one, other))  # fmt: skip
         pair = a["features_0"], b["features_0"]
@@ -628,7 +653,7 @@ def check_reference(looks, floor):
         found[one, other] = distances
         name = f"{names.get(one, 'the reference')} and {names[other]}"
         rows.append([name, *(show(distances[k], *FIGURES[k][1:]) for k in distances)])
-    changes, chance = found["reference", "twice"]["kid"], estimate(floor)
+    changes, chance = (found["reference", other]["kid"] for other in ("twice", "floor"))
     limit = (chance["high"] - chance["low"]) / 2
     converged = changes["high"] < limit
     says = f"twice the steps move it by KID x 1000 = {show(changes, 1000)}"
@@ -772,8 +797,8 @@ def plot(columns, measured):
     low = max(math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))) - 5)
     high = math.ceil(math.log10(max([*positive, 10.0 ** (low + 1)])))
     passes = sorted({x for points in lines.values() for x, _ in points})
-    width, height, left, top = 720, 420, 70, 30
-    right, bottom = width - 20, height - 60 - 18 * len(lines)
+    width, height, left, top = 720, 410 + 18 * len(lines), 70, 30
+    right, bottom = width - 20, 340
 
     def x_of(count):
         span = math.log2(passes[-1] / passes[0]) or 1
@@ -863,7 +888,7 @@ def write_report(args, argv, ruler, loras, columns, looks, measured):
         for lora in loras
         for sampler in lora.samplers
     }
-    rows, converged = check_reference(looks, measured["floor"]["kid"])
+    rows, converged = check_reference(looks, args.bootstrap, args.seed)
     head = ["", "KID x 1000", "feature distance x 100", "latent distance"]
     check = table(head, rows) if rows else ""
     features = args.features or "EfficientNet-lite0"
@@ -888,8 +913,9 @@ def write_report(args, argv, ruler, loras, columns, looks, measured):
 ![KID against UNet passes](plot.svg)
 """
     if args.grid_prompts:
-        with infer.or_fail(f"--output {args.output}: grid.png cannot be written"):
-            make_grid(args, ruler, columns, looks).save(args.output / "grid.png")
+        content = io.BytesIO()
+        make_grid(args, ruler, columns, looks).save(content, "PNG")
+        write_whole(args.output / "grid.png", content.getvalue())
         text += "\n![images](grid.png)\n"
     write_csv(args.output / "figures.csv", columns, measured)
     write_whole(args.output / "plot.svg", plot(columns, measured))
@@ -902,9 +928,29 @@ def write_report(args, argv, ruler, loras, columns, looks, measured):
         write_card(lora, ruler.base, section)
 
 
+def run_parts(args, argv):
+    """Let copies of this program generate the parts of the columns, each on a GPU of its own."""
+    commands = []
+    for i in range(args.processes):
+        command = [sys.executable, __file__, *argv, "--processes", "1"]
+        command += ["--part", f"{i + 1}/{args.processes}"]
+        if args.device == "auto" and torch.cuda.device_count() > 1:
+            command += ["--device", f"cuda:{i % torch.cuda.device_count()}"]
+        commands.append(command)
+    running = [subprocess.Popen(command) for command in commands]
+    try:
+        if any([process.wait() for process in running]):
+            infer.fail("--processes: one of them ended with the error above")
+    finally:
+        for process in running:
+            process.terminate()
+
+
 @torch.no_grad()
 def measure_loras(args, argv):
     """The ruler: read, generate what is missing, look, measure, write."""
+    if args.processes > 1:
+        run_parts(args, argv)
     loras, base, guidance, negative = read_loras(args)
     prompts, count, gallery = read_prompts(args)
     ruler = Ruler(args, loras, base, negative, prompts, load_networks(args))
@@ -912,7 +958,10 @@ def measure_loras(args, argv):
     checked = min(count, count if args.check_prompts is None else args.check_prompts)
     counts = {role: checked if role in ("twice", "ddim") else count for role in columns}
     counts = {role: n for role, n in counts.items() if n}
-    real = reference_images(ruler, args.reference) if args.reference else None
+    if args.part:  # the longest first, so that the parts are about equal
+        ordered = sorted(counts, key=lambda role: -columns[role].passes)
+        mine = ordered[args.part[0] :: args.part[1]]
+        counts = {role: n for role, n in counts.items() if role in mine}
     progress = Progress(
         sum(columns[role].passes * ruler.missing(columns[role], n) for role, n in counts.items())
     )
@@ -920,6 +969,9 @@ def measure_loras(args, argv):
     for role, n in counts.items():
         latents = ruler.latents(columns[role], n, progress)
         looks[role] = {"latents": latents, **ruler.look_at_column(columns[role], latents)}
+    if args.part:
+        return 0
+    real = reference_images(ruler, args.reference) if args.reference else None
     if gallery:
         images, own = gallery
         facts = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]

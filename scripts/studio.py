@@ -64,10 +64,12 @@ def as_tensor(images):
 
 
 def open_pipeline(base, config=None, loras=(), device="cpu", dtype=torch.float32, **parts):
-    """infer.py's text-to-image pipeline; `parts` may name a --vae and a --variant."""
+    """infer.py's text-to-image pipeline, its VAE in float32; `parts`: a --vae, a --variant."""
     given = {"vae": None, "variant": None, "tiny_vae": None, "mask": None} | parts
     given = argparse.Namespace(**given)
-    return infer.load_pipeline(str(base), config, given, device, dtype, dict(loras))
+    pipe = infer.load_pipeline(str(base), config, given, device, dtype, dict(loras))
+    pipe.vae.float()  # 16 bits would show in what is measured, and SDXL's VAE overflows in them
+    return pipe
 
 
 class Studio:
