@@ -99,7 +99,7 @@ def parse_args(argv=None):
     lora = "LCM-LoRAs: .safetensors files, folders or USER/REPO[:FILE] on the Hub"
     add("--lora", nargs="+", required=True, metavar="PATH", help=lora)
     base = "teacher: folder, Hub id or .safetensors file (default: that of the first LoRA's header)"
-    add("--base", metavar="MODEL", help=base)
+    add("--base", "--base_model", metavar="MODEL", help=base)
     add("--base_config", **name, help="configs of a --base in one file")
     add("--variant", metavar="NAME", help="variant of the base's weight files, e.g. fp16")
     add("--vae", **name, help="another VAE, e.g. madebyollin/sdxl-vae-fp16-fix")
@@ -176,6 +176,8 @@ def check_args(args):
         infer.fail(f"--data {args.data}: no train.parquet there")
     if args.reference and not args.reference.is_dir():
         infer.fail(f"--reference {args.reference}: no such folder")
+    if args.reference_steps < 2:
+        infer.fail("--reference_steps 1: one step has not converged; 20 mostly has")
     if args.bootstrap < 100:
         infer.fail(f"--bootstrap {args.bootstrap}: intervals need 100 resamples or more")
     if args.size and len(args.size) > 2:
@@ -223,7 +225,8 @@ def read_loras(args):
     base = args.base or metadata.get("base_model")
     if not base:
         infer.fail(f"--lora {path}: the header names no base model; give --base MODEL")
-    omegas = [infer.header(path, metadata, key, "6.5") for key in ("w_min", "w_max")]
+    omega = infer.number(float, -1, 1000)
+    omegas = [infer.header(path, metadata, key, "6.5", omega) for key in ("w_min", "w_max")]
     teacher = args.guidance_scale if args.guidance_scale is not None else 1 + sum(omegas) / 2
     if args.guidance_scale is None and "w_min" not in metadata:
         infer.warn(f"LoRA {path}: no w_min in the header; --guidance_scale {teacher:g} is assumed")
@@ -231,6 +234,8 @@ def read_loras(args):
     if negative is None:
         flags = infer.header(path, metadata, "training_args", "{}", lambda x: dict(json.loads(x)))
         negative = flags.get("negative_prompt")
+        if not isinstance(negative, str | None):
+            infer.fail(f"--lora {path}: the header's negative_prompt is no text")
     loras = []
     for given, (path, layers, metadata) in zip(args.lora, opened):
         if other := sorted({name.split(".")[0] for name in layers} - {"unet"}):
@@ -242,7 +247,7 @@ def read_loras(args):
         if not args.samplers and sampler not in SAMPLERS:
             infer.fail(f"--lora {path}: its header's sampler is {sampler!r:.80}; give --samplers")
         keeps = [infer.header(path, metadata, key, "1") for key in ("w_min", "w_max")] == [0, 0]
-        own = teacher if keeps else 1.0
+        own = teacher if keeps else 1.0  # one that learned no guidance still needs it
         own = args.lora_guidance if args.lora_guidance is not None else own
         grid = infer.header(path, metadata, "num_ddim_timesteps", "50", infer.number(int, 1, 1000))
         samplers = tuple(args.samplers or [sampler])
@@ -263,10 +268,11 @@ def read_prompts(args):
         names = sorted(path.stem for path in args.data.glob("*.parquet"))
         args.gallery = sorted(names, key=lambda name: name != "train")
         with infer.or_fail(f"--data {args.data}: cannot be read, needed are image and text"):
-            images, order, texts = read_data(args)
-        first = {}  # captions that occur twice are one prompt
-        for place in order.tolist():
-            first.setdefault(texts[place], place)
+            given = argparse.Namespace(**vars(args) | {"num_prompts": 0})
+            images, order, texts = read_data(given)
+            first = {}  # captions that occur twice are one prompt
+            for place in order.tolist():
+                first.setdefault(infer.plain_text(texts[place]), place)
         prompts, gallery = [*first], (images, [*first.values()])
         where, count = f"--data {args.data}", args.num_prompts or min(500, len(prompts))
     else:
@@ -381,7 +387,7 @@ def kept(path, count, batch_size, make):
     """
     parts = [load_file(path)] if (done := rows_in(path)) else []
     saved = time.monotonic()
-    for rows in batches(torch.arange(done, count), batch_size):
+    for rows in batches(torch.arange(min(done, count), count), batch_size):
         parts.append(make(rows))
         last = int(rows[-1]) == count - 1
         if last or time.monotonic() - saved > SAVE_EVERY:
@@ -757,7 +763,7 @@ def comparison_table(columns, measured):
                 kids, features, word = compare(measured, role, other)
                 pair = f"{columns[role].name} minus {columns[other].name}"
                 rows.append([pair, equal, show(kids, 1000), show(features, 100), word])
-    head = ["", "at", "KID x 1000", "feature distance x 100", "by KID"]
+    head = ["", "at", "KID x 1000", "feature distance x 100", "by KID, the first is"]
     return table(head, rows)
 
 
@@ -1002,4 +1008,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.excepthook = infer.last_words
+    # A file's name may have letters that the terminal's encoding has not.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.exit(main())

@@ -142,7 +142,8 @@ def ratio(a, b):
 def table(head, rows):
     """A Markdown table, first column left, others right."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    cells = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def show(e, factor=1.0, digits=2):
