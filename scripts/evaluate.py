@@ -1,7 +1,7 @@
 """A ruler for LCM-LoRAs: how close are few steps to the teacher's own images, and how sure is that?
 
-    python scripts/evaluate.py --base runwayml/stable-diffusion-v1-5 --lora runs/my-lora \\
-        --prompts_file prompts.txt --features openai/clip-vit-large-patch14 --output runs/measured
+    python scripts/evaluate.py --lora runs/my-lora --prompts_file prompts.txt \\
+        --features facebook/dinov2-base --output runs/measured
     python scripts/evaluate.py --lora runs/my-lora --data demo/data --output runs/measured
 
 Each LoRA is measured in 1, 2, 4 and 8 steps beside its teacher with DPM-Solver++ in as many, at the
@@ -137,7 +137,7 @@ def parse_args(argv=None):
     resamples = "resamples of the prompts, for the 95%% intervals"
     add("--bootstrap", **count, default=2000, help=resamples)
     add("--seed", type=infer.number(int, 0, 2**32 - 1), metavar="N", default=0, help="of the noise")
-    add("--batch_size", **count, help="images at once (default: 4 at 512 pixels, fewer if larger)")
+    add("--batch_size", **count, help="images at once (default: 4 at 512 pixels, 1 at 1024)")
     add("--device", default="auto", help="auto: cuda, else mps, else cpu; or e.g. cuda:1")
     types = "auto: fp16 on cuda, else fp32"
     add("--dtype", choices=["auto", *infer.DTYPES], default="auto", help=types)
@@ -230,6 +230,8 @@ def read_loras(args):
     teacher = args.guidance_scale if args.guidance_scale is not None else 1 + sum(omegas) / 2
     if args.guidance_scale is None and "w_min" not in metadata:
         infer.warn(f"LoRA {path}: no w_min in the header; --guidance_scale {teacher:g} is assumed")
+    if args.guidance_scale is None and teacher == 1:
+        infer.warn(f"LoRA {path}: learned no guidance; give the teacher's by --guidance_scale")
     negative = args.negative_prompt
     if negative is None:
         flags = infer.header(path, metadata, "training_args", "{}", lambda x: dict(json.loads(x)))
@@ -870,11 +872,12 @@ def make_grid(args, ruler, columns, looks):
     return image_grid(shown, ruler.studio.prompts[:count], f"{Path(ruler.base).name}")
 
 
-def write_card(lora, base, section):
-    """Put a section on the model card of a LoRA, in the place of the one that is there."""
-    path = lora.path.parent / "README.md"
+def write_card(folder, section):
+    """Put a section on the model card in a folder, in the place of the one that is there."""
+    path = folder / "README.md"
     with infer.or_fail(f"--write_card: {path} cannot be read"):
-        text = path.read_text(encoding="utf-8") if path.exists() else f"# {lora.name}\n"
+        there = path.exists()
+        text = path.read_text(encoding="utf-8") if there else f"# {folder.resolve().name}\n"
     section = f"{MARKERS[0]}\n{section.strip()}\n{MARKERS[1]}"
     found = re.compile(f"{re.escape(MARKERS[0])}.*?{re.escape(MARKERS[1])}", re.DOTALL)
     if found.search(text):
@@ -900,7 +903,8 @@ def write_report(args, argv, ruler, loras, columns, looks, measured):
     features = args.features or "EfficientNet-lite0"
     about = f"{count} prompts, {ruler.studio.size[1]} x {ruler.studio.size[0]} pixels, seed "
     about += f"{args.seed}, features of {features}. Brackets are 95% bootstrap intervals over "
-    about += f"prompts ({args.bootstrap} resamples). docs/evaluate.md explains the figures."
+    about += f"prompts ({args.bootstrap} resamples). scripts/evaluate.py measured; its page is "
+    about += "docs/evaluate.md."
     text = f"""# Few steps of `{ruler.base}`
 
 {provenance(argv)}
@@ -926,12 +930,13 @@ def write_report(args, argv, ruler, loras, columns, looks, measured):
     write_csv(args.output / "figures.csv", columns, measured)
     write_whole(args.output / "plot.svg", plot(columns, measured))
     write_whole(args.output / "README.md", text)
-    print(f"\n{text}")
-    for lora in loras if args.write_card else ():
-        own = {r: found for r, found in measured.items() if columns[r].lora in (None, lora)}
-        said = "\n".join(verdicts[lora, sampler] for sampler in lora.samplers)
+    for folder in {lora.path.parent for lora in loras} if args.write_card else ():
+        alike = [None, *(lora for lora in loras if lora.path.parent == folder)]
+        own = {role: found for role, found in measured.items() if columns[role].lora in alike}
+        said = "\n".join(f"- {verdicts[key]}" for key in verdicts if key[0] in alike)
         section = f"## Measured\n\n{said}\n\n{about}\n\n{main_table(columns, own, names)}"
-        write_card(lora, ruler.base, section)
+        write_card(folder, section)
+    print(f"\n{text}")
 
 
 def run_parts(args, argv):

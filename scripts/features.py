@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 import transformers
-from studio import infer
+from studio import batches, infer
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 
@@ -82,12 +82,15 @@ class VisionFeatures(torch.nn.Module):
         return features.cpu().double()
 
     def encode_text(self, prompts):
-        """The text embeddings [N,D] of prompts."""
+        """The text embeddings [N,D] of prompts, which may exceed what CLIP reads."""
         device = next(self.network.parameters()).device
         length = self.network.config.text_config.max_position_embeddings
         options = {"padding": True, "truncation": True, "max_length": length}
-        words = self.tokenizer(prompts, return_tensors="pt", **options).to(device)
-        return self.network.get_text_features(**words).pooler_output.cpu().double()
+        found = []
+        for part in batches(prompts, 64):
+            words = self.tokenizer(part, return_tensors="pt", **options).to(device)
+            found.append(self.network.get_text_features(**words).pooler_output)
+        return torch.cat(found).cpu().double()
 
     @property
     def scale(self):

@@ -401,3 +401,45 @@ def test_parts_generate_what_one_program_does(tmp_path, ruler, teacher):
         counts.append(len([*(out / "columns").glob("*.latents.*")]))
         assert not (out / "README.md").exists()
     assert counts == [4, 8]
+
+
+def test_dinov2_features_are_its_class_token(tmp_path):
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    network = Dinov2Model(Dinov2Config(hidden_size=16, **sizes)).eval()
+    network.save_pretrained(tmp_path)
+    side = {"height": 28, "width": 28}
+    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size=side).save_pretrained(tmp_path)
+    images = torch.randint(0, 256, (2, 3, 28, 28)).byte()
+    found = evaluate.VisionFeatures(str(tmp_path), "--features")
+    mean, std = (torch.tensor(getattr(found.processor, f"image_{k}")) for k in ("mean", "std"))
+    pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
+    with torch.no_grad():
+        expected = network(pixels).last_hidden_state[:, 0]
+        torch.testing.assert_close(found(images), expected.double(), rtol=1e-4, atol=1e-5)
+    assert found.tokenizer is None
+
+
+def test_a_checkpoint_in_one_file_gives_the_columns_of_its_folder(tmp_path, ruler, make_teacher):
+    """The base is told by its weights, so nothing is generated again."""
+    from single_file import as_single_file
+
+    teacher = make_teacher()
+    lora = new_lora(tmp_path / "lora", teacher)
+    flags = ["--lora", lora, "--check_prompts", 0, "--steps", 1]
+    before = {path.name for path in (ruler(*flags) / "columns").iterdir()}
+    file = as_single_file(teacher)
+    after = ruler(*flags, "--base", file, "--base_config", teacher) / "columns"
+    assert {path.name for path in after.iterdir()} == before
+
+
+def test_a_card_has_one_section(tmp_path):
+    evaluate.write_card(tmp_path, "first | second")
+    evaluate.write_card(tmp_path, "three")
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith(f"# {tmp_path.name}\n") and "three" in text and "first" not in text
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit, match="--write_card: .* cannot be read"):
+        evaluate.write_card(tmp_path, "four")
+    assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe"
