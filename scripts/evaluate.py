@@ -125,7 +125,8 @@ def parse_args(argv=None):
     real = "folder of images to measure KID, Frechet distance and detail against"
     add("--reference", **folder, help=real)
     converged = "of DPM-Solver++, for the teacher's converged images"
-    add("--reference_steps", **steps | {"nargs": None}, default=20, help=converged)
+    most = {"type": infer.number(int, 2, 500), "metavar": "N", "default": 20}
+    add("--reference_steps", **most, help=converged)
     check = "prompts that show, once, that twice the steps change nothing (default: all; 0: none)"
     add("--check_prompts", type=infer.number(int, 0, 10**6), metavar="N", help=check)
 
@@ -176,8 +177,6 @@ def check_args(args):
         infer.fail(f"--data {args.data}: no train.parquet there")
     if args.reference and not args.reference.is_dir():
         infer.fail(f"--reference {args.reference}: no such folder")
-    if args.reference_steps < 2:
-        infer.fail("--reference_steps 1: one step has not converged; 20 mostly has")
     if args.bootstrap < 100:
         infer.fail(f"--bootstrap {args.bootstrap}: intervals need 100 resamples or more")
     if args.size and len(args.size) > 2:
@@ -190,8 +189,9 @@ def check_args(args):
             infer.fail(f"--{flag} {' '.join(map(str, values))}: one of them is given twice")
     args.steps.sort()
     args.columns = args.columns or args.output / "columns"
-    with infer.or_fail(f"--output {args.output}: cannot be written"):
-        for folder in args.output, args.columns:
+    for flag in "output", "columns":
+        folder = getattr(args, flag)
+        with infer.or_fail(f"--{flag} {folder}: cannot be written"):
             folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -693,7 +693,7 @@ def rivals(columns, role):
         if other[0] == SOLVER and columns[other].passes == column.passes:
             others["equal UNet passes"] = other
     first = next(iter(columns[r].lora for r in columns if columns[r].lora))
-    others["equal steps, the first"] = (first, first.samplers[0], column.steps)
+    others["equal steps, first LoRA"] = (first, first.samplers[0], column.steps)
     return {equal: other for equal, other in others.items() if other in columns and other != role}
 
 
@@ -910,16 +910,14 @@ def write_report(args, argv, ruler, loras, columns, looks, measured):
 {provenance(argv)}
 {about}
 
-{"".join(f"- {says}" + chr(10) for says in verdicts.values())}
+{"".join(f"- {says}" + chr(10) for says in [*verdicts.values(), converged])}
 {main_table(columns, measured, names)}
 ## Differences at the same prompts
 
 {comparison_table(columns, measured)}
 ## The reference
 
-{converged}
-
-{check}
+{check or converged}
 ![KID against UNet passes](plot.svg)
 """
     if args.grid_prompts:
@@ -933,7 +931,8 @@ def write_report(args, argv, ruler, loras, columns, looks, measured):
     for folder in {lora.path.parent for lora in loras} if args.write_card else ():
         alike = [None, *(lora for lora in loras if lora.path.parent == folder)]
         own = {role: found for role, found in measured.items() if columns[role].lora in alike}
-        said = "\n".join(f"- {verdicts[key]}" for key in verdicts if key[0] in alike)
+        says = [*(verdicts[key] for key in verdicts if key[0] in alike), converged]
+        said = "\n".join(f"- {one}" for one in says)
         section = f"## Measured\n\n{said}\n\n{about}\n\n{main_table(columns, own, names)}"
         write_card(folder, section)
     print(f"\n{text}")
@@ -973,6 +972,7 @@ def measure_loras(args, argv):
         ordered = sorted(counts, key=lambda role: -columns[role].passes)
         mine = ordered[args.part[0] :: args.part[1]]
         counts = {role: n for role, n in counts.items() if role in mine}
+    real = reference_images(ruler, args.reference) if args.reference and not args.part else None
     progress = Progress(
         sum(columns[role].passes * ruler.missing(columns[role], n) for role, n in counts.items())
     )
@@ -982,7 +982,6 @@ def measure_loras(args, argv):
         looks[role] = {"latents": latents, **ruler.look_at_column(columns[role], latents)}
     if args.part:
         return 0
-    real = reference_images(ruler, args.reference) if args.reference else None
     if gallery:
         images, own = gallery
         facts = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]

@@ -224,7 +224,7 @@ def test_another_lora_finds_the_teachers_columns(tmp_path, ruler, teacher):
     assert {row["guidance"] for row in rows if row["lora"] == "a"} == {"1.0"}
     assert {row["guidance"] for row in rows if row["lora"] == "b"} == {"5.0"}
     assert {row["unet_passes"] for row in rows if row["lora"] == "b"} == {"2", "4"}
-    assert "b, lcm 2 minus a, lcm 2 | equal steps, the first" in (both / "README.md").read_text()
+    assert "b, lcm 2 minus a, lcm 2 | equal steps, first LoRA" in (both / "README.md").read_text()
 
 
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
