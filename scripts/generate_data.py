@@ -215,6 +215,7 @@ def load(trainer, args, accelerator):
     run.solver = trainer.diffusers.DPMSolverMultistepScheduler(**betas, final_sigmas_type="zero")
     if args.quantize_base:
         trainer.quantize_linears(pipe.unet)
+    run.vae = open_tiny_vae(trainer, args, pipe) if args.tiny_vae else pipe.vae
     encode_data.place_networks(trainer, pipe, device)
     run.teacher = pipe.unet
     null = {"caption": [args.negative_prompt]}
@@ -224,14 +225,25 @@ def load(trainer, args, accelerator):
     return run
 
 
+def open_tiny_vae(trainer, args, pipe):
+    """The VAE of --tiny_vae, before hours are spent."""
+    infer, kind = importlib.import_module("infer"), trainer.diffusers.AutoencoderTiny
+    what = f"--tiny_vae {args.tiny_vae}"
+    vae = infer.load_part(kind, what, args.tiny_vae, pipe.unet.dtype).eval()
+    if (has := vae.config.latent_channels) != (needed := pipe.unet.config.in_channels):
+        trainer.fail(f"{what}: for latents of {has} channels; the teacher's have {needed}")
+    return vae
+
+
 def make_stamp(trainer, args, prompts):
     """What the folder is made from; the trainer compares what a training on it depends on."""
     what = ["captions", "trajectories" if args.trajectories else "generated"]
-    stamp = trainer.make_stamp(args, [*what, "trajectories"])  # how the teacher is guided, too
+    # with how the teacher is guided, in any case
+    stamp = {"what": what} | trainer.make_stamp(args, [*what, "trajectories"])
     if not args.trajectories:
         del stamp["num_ddim_timesteps"]
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-    stamp |= {"what": what, "records": args.num_images, "prompts": digest}
+    stamp |= {"records": args.num_images, "prompts": digest}
     names = "seed solver solver_steps batch_size quantize_base".split()
     return stamp | {name: vars(args)[name] for name in names}
 
@@ -242,7 +254,8 @@ def sample_path(trainer, run, z, c, omega, args):
     At run.times and at the end: the clean latents x0, of trajectories those at t = 0.
     """
     times, path = run.times + [0] * args.trajectories, [z]
-    run.solver.set_timesteps(timesteps=times)  # forgets the batch before
+    if args.solver == "dpm++":
+        run.solver.set_timesteps(timesteps=times)  # forgets the batch before
 
     def whole(t):
         return trainer.torch.full((len(z),), t, device=z.device)
@@ -306,24 +319,18 @@ def generate_batch(trainer, run, prompts, batch, features, args):
 def make_contact_sheet(trainer, run, args):
     """The first images, decoded, each over its prompt: a PNG file's bytes."""
     check_data = importlib.import_module("check_data")
-    trainer.__file__ = __file__  # check_data may have given its own name
     data = trainer.datasets.load_from_disk(str(args.output)).with_format("torch")
-    vae = run.pipe.vae
-    if args.tiny_vae:
-        infer, kind = importlib.import_module("infer"), trainer.diffusers.AutoencoderTiny
-        vae = infer.load_part(kind, f"--tiny_vae {args.tiny_vae}", args.tiny_vae, run.teacher.dtype)
-        vae.to(run.teacher.device)
+    numbers = [i for i, why in enumerate(data["unusable"]) if not why][:SHOWN]
     to_images = trainer.VaeImageProcessor().postprocess
-    channels, images, texts = run.teacher.config.in_channels, [], []
-    for row in data.select(range(min(SHOWN, len(data)))):
-        if row["unusable"]:
-            continue
-        scale = 1 if args.trajectories else run.pipe.vae.config.scaling_factor
+    vae, channels, images, texts = run.vae, run.teacher.config.in_channels, [], []
+    vae.to(run.teacher.device)
+    for row in data.select(numbers):
         z = row["path" if args.trajectories else "moments"]
         z = z.T.unflatten(1, row["size"].tolist()) if "size" in row else z
-        z = (z[:channels].float() * scale)[None].to(vae.device)
+        scale = 1 if args.trajectories else run.pipe.vae.config.scaling_factor
+        z = z[None, :channels].to(vae.device).float() * scale / vae.config.scaling_factor
         with trainer.torch.no_grad():
-            pixels = vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample
+            pixels = vae.decode(z.to(vae.dtype)).sample
         (image,) = to_images(pixels.float())
         image.thumbnail((CELL, CELL))
         images.append(image)
@@ -364,9 +371,10 @@ def generate(trainer, args, lock):
         for batch in range(numbers[0] // args.batch_size, numbers[-1] // args.batch_size + 1):
             yield from generate_batch(trainer, run, prompts, batch, features, args)
 
-    start, size = time.monotonic(), ROWS * args.batch_size
-    records = (args.num_images, size)
-    made = encode_data.make_files(trainer, args, accelerator, *records, features, make, "generated")
+    start, count, size = time.monotonic(), args.num_images, ROWS * args.batch_size
+    made = encode_data.make_files(
+        trainer, args, accelerator, count, size, features, make, "generated"
+    )
     seconds = time.monotonic() - start
     if accelerator.is_main_process:
         sheet = args.output / "contact_sheet.png"
@@ -374,6 +382,7 @@ def generate(trainer, args, lock):
             advice = "the data are whole; --no-contact_sheet leaves it out"
             with encode_data.or_end(trainer, f"{sheet}: it cannot be made", advice):
                 encode_data.write(trainer, sheet, make_contact_sheet(trainer, run, args))
+            print(f"{sheet}: the first images")
         passes = len(run.times) * (1 if args.w_min == args.w_max == 0 else 2)
         bytes_used = sum(file.stat().st_size for file in args.output.glob("*.arrow"))
         a_record = f"{bytes_used / args.num_images / 1e3:,.0f} kB a record"
