@@ -466,6 +466,7 @@ def locked(trainer, args, flag):
     """A block with the lock of the output folder, and how it ends where it cannot go on."""
     lock = trainer.filelock.FileLock(args.output / ".lock")  # one process at a time has it
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         yield lock
     except trainer.torch.OutOfMemoryError as error:
         what = f"out of memory ({trainer.reason(error)})"
@@ -486,4 +487,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a library; `locked` undoes it
     main()

@@ -396,11 +396,10 @@ def generate(trainer, args, lock):
 def main(argv=None):
     """The generation, and how it ends where it cannot go on."""
     trainer, args = parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with encode_data.locked(trainer, args, "--batch_size") as lock:
         generate(trainer, args, lock)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a library; `main` undoes it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a library; `locked` undoes it
     main()

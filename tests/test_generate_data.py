@@ -40,13 +40,15 @@ generate_data.ROWS = 2
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
-        code = 0
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the program begins
         try:
             generate_data.main(sys.argv[2:] + line.split())
         except SystemExit as error:
-            code = error.code
-        sys.stdout.flush()
-        os._exit(code)
+            if isinstance(error.code, int):
+                os._exit(error.code)
+            print(error.code, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -599,7 +601,7 @@ class Generations:
         driver = tmp_path / "driver.py"
         driver.write_text(DRIVER)
         flags = {"family": "sd15", "pretrained_teacher_model": teacher, "prompts_file": prompts}
-        flags |= {"resolution": 16, "num_images": 60, "batch_size": 1, "solver_steps": 2}
+        flags |= {"resolution": 16, "num_images": 40, "batch_size": 1, "solver_steps": 2}
         command = [sys.executable, driver, ROOT / "scripts", *command_line(flags)]
         self.said = open(tmp_path / "stderr", "w+")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
@@ -631,11 +633,12 @@ def test_kills(teacher, prompts, train_by, sd15, tmp_path, kills):
     runs.start(calm)
     assert runs.line() == "0"
     expected, counts = content(calm), []
-    assert len(expected) == 30 + 5
+    assert len(expected) == 20 + 5
     for i in range(kills):
         before = len([*killed.glob("*.arrow")])
         child, end = runs.start(killed), time.monotonic() + 60
-        files = before + int(random.integers(0, 3))
+        # A library that is being loaded may take Ctrl-C for an error of its own
+        files = before + int(random.integers(i % 2, 2 + i % 2))
         while len([*killed.glob("*.arrow")]) < files and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.02 if files > before else 0.5))
@@ -645,7 +648,7 @@ def test_kills(teacher, prompts, train_by, sd15, tmp_path, kills):
         left = content(killed) if killed.exists() else {}
         counts.append(sum(name.endswith(".arrow") for name in left))
         assert all(name.endswith(".part") or expected[name] == left[name] for name in left)
-    assert counts == sorted(counts) and counts[-1] < 30
+    assert counts == sorted(counts) and counts[-1] < 20
     with refused("--dataset_name", "not finished"):
         train_by(sd15, teacher)(dataset_name=killed, resolution=16)
     runs.start(killed)
@@ -653,11 +656,12 @@ def test_kills(teacher, prompts, train_by, sd15, tmp_path, kills):
     runs.process.communicate(timeout=60)
     runs.said.seek(0)
     lines = [line for line in runs.said.read().splitlines() if line and "record/s" not in line]
-    assert lines == ["stopped: the same command goes on, whole files are kept"] * (kills // 2)
+    stopped = "stopped: the same command goes on, whole files are kept"
+    assert lines == [stopped] * (kills // 2)
     left = content(killed)
     assert {name for name in left if name.endswith(".part")} <= {"dataset_info.json.part"}
     assert {name: left[name] for name in expected} == expected
-    assert len(datasets.load_from_disk(killed)) == 60
+    assert len(datasets.load_from_disk(killed)) == 40
 
 
 @pytest.mark.slow
