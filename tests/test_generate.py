@@ -577,9 +577,13 @@ def test_first_call_is_not_timed(monkeypatch, tmp_path, capsys):
         jobs = [infer.Job("a", None, 0, 64, width) for width in sizes]
         return infer.generate(pipe, args, {}, jobs, 1, 1, set(seen))[1:]
 
-    pipe = type(
-        "Pipe", (), {"scheduler": None, "__call__": lambda self, prompts, **kwargs: Result(prompts)}
-    )()
+    parts = {
+        "scheduler": None,
+        "device": "cpu",
+        "encode_prompt": lambda self, prompts, **kwargs: [torch.zeros(len(prompts), 2, 1)],
+        "__call__": lambda self, prompt_embeds, **kwargs: Result(prompt_embeds),
+    }
+    pipe = type("Pipe", (), parts)()
     Result = type(
         "Result", (), {"__init__": lambda self, prompts: setattr(self, "images", prompts)}
     )
