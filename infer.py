@@ -145,9 +145,8 @@ def usable_path(text):
     """An argparse type: a path, with ~ replaced, of which the system can tell what is there."""
     path = os.path.expanduser(text)
     try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(f"{text!a:.80} is no usable path ({reason})") from None
@@ -227,8 +226,7 @@ def parse_args(argv=None):
     add("--controlnet_scale", **scale, default=1.0, help="1: as strong as trained")
 
     add = parser.add_argument_group("Output").add_argument
-    several = ".png, .jpg or .webp; several: FILE-0.png ..."
-    add("--output", **new, metavar="FILE.png", default=Path("lcm.png"), help=several)
+    add("--output", **new, metavar="FILE.png", default=Path("lcm.png"), help=".png, .jpg or .webp")
     add("--overwrite", action="store_true", help="generate again what is there; else it is skipped")
     add("--compare", action="store_true", help="a grid: a column per scheduler and step count")
     add("--compare_guidance", **scale, help="of the teacher (default: 1 + mean training omega)")
@@ -527,8 +525,7 @@ def group_layers(path, tensors, metadata, alpha=None):
     A layer is unet.X, text_encoder.X or text_encoder_2.X; X is a module path, in kohya's with _.
     """
     layers, bundled = {}, {key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}
-    if bundled:
-        names = ", ".join(sorted(bundled))
+    if names := ", ".join(sorted(bundled)):
         warn(f"LoRA {path}: its bundled embeddings ({names}) are not used, only its LoRA is")
     for key, tensor in tensors.items():
         if key.startswith("bundle_emb."):
@@ -884,8 +881,8 @@ def open_folder(base, place, args, dtype, **given):
         # Some parts may have no such variant.
         has_variant = any((folder / part).glob(f"*.{args.variant}*.safetensors"))
         where = {"subfolder": part, "variant": args.variant if has_variant else None}
-        what = f"--base_model {base}, {part}"
-        given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
+        what, kind = f"--base_model {base}, {part}", known[kinds[part]]
+        given[part] = load_part(kind, what, folder, dtype, **where)
     pipe = pipeline.from_pretrained(folder, **given, **more)
     pipe.register_modules(scheduler=scheduler)
     return pipe
@@ -898,19 +895,14 @@ def read_configs(source):
 
 
 def check_base(base, unet, scheduler, args, explicit=True):
-    """The schedule of a base model, by its configs; refuse what LCM-LoRAs are not for.
-
-    What it predicts is said where that is not plainly what its own config says.
-    """
+    """The schedule of a base model, by its configs; refuse what LCM-LoRAs are not for."""
+    usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     advice = "--prediction_type, --rescale_betas_zero_snr go before configs and a LoRA's header"
     with or_fail(f"base model {base} cannot be opened", advice):
-        settled = settle_prediction(args, str(base), scheduler, explicit)
-    said, (kind, zero) = (
-        (its.get("prediction_type", "epsilon"), bool(its.get("rescale_betas_zero_snr")))
-        for its in (scheduler, settled)
-    )
-    if said != (kind, zero) or not explicit:
-        print(f"{base} is taken as {kind}{', zero terminal SNR' * zero}")
+        settled = usual | settle_prediction(args, str(base), scheduler, explicit)
+    kind, zero = (settled[key] for key in usual)
+    if settled != {**usual, **scheduler} or not explicit:
+        print(f"{base} is taken as {kind}{', zero terminal SNR' * bool(zero)}")
     channels, its = unet["in_channels"], f"--base_model {base}: its"
     if unet.get("time_cond_proj_dim"):
         fail(f"--base_model {base} is an LCM itself; give the model that it was distilled from")
@@ -923,7 +915,7 @@ def check_base(base, unet, scheduler, args, explicit=True):
         says = "needed are betas and epsilon or v_prediction"
         fail(f"{its} scheduler is {name} with prediction_type {kind}; {says}")
     if zero and kind == "epsilon":  # at SNR 0 the noise is the input: it tells nothing of an image
-        fail(f"{its} prediction_type is epsilon with rescale_betas_zero_snr: name another by flag")
+        fail(f"{its} noise reaches zero SNR, which needs --prediction_type v_prediction")
     kinds = "beta_schedule may be linear, scaled_linear or squaredcos_cap_v2"
     with or_fail(f"{its} scheduler config cannot be used", kinds):
         return diffusers.LCMScheduler.from_config(settled)
@@ -1062,10 +1054,7 @@ def with_images(pipe, args):
 
 
 def with_sizes(jobs, args, images, pipe):
-    """The jobs with a size in pixels: their own, else that of an image given, else the base's.
-
-    Those without a negative prompt get that of a LoRA's header or recipe.json, if there is one.
-    """
+    """The jobs with a size in pixels: their own, else that of an image given, else the base's."""
     multiple, sample = math.lcm(8, pipe.vae_scale_factor), pipe.unet.config.sample_size
     latent = (sample, sample) if isinstance(sample, int) else sample
     height, width = (side * pipe.vae_scale_factor for side in latent)
@@ -1075,11 +1064,8 @@ def with_sizes(jobs, args, images, pipe):
         width, height = (max(round(side / multiple), 1) * multiple for side in images["image"].size)
         if any(None in (job.width, job.height) for job in jobs):
             print(f"Size: {width} x {height}, that of {flag} in multiples of {multiple}")
-    usual = {"height": height, "width": width, "negative_prompt": args.negative_prompt}
-    sized = [
-        job._replace(**{key: usual[key] for key in usual if getattr(job, key) is None})
-        for job in jobs
-    ]
+    rest = {"height": height, "width": width, "negative_prompt": args.negative_prompt or None}
+    sized = [job._replace(**{k: rest[k] for k in rest if getattr(job, k) is None}) for job in jobs]
     for job, name in itertools.product(sized, ("height", "width")):
         if (value := getattr(job, name)) % multiple:
             by_flag = value == getattr(args, name) or not args.prompts_file
@@ -1116,15 +1102,13 @@ def split_prompt(text, tokenizer, chunks):
     return [*pieces, text, *[""] * chunks][:chunks]
 
 
+@torch.no_grad()
 def encode_prompts(pipe, jobs, chunks, guided):
-    """A pipeline's arguments for prompts in pieces: embeddings [B, chunks * 77, D].
-
-    SDXL's pooled embeddings are those of the first piece.
-    """
+    """A pipeline's arguments for its texts: embeddings [B, chunks * 77, D], XL's pooled [B, D]."""
 
     def pieces(texts):
         if None in texts or chunks == 1:  # the pipeline's own way
-            return None if None in texts else texts
+            return texts if texts[0] is not None else None
         return [piece for text in texts for piece in split_prompt(text, pipe.tokenizer, chunks)]
 
     prompts, negatives = (pieces([job[field] for job in jobs]) for field in (0, 1))
@@ -1225,8 +1209,7 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
     more |= {"strength": enough(args.strength, steps)} if args.image else {}
     more |= {"controlnet_conditioning_scale": args.controlnet_scale} if args.controlnet else {}
     more |= {"guidance_rescale": args.guidance_rescale} if args.guidance_rescale else {}
-    what = f"--seed {jobs[0].seed}, --prompt {jobs[0].prompt!a:.80} cannot be generated"
-    with or_fail(what):
+    with or_fail(f"--seed {jobs[0].seed}, --prompt {jobs[0].prompt!a:.80} cannot be generated"):
         try:
             more |= encode_prompts(pipe, jobs, args.max_prompt_chunks or 1, guidance > 1)
             made = pipe(
@@ -1259,15 +1242,13 @@ def save_job(args, settings, jobs, files, name, steps, place, image):
 
 def generate_all(pipe, args, images, jobs, work, schedulers, settings):
     """Each job that `work` names, each image a file with its settings as soon as it is there."""
-    seen, report = set(), []
+    guidance, seen, report = args.guidance_scale, set(), []
     if len(work) > 1:  # step counts are compared: none of them pays for the first call
-        (name, _), *_ = work
-        pipe.scheduler = schedulers[name]
-        generate(pipe, args, images, jobs[: args.batch_size], 1, args.guidance_scale, seen)
+        pipe.scheduler = schedulers[next(iter(work))[0]]
+        generate(pipe, args, images, jobs[: args.batch_size], 1, guidance, seen)
     for (name, steps), files in work.items():
         pipe.scheduler, todo = schedulers[name], [jobs[index] for index in files]
         keep = functools.partial(save_job, args, settings, todo, [*files.values()], name, steps)
-        guidance = args.guidance_scale
         _, seconds, count = generate(pipe, args, images, todo, steps, guidance, seen, keep)
         timed = f"{count} of {len(todo)} timed, after a" if count else "no batch came after the"
         report.append(f"{steps} step{'s' * (steps > 1)}: {seconds:.3g} s/image ({timed} warm-up)")
@@ -1290,8 +1271,7 @@ def parameters(settings):
     facts |= {"Denoising strength": f"{settings['strength']:.3g}"} if settings["image"] else {}
     for key, value in facts.items():  # a text with a comma or colon would end early: it is quoted
         facts[key] = json.dumps(value) if re.search("[,:]", str(value)) else value
-    negative = settings["negative_prompt"]
-    prompts = settings["prompt"]
+    prompts, negative = settings["prompt"], settings["negative_prompt"]
     prompts += "".join(f" <lora:{name}:{weight:g}>" for name, weight in settings["loras"])
     prompts += f"\nNegative prompt: {negative}" if negative else ""
     return prompts + "\n" + ", ".join(f"{key}: {value}" for key, value in facts.items())
@@ -1375,7 +1355,6 @@ def read_inputs(args):
     if one_file and not config:
         config = trained.get("teacher_config") and str(trained["teacher_config"])
     recipe = take_defaults(args, path, trained, local(base))
-
     left_out = "prompt prompts_file output overwrite num_images compare fused_output".split()
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
     settings |= {"lora": path and str(path), "base_model": base, "base_config": config}
@@ -1386,15 +1365,14 @@ def read_inputs(args):
     settings["style_lora"] = list(zip(files, weights))[bool(path) :]
     steps = header(path, metadata, "num_ddim_timesteps", "50", number(int, 1, 1000))
     settings["original_inference_steps"] = steps if path else merged_steps(base)
-    settings["recipe_guidance"] = recipe.get("guidance_scale", 7.5)
-    # With omega 0 it was distilled from the teacher without guidance.
     omegas = [header(path, metadata, key, math.nan) for key in ("w_min", "w_max")]
-    settings["keeps_guidance"] = omegas == [0, 0]
+    settings["keeps_guidance"] = omegas == [0, 0]  # it is not distilled into the LoRA
+    settings["recipe_guidance"] = recipe.get("guidance_scale", 7.5)
     # A rerun sees whether a file of the same name is another one.
     used = {*files, *filter(None, (args.image, args.mask, args.control_image))}
-    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
-    settings["sha256"] = digests
-    return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
+    digests = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in used}
+    settings |= {"sha256": digests, "diffusers": diffusers.__version__}
+    return jobs, images, loras, settings
 
 
 def take_defaults(args, path, trained, base):
@@ -1405,18 +1383,14 @@ def take_defaults(args, path, trained, base):
             recipe = {"format": None, **json.loads(file.read_text(encoding="utf-8"))}
         print(f"Defaults are those of {file}")
     trained = {key: value for key, value in trained.items() if value is not None}
-    names = "negative_prompt guidance_rescale max_prompt_chunks".split()
-    for where, given, keys in (
-        (f"LoRA {path}: training_args", trained, [*CHOICES, *names]),
-        (file, recipe, ["format", "guidance_scale", "width", "height", *names]),
-    ):
-        for key in filter(given.__contains__, keys):
+    names = "format negative_prompt guidance_scale guidance_rescale width height max_prompt_chunks"
+    for where, given in (f"LoRA {path}: training_args", trained), (file, recipe):
+        for key in filter(given.__contains__, [*CHOICES, *names.split()]):
             check_value(where, key, given[key])
             if key in ("width", "height") and given[key] % 8:
                 fail(f"{where}: {key} is {given[key]}, must be a multiple of 8")
-            if vars(args).get(key, "") is None:
+            if vars(args).get(key, "") is None:  # a flag that is not given
                 setattr(args, key, given[key])
-    args.negative_prompt = args.negative_prompt or None
     return recipe
 
 
@@ -1460,10 +1434,10 @@ def load(args, jobs, images, loras, settings):
     if args.compile:
         pipe.unet.compile_repeated_blocks(dynamic=True)  # its transformers, for every size
     task = with_images(pipe, args)
-    known = inspect.signature(task.__call__).parameters
-    if args.guidance_rescale and "guidance_rescale" not in known:
+    if args.guidance_rescale and "guidance_rescale" not in inspect.signature(task).parameters:
         args.guidance_rescale = settings["guidance_rescale"] = None
-        warn(f"--guidance_rescale does nothing here: {type(task).__name__} does not know it")
+        if args.compare or args.guidance_scale > 1:
+            warn(f"--guidance_rescale does nothing here: {type(task).__name__} does not know it")
     grid, schedulers = {"original_inference_steps": settings["original_inference_steps"]}, {}
     for name, (kind, _, more) in SCHEDULERS.items():
         more = more | grid if name in DISTILLED else more
@@ -1479,8 +1453,7 @@ def main(argv=None):
     jobs, images, loras, settings = read_inputs(args)
     steps = dict.fromkeys(args.steps or [4])
     plan = [(name, count) for name in args.scheduler or ["lcm"] for count in steps]
-    kept = settings["keeps_guidance"]
-    check_plan(args, plan, jobs, settings["original_inference_steps"], kept)
+    check_plan(args, plan, jobs, settings["original_inference_steps"], settings["keeps_guidance"])
     work = find_work(args, jobs, plan, settings)
     if not work and not args.fused_output:
         return

@@ -1193,9 +1193,12 @@ def test_mask_follows_its_image(kit):
     """A mask of another size is that of the whole image, and cropped with it."""
 
     class Pipe:
-        scheduler = None
+        scheduler, device = None, "cpu"
 
-        def __call__(self, prompts, **kwargs):
+        def encode_prompt(self, prompts, **kwargs):
+            return [torch.zeros(len(prompts), 2, 1)]
+
+        def __call__(self, **kwargs):
             self.given = kwargs
             return type("Result", (), {"images": kwargs["image"]})
 

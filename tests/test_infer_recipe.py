@@ -87,7 +87,7 @@ def recipe(kit, tmp_path, family="sd15", **values):
     return folder
 
 
-# ------------------------------------------------------------------------ What the model predicts
+# ------------------------------------------------------------------ What the model predicts
 
 
 def test_a_marked_file_is_a_folder_of_its_kind(kit, tmp_path, capsys):
@@ -173,7 +173,7 @@ CONTRADICTIONS = {
         {},
         "sd15",
         ["--rescale_betas_zero_snr"],
-        "prediction_type is epsilon with rescale_betas_zero_snr",
+        "zero SNR, which needs --prediction_type v_prediction",
     ),
 }
 
@@ -191,7 +191,7 @@ def test_contradictions_are_one_line(kit, tmp_path, case):
 def test_a_folder_of_epsilon_and_zero_snr(kit, tmp_path):
     """Nothing could be generated at t = 999; the flags say which of both is wrong."""
     flags, plain = ("--base_model", kit / "sd15-v"), kit / "sd15-lora.safetensors"
-    message = "epsilon with rescale_betas_zero_snr"
+    message = "zero SNR, which needs --prediction_type v_prediction"
     refused(message, tmp_path / "x.png", *flags, "--prediction_type", "epsilon", lora=plain)
     flags += ("--prediction_type", "epsilon", "--no-rescale_betas_zero_snr")
     made = run(tmp_path / "a.png", *flags, lora=plain)
@@ -220,7 +220,7 @@ def test_older_headers_and_headers_of_nothing(kit, tmp_path):
 
 
 def test_configs_of_the_library_are_guesses(kit, capsys):
-    """Without --base_config the file's marker goes before the config that the Hub has for SD 1.x."""
+    """Without --base_config a marker goes before the config that the Hub has for SD 1.x."""
     place = Path(HF_HUB_CACHE, "models--stable-diffusion-v1-5--stable-diffusion-v1-5")
     folder = place / "snapshots" / ("0" * 40)
     shutil.copytree(kit / "sd15", folder)
@@ -270,7 +270,7 @@ def test_fused_folder_tells_what_it_predicts(kit, tmp_path):
     assert difference(ours, tmp_path / "theirs.png") <= 3
 
 
-# --------------------------------------------------------------------------------- Prompts in pieces
+# --------------------------------------------------------------------------- Prompts in pieces
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_split_prompt_in_words(tokenizer, name, length):
 
 
 def embeddings(pipe, text, chunks):
-    """([chunks * L, D], pooled) of a prompt: own pieces of tokens, text encoders called directly."""
+    """([chunks * L, D], pooled) of a prompt: own pieces of tokens, encoders called directly."""
     rows, pooled = [], None
     ends = [("", 0)] + [("_2", 1)] * hasattr(pipe, "text_encoder_2")
     for end, xl in ends:
@@ -450,7 +450,7 @@ def test_what_is_beyond_the_pieces(kit, tmp_path, capsys):
         assert re.match(f"warning: {says}" if says else "$", error) and error.count("\n") <= 1
 
 
-# ------------------------------------------------------------------------------ Guidance and recipes
+# ------------------------------------------------------------------------ Guidance and recipes
 
 
 @pytest.fixture
@@ -551,7 +551,7 @@ def test_another_recipe_is_another_image(kit, tmp_path):
 
 
 def test_negative_prompt_of_a_recipe_in_a_grid(kit, tmp_path, calls, capsys):
-    """It counts for the teacher and says nothing of the LoRA's columns; guidance is the recipe's."""
+    """It counts for the teacher, without a warning of the LoRA; guidance is the recipe's."""
     base, bare = recipe(kit, tmp_path, **RECIPE), dict(load_file(kit / "sd15-lora.safetensors"))
     save_file(bare, tmp_path / "bare.safetensors")  # its header does not tell omega
     flags = ("--compare", "--scheduler", "ddim", "lcm", "--base_model", base)
