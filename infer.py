@@ -832,7 +832,10 @@ def settle_prediction(args, name, config, explicit):
         if other != value:
             where = f"--{key}" if key in flags else "the config"
             raise ValueError(f"{key} is {value} by its own marker, {other} by {where}")
-    return dict(config) | ({} if explicit else guessed) | marked | flags
+    said = ({} if explicit else guessed) | marked | flags
+    # A scheduler's own config lists what is its class's default: from_config leaves that out.
+    listed = [key for key in config.get("_use_default_values", ()) if key not in said]
+    return dict(config) | said | {"_use_default_values": listed}
 
 
 def open_file(file, config, args, loras, **given):
@@ -850,8 +853,7 @@ def open_file(file, config, args, loras, **given):
             given["scheduler"] = check_base(file, *read_configs(config), args)
         pipe = PIPELINES[xl].from_single_file(str(file), config=config, **given)
     if not config:
-        config = pipe.scheduler.config
-        scheduler = check_base(file, pipe.unet.config, config, args, explicit=False)
+        scheduler = check_base(file, pipe.unet.config, pipe.scheduler.config, args, explicit=False)
         pipe.register_modules(scheduler=scheduler)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
@@ -901,7 +903,7 @@ def check_base(base, unet, scheduler, args, explicit=True):
     with or_fail(f"base model {base} cannot be opened", advice):
         settled = usual | settle_prediction(args, str(base), scheduler, explicit)
     kind, zero = (settled[key] for key in usual)
-    if settled != {**usual, **scheduler} or not explicit:
+    if [kind, zero] != [scheduler.get(key, usual[key]) for key in usual] or not explicit:
         print(f"{base} is taken as {kind}{', zero terminal SNR' * bool(zero)}")
     channels, its = unet["in_channels"], f"--base_model {base}: its"
     if unet.get("time_cond_proj_dim"):
@@ -1451,8 +1453,7 @@ def main(argv=None):
     if args.compare:
         return runpy.run_path(str(COMPARE))["compare"](args)
     jobs, images, loras, settings = read_inputs(args)
-    steps = dict.fromkeys(args.steps or [4])
-    plan = [(name, count) for name in args.scheduler or ["lcm"] for count in steps]
+    plan = [*itertools.product(args.scheduler or ["lcm"], dict.fromkeys(args.steps or [4]))]
     check_plan(args, plan, jobs, settings["original_inference_steps"], settings["keeps_guidance"])
     work = find_work(args, jobs, plan, settings)
     if not work and not args.fused_output:
