@@ -193,12 +193,17 @@ def contact_sheet(trainer, records, args):
     to_images = trainer.VaeImageProcessor().postprocess
     images = [image for batch in batches for image in to_images(batch["pixels"])]
     captions = [text for batch in batches for text in batch["caption"]]
-    side, columns = args.resolution, math.ceil(math.sqrt(args.samples))
+    return lay_out(images[: args.samples], captions, math.ceil(math.sqrt(args.samples)))
+
+
+def lay_out(images, captions, columns):
+    """A sheet of images in rows, each over its caption."""
+    side = max(max(image.size) for image in images)
     width, height, font = max(side, 120) + 8, side + 56, ImageFont.load_default(size=12)
-    size = (columns * width, math.ceil(args.samples / columns) * height)
+    size = (columns * width, math.ceil(len(images) / columns) * height)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (image, text) in enumerate(zip(images[: args.samples], captions)):
+    for i, (image, text) in enumerate(zip(images, captions)):
         x, y = i % columns * width + 4, i // columns * height + 4
         sheet.paste(image, (x, y))
         label = textwrap.wrap(text, width // 7, max_lines=3, placeholder=" ...")

@@ -48,15 +48,15 @@ ROWS = 1000  # in a file
 AGAIN = "mend that and run the same command again: whole files are kept"
 
 
-def parse_args(argv=None):
-    """The trainer, and its arguments with those of this program among them."""
+def make_parser(program, about, usage):
+    """A parser of the flags that this program and generate_data.py have in common."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --family {sd15,sdxl} --output FOLDER [--encode ...] [flags of the trainer]",
-        description=__doc__,
+        usage=f"%(prog)s --family {{sd15,sdxl}} --output FOLDER {usage} [flags of the trainer]",
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add, kinds = parser.add_argument, ["latents", "captions"]
+    add = parser.add_argument
     add("--family", choices=["sd15", "sdxl"], required=True, help="train_lcm_lora_<family>.py")
     add(
         "--output",
@@ -67,15 +67,29 @@ def parse_args(argv=None):
     )
     sizes = "of images: `h,w;h,w;...` in pixels, or no value: 1:3 to 3:1 at --resolution"
     add("--aspect_ratio_buckets", nargs="?", const="", metavar="SIZES", help=sizes)
-    add("--encode", nargs="+", choices=kinds, default=kinds, help="what is (default: both)")
-    parser.error = lambda message: sys.exit(f"{Path(__file__).name}: error: {message}")
+    parser.error = lambda message: sys.exit(f"{Path(program).name}: error: {message}")
+    return parser
+
+
+def read_trainer(program, own, rest):
+    """The trainer, and its arguments with this program's `own` among them."""
+    trainer = importlib.import_module(f"train_lcm_lora_{own.family}")
+    trainer.__file__ = program  # which its messages name
+    args = trainer.parse_args(["--max_train_steps", "1", *rest])
+    vars(args).update(vars(own))
+    return trainer, args
+
+
+def parse_args(argv=None):
+    """The trainer, and its arguments with those of this program among them."""
+    parser = make_parser(__file__, __doc__, "[--encode ...]")
+    kinds = ["latents", "captions"]
+    help_text = "what is (default: both)"
+    parser.add_argument("--encode", nargs="+", choices=kinds, default=kinds, help=help_text)
     # answers --help before the libraries are loaded
     own, rest = parser.parse_known_args(command_line(argv))
     own.encode = sorted({*own.encode})
-    trainer = importlib.import_module(f"train_lcm_lora_{own.family}")
-    trainer.__file__ = __file__  # its messages name this program
-    args = trainer.parse_args(["--max_train_steps", "1", *rest])
-    vars(args).update(vars(own))
+    trainer, args = read_trainer(__file__, own, rest)
     check_args(trainer, args)
     return trainer, args
 
@@ -89,10 +103,17 @@ def check_args(trainer, args):
     if "latents" in args.encode and not args.center_crop:
         trainer.fail("give --center_crop: of an encoded image only one crop is kept")
     for flag in "train_data_dir", "dataset_name":
-        source, folder = vars(args)[flag], args.output.resolve()
+        source = vars(args)[flag]
         if source and Path(source, trainer.STAMP).exists():
             trainer.fail(f"--{flag} {source}: encoded data already; give what they were made from")
-        if source and Path(source).resolve() in (folder, *folder.parents):
+    check_output(trainer, args)
+
+
+def check_output(trainer, args):
+    """Refuse an output folder among the data."""
+    folder = args.output.resolve()
+    for source in filter(None, (args.train_data_dir, args.dataset_name)):
+        if Path(source).resolve() in (folder, *folder.parents):
             trainer.fail(f"--output {args.output}: it is among the data; name a folder elsewhere")
 
 
@@ -162,11 +183,16 @@ def load_encoders(trainer, args, accelerator):
         trainer.fail(f"{what}: give a multiple of the VAE's factor, {factor}")
     args.buckets = find_buckets(trainer, args, factor)
     pipe.unet = None
+    place_networks(trainer, pipe, accelerator.device)
+    return pipe
+
+
+def place_networks(trainer, pipe, device):
+    """Put those that have weights on the device, as the trainers do."""
     for _, part in trainer.networks(pipe):
         part.requires_grad_(False).eval().to(memory_format=trainer.torch.channels_last)
         if not next(part.parameters()).is_meta:
-            part.to(accelerator.device)
-    return pipe
+            part.to(device)
 
 
 def write(trainer, path, content):
@@ -185,12 +211,16 @@ def write_json(trainer, path, content):
     write(trainer, path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
-def open_output(trainer, args, records, accelerator, lock):
-    """Lock the folder and stamp it; refuse one that was made from something else."""
-    folder, path = args.output, args.output / trainer.STAMP
+def make_stamp(trainer, args, records):
+    """What all is made from."""
     stamp = trainer.make_stamp(args, args.encode) | {"what": args.encode, "records": len(records)}
     stamp |= {"columns": [args.image_column, args.caption_column], "random_flip": args.random_flip}
-    stamp |= {"fingerprint of the data": records._fingerprint}
+    return stamp | {"fingerprint of the data": records._fingerprint}
+
+
+def open_output(trainer, args, stamp, accelerator, lock):
+    """Lock the folder and stamp it; refuse one that was made from something else."""
+    folder, path = args.output, args.output / trainer.STAMP
     stamp["buckets"] = args.buckets and [list(size) for size in args.buckets]
     with or_end(trainer, f"--output {folder}: in use or not writable", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +242,12 @@ def open_output(trainer, args, records, accelerator, lock):
             write_json(trainer, path, stamp)
 
 
+def embed(trainer, pipe, text, args):
+    """A prompt's embeddings, encoded alone: what else were in its batch would change the bits."""
+    embeddings = trainer.encode_captions(pipe, [text], args.max_prompt_chunks)
+    return {name: value[0].cpu() for name, value in embeddings.items()}
+
+
 def write_prompts(trainer, pipe, args):
     """The embeddings of the empty prompt, by which captions are dropped, and for validation."""
     path, known = args.output / trainer.PROMPTS, {}
@@ -220,18 +256,19 @@ def write_prompts(trainer, pipe, args):
     texts = ["", args.negative_prompt, *(args.validation_prompts or [])]
     new = [text for text in texts if text not in known]
     for text in dict.fromkeys(new):
-        known[text] = {
-            k: v[0].cpu()
-            for k, v in trainer.encode_captions(pipe, [text], args.max_prompt_chunks).items()
-        }
+        known[text] = embed(trainer, pipe, text, args)
     if new:
         tensors = trainer.torch.utils.data.default_collate([*known.values()])
         with or_end(trainer, f"{path}: it cannot be made", AGAIN):
             write(trainer, path, trainer.save(tensors, {"prompts": json.dumps([*known])}))
 
 
-def features_of(trainer, pipe, args):
-    """The columns of the output and their types."""
+def features_of(trainer, args, latents, captions):
+    """The columns of the output and their types.
+
+    `latents`: their columns, {name: (shape [channels, h, w], dtype)}; `captions`: whether these are
+    encoded.
+    """
     datasets = trainer.datasets
     text, columns = datasets.Value("string"), {}
 
@@ -240,19 +277,16 @@ def features_of(trainer, pipe, args):
         kind = "float16" if dtype == trainer.torch.float16 else "float32"
         return getattr(datasets, f"Array{len(shape)}D")(shape, kind)
 
-    if "latents" in args.encode:
-        side, channels = args.resolution // pipe.vae_scale_factor, pipe.vae.config.latent_channels
-        shape = (None, 2 * channels) if args.buckets else (2 * channels, side, side)
-        columns["moments"] = array(shape, pipe.vae.dtype)
+    for name, (shape, dtype) in latents.items():
+        columns[name] = array((None, shape[0]) if args.buckets else shape, dtype)
+    if latents:
         if args.buckets:
             columns["size"] = datasets.List(datasets.Value("int64"), 2)
-        if args.random_flip:
-            columns["mirrored"] = columns["moments"]
         if args.family == "sdxl":
             columns["time_ids"] = datasets.List(datasets.Value("int64"), 6)
     else:
         columns["image"] = datasets.Image()
-    if "captions" in args.encode:
+    if captions:
         for name, value in trainer.load_prompts(args.output, ["prompt"])[""].items():
             columns[name] = array((None, *value.shape), value.dtype)
     columns |= {"captions": datasets.List(text), "name": text, "unusable": text}
@@ -298,7 +332,7 @@ def pack(sample):
 
 
 def encode_batch(trainer, pipe, samples, features, args):
-    """Prepared records as rows of the output; an unusable one has zeros."""
+    """Prepared records as rows of the output."""
     usable = [sample for sample in samples if "unusable" not in sample]
     if usable and "latents" in args.encode:
         shapes = [sample["pixels"].shape for sample in usable]
@@ -316,41 +350,50 @@ def encode_batch(trainer, pipe, samples, features, args):
         for sample in usable:
             rows = [texts.index(text) for text in sample["captions"]]
             sample |= {name: value[rows] for name, value in embeddings.items()}
-    for sample in samples:
-        row = {}
-        for name, kind in features.items():
-            value = sample.get(name)
-            if value is None and hasattr(kind, "shape"):
-                value = trainer.np.zeros([size or 0 for size in kind.shape], kind.dtype)
-            elif value is None and name in ("time_ids", "size"):
-                value = [0] * kind.length
-            elif trainer.torch.is_tensor(value):
-                is_bf16 = value.dtype == trainer.torch.bfloat16
-                value = (value.float() if is_bf16 else value).cpu().numpy()
-            row[name] = value
-        yield row
+    return [to_row(trainer, sample, features) for sample in samples]
 
 
-def encode_file(trainer, pipe, records, rows, features, path, bar, args):
-    """Encode some rows into a file, which gets its name when it is whole."""
+def to_row(trainer, sample, features):
+    """A record as a row of the output; an unusable one has zeros."""
+    row = {}
+    for name, kind in features.items():
+        value = sample.get(name)
+        if value is None and hasattr(kind, "shape"):
+            value = trainer.np.zeros([size or 0 for size in kind.shape], kind.dtype)
+        elif value is None and name in ("time_ids", "size"):
+            value = [0] * kind.length
+        elif trainer.torch.is_tensor(value):
+            is_bf16 = value.dtype == trainer.torch.bfloat16
+            value = (value.float() if is_bf16 else value).cpu().numpy()
+        row[name] = value
+    return row
+
+
+def encode_rows(trainer, pipe, records, rows, features, args):
+    """Some rows of the data, read and encoded."""
     options = {"batch_size": args.vae_encode_batch_size, "collate_fn": list, "sampler": rows}
     options |= {"num_workers": args.dataloader_num_workers}
     options |= {"worker_init_fn": trainer.start_reader}
     batches = trainer.torch.utils.data.DataLoader(Images(records, args), **options)
+    for samples in batches:
+        yield from encode_batch(trainer, pipe, samples, features, args)
+
+
+def write_file(trainer, rows, features, path, bar):
+    """Write rows into a file, which gets its name when it is whole."""
     part = Path(f"{path}.part")
     with trainer.datasets.arrow_writer.ArrowWriter(
         path=str(part), features=features, writer_batch_size=100
     ) as writer:
-        for samples in batches:
-            for row in encode_batch(trainer, pipe, samples, features, args):
-                writer.write(row)
-            bar.update(len(samples))
+        for row in rows:
+            writer.write(row)
+            bar.update()
         writer.finalize()
     trainer.flush_to_disk(part)
     part.replace(path)
 
 
-def finish(trainer, files, features, args):
+def finish(trainer, files, features, args, done):
     """Write what makes a `datasets` folder of the files, and say what is in it."""
     datasets, stamp = trainer.datasets, (args.output / trainer.STAMP).read_text()
     data = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
@@ -362,7 +405,7 @@ def finish(trainer, files, features, args):
     state |= {"_fingerprint": datasets.fingerprint.Hasher.hash(stamp), "_format_columns": None}
     state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
     write_json(trainer, args.output / "state.json", state)
-    print(f"{args.output}: {len(data)} records encoded, {len(unusable)} of them unusable")
+    print(f"{args.output}: {len(data)} records {done}, {len(unusable)} of them unusable")
     for why in unusable[:10]:
         print(f"warning: unusable: {why}", file=sys.stderr)
 
@@ -372,47 +415,80 @@ def encode(trainer, args, lock):
     args.report_to = "none"
     accelerator = trainer.make_accelerator(args)
     trainer.quiet_libraries()
-    rank, world = accelerator.process_index, accelerator.num_processes
     records = trainer.load_records(args)
     pipe = load_encoders(trainer, args, accelerator)
-    open_output(trainer, args, records, accelerator, lock)
-    if "captions" in args.encode and rank == 0:
+    stamp = make_stamp(trainer, args, records)
+    open_output(trainer, args, stamp, accelerator, lock)
+    captions, latents = "captions" in args.encode, {}
+    if captions and accelerator.process_index == 0:
         write_prompts(trainer, pipe, args)
-    starts = range(0, len(records), ROWS)
+    accelerator.wait_for_everyone()
+    if "latents" in args.encode:
+        side, channels = args.resolution // pipe.vae_scale_factor, pipe.vae.config.latent_channels
+        latents["moments"] = (2 * channels, side, side), pipe.vae.dtype
+        latents |= {"mirrored": latents["moments"]} if args.random_flip else {}
+    features = features_of(trainer, args, latents, captions)
+
+    def make(rows):
+        return encode_rows(trainer, pipe, records, rows, features, args)
+
+    make_files(trainer, args, accelerator, len(records), ROWS, features, make, "encoded")
+    accelerator.end_training()
+
+
+def make_files(trainer, args, accelerator, records, size, features, make, done):
+    """Make the missing files, of `size` records each, and what makes a `datasets` folder of them.
+
+    `make` gives the rows of the output with some numbers. The files are shared out among the
+    processes. Returns how many records were missing.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    starts = range(0, records, size)
     names = [f"data-{i:05}-of-{len(starts):05}.arrow" for i in range(len(starts))]
     files = [args.output / name for name in names]
     missing = [i for i, file in enumerate(files) if not file.exists()]
     accelerator.wait_for_everyone()  # until all have looked
     accelerator.print(f"{args.output}: {len(files) - len(missing)} of {len(files)} files are there")
-    features = features_of(trainer, pipe, args)
-    rows = {i: range(starts[i], min(starts[i] + ROWS, len(records))) for i in missing[rank::world]}
-    total = sum(map(len, rows.values()))
-    hidden = rank > 0 or not rows
+    rows = {i: range(starts[i], min(starts[i] + size, records)) for i in missing}
+    own = missing[rank::world]
+    total = sum(len(rows[i]) for i in own)
+    hidden = rank > 0 or not own
     with trainer.tqdm(total=total, unit="record", disable=hidden, dynamic_ncols=True) as bar:
-        for i in rows:
+        for i in own:
             with or_end(trainer, f"{files[i]}: it cannot be made", AGAIN):
-                encode_file(trainer, pipe, records, rows[i], features, files[i], bar, args)
+                write_file(trainer, make(rows[i]), features, files[i], bar)
     accelerator.wait_for_everyone()
     if rank == 0 and not (args.output / "state.json").exists():
         with or_end(trainer, f"--output {args.output}: it cannot be finished", AGAIN):
-            finish(trainer, files, features, args)
-    accelerator.end_training()
+            finish(trainer, files, features, args, done)
+    return sum(map(len, rows.values()))
 
 
-def main(argv=None):
-    """The encoding, and how it ends where it cannot go on."""
-    trainer, args = parse_args(argv)
+@contextlib.contextmanager
+def locked(trainer, args, flag):
+    """A block with the lock of the output folder, and how it ends where it cannot go on."""
     lock = trainer.filelock.FileLock(args.output / ".lock")  # one process at a time has it
     try:
-        encode(trainer, args, lock)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield lock
     except trainer.torch.OutOfMemoryError as error:
         what = f"out of memory ({trainer.reason(error)})"
-        trainer.fail(f"{what}; lower --vae_encode_batch_size", trainer.this_rank())
+        trainer.fail(f"{what}; lower {flag}", trainer.this_rank())
     except KeyboardInterrupt:
+        if trainer.this_rank() == "0":
+            print("stopped: the same command goes on, whole files are kept", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         lock.release()
 
 
+def main(argv=None):
+    """The encoding, and how it ends where it cannot go on."""
+    trainer, args = parse_args(argv)
+    with locked(trainer, args, "--vae_encode_batch_size") as lock:
+        encode(trainer, args, lock)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a library; `locked` undoes it
     main()

@@ -353,9 +353,9 @@ def test_the_format(encoded, base, images, layout):
 def test_the_number_of_readers_changes_nothing(program, encode, monkeypatch):
     """What is handed to them can be pickled, which they need where processes are not forked."""
     monkeypatch.setattr(program, "ROWS", 4)
-    alone, real = content(encode()), program.encode_file
+    alone, real = content(encode()), program.encode_rows
     monkeypatch.setattr(
-        program, "encode_file", lambda *given: (pickle.dumps(given[-1]), real(*given))
+        program, "encode_rows", lambda *given: pickle.dumps(given[-1]) and real(*given)
     )
     assert content(encode(dataloader_num_workers=2)) == alone and len(alone) == 3 + 4
 
