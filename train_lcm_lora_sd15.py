@@ -993,19 +993,19 @@ def make_student(pipe, args, device):
 def split_prompt(text, tokenizer, chunks):
     """The first `chunks` pieces of a prompt, each what CLIP reads at once; the last may be empty.
 
-    Cut at ends of words, as UIs cut; a word longer than a piece is cut inside.
+    Cut where words start, as UIs cut; a word longer than a piece is cut inside.
     """
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts = [start for start, _ in found["offset_mapping"]]
-    room, pieces, start, first = tokenizer.model_max_length - 2, [], 0, 0
-    while len(starts) - first > room:
-        last = first + room  # the tokens before it fit
-        # a character may be several tokens
-        cuts = [i for i in range(last, first, -1) if starts[i] > starts[i - 1]] or [last]
-        cut = next((i for i in cuts if text[starts[i] - 1].isspace()), cuts[0])
-        pieces.append(text[start : starts[cut]])
-        start, first = starts[cut], cut
-    return [*pieces, text[start:], *[""] * chunks][:chunks]
+    room, pieces = tokenizer.model_max_length - 2, []
+    how = {"add_special_tokens": False, "return_offsets_mapping": True}
+    while len(pieces) < chunks and len(found := tokenizer(text, **how).offset_mapping) > room:
+        starts = [start for start, _ in found[: room + 1]]
+        cuts = sorted({*starts} - {starts[0]}, reverse=True)
+        words = [cut for cut in cuts if text[cut - 1].isspace()]
+        # The tokens of half a word are not the first ones of the whole, and may be more.
+        cut = next(c for c in words + cuts if len(tokenizer(text[:c], **how).input_ids) <= room)
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text, *[""] * chunks][:chunks]
 
 
 @torch.no_grad()
