@@ -490,7 +490,8 @@ def boundary_scalings(t, s=10.0, sigma_data=0.5):
 
 def phases_at(step, args):
     """M of an optimizer step: those of --phases have equal parts of the run."""
-    return args.phases[step * len(args.phases) // args.max_train_steps]
+    last = len(args.phases) - 1  # also of a step after the end
+    return args.phases[min(step * (last + 1) // (args.max_train_steps or 1), last)]
 
 
 def rescale_guidance(guided, out_c, share):

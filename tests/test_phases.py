@@ -161,6 +161,7 @@ def test_a_plan_has_equal_parts(trainer):
     assert [trainer.phases_at(i, args) for i in range(2)] == [4, 2]
     args.max_train_steps = 10
     assert [trainer.phases_at(i, args) for i in range(10)] == [4] * 4 + [2] * 3 + [1] * 3
+    assert [trainer.phases_at(i, args) for i in (10, 99)] == [1, 1]
     for kind, settings in KINDS.items():
         run, inputs, args = problem(trainer, settings, 40, (4, 2, 1), max_train_steps=6)
         found = []
@@ -297,6 +298,9 @@ def test_resume_inside_a_plan(train):
     out = train(**four)
     train(**four | {"max_train_steps": 3}, output_dir=out, resume_from_checkpoint="latest")
     assert series(out) == series(train(**four | {"max_train_steps": 3}))
+    (out / "pytorch_lora_weights.safetensors").unlink()  # shorter than it is already
+    train(**four | {"max_train_steps": 2}, output_dir=out, resume_from_checkpoint="latest")
+    assert lora_file(out)[1]["phases"] == "4"
 
 
 def snippet(out, folder, **more):
