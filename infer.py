@@ -801,13 +801,11 @@ def read_markers(name):
     kinds = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
     with safe_open(name, "pt") as file:
         keys, about = {*file.keys()}, file.metadata() or {}
-        said = {kinds.get(about.get("modelspec.prediction_type"))} - {None}
-        said |= {"v_prediction"} if "v_pred" in keys else set()
+        said = kinds.get(about.get("modelspec.prediction_type"))
+        said = "v_prediction" if "v_pred" in keys else said  # ComfyUI reads this one alone
         if edm := sorted(key for key in keys if key.startswith("edm_")):
             raise ValueError(f"it holds {edm[0]}: models of EDM's noise levels cannot be used")
-        if len(said) > 1:
-            raise ValueError("it holds v_pred, but its ModelSpec says epsilon")
-        marked = {"prediction_type": said.pop()} if said else {}
+        marked = {"prediction_type": said} if said else {}
         marked |= {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
         unet = "model.diffusion_model."
         width = f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -828,14 +826,15 @@ def settle_prediction(args, name, config, explicit):
     flags = {key: vars(args)[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
     flags = {key: value for key, value in flags.items() if value is not None}
     for key, value in marked.items():
-        other = flags.get(key, config.get(key) if explicit else value)
+        other = flags.get(key, config.get(key, value) if explicit else value)
         if other != value:
             where = f"--{key}" if key in flags else "the config"
-            raise ValueError(f"{key} is {value} by its own marker, {other} by {where}")
+            way = f"--{key}" if value is True else f"--{key} {value}"
+            raise ValueError(f"{key} is {value} by its marker, {other} by {where}: give {way}")
     said = ({} if explicit else guessed) | marked | flags
-    # A scheduler's own config lists what is its class's default: from_config leaves that out.
-    listed = [key for key in config.get("_use_default_values", ()) if key not in said]
-    return dict(config) | said | {"_use_default_values": listed}
+    # Of values in this list another scheduler class takes its own default
+    unsaid = [key for key in config.get("_use_default_values", ()) if key not in said]
+    return dict(config) | said | {"_use_default_values": unsaid}
 
 
 def open_file(file, config, args, loras, **given):

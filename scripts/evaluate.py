@@ -113,6 +113,13 @@ def parse_args(argv=None):
     add("--lora_guidance", **scale, help=own)
     own = "default: the one in the first LoRA's header, else none"
     add("--negative_prompt", type=infer.plain_text, metavar="TEXT", help=own)
+    add("--guidance_rescale", type=infer.number(float, 0, 1), metavar="SHARE", help="the same")
+    chunks = {"type": infer.number(int, *infer.LIMITS["max_prompt_chunks"]), "metavar": "N"}
+    add("--max_prompt_chunks", **chunks, help="pieces of a prompt that are read; the same")
+    kinds = infer.CHOICES["prediction_type"]
+    add("--prediction_type", choices=kinds, help="the same, or as the base says")
+    switch = {"action": argparse.BooleanOptionalAction}
+    add("--rescale_betas_zero_snr", **switch, help="the same, or as the base says")
     size = "side in pixels, or height and width (default: the base's own)"
     add("--size", type=infer.number(int, 8, 10**5), nargs="+", metavar="N", help=size)
 
@@ -227,17 +234,15 @@ def read_loras(args):
         infer.fail(f"--lora {path}: the header names no base model; give --base MODEL")
     omega = infer.number(float, -1, 1000)
     omegas = [infer.header(path, metadata, key, "6.5", omega) for key in ("w_min", "w_max")]
-    teacher = args.guidance_scale if args.guidance_scale is not None else 1 + sum(omegas) / 2
-    if args.guidance_scale is None and "w_min" not in metadata:
+    teacher, given = 1 + sum(omegas) / 2, args.guidance_scale is not None
+    if not given and "w_min" not in metadata:
         infer.warn(f"LoRA {path}: no w_min in the header; --guidance_scale {teacher:g} is assumed")
-    if args.guidance_scale is None and teacher == 1:
+    flags = infer.header(path, metadata, "training_args", "{}", lambda x: dict(json.loads(x)))
+    infer.take_defaults(args, path, flags, infer.local(base))
+    if given or teacher == 1 and args.guidance_scale is not None:  # the teacher's recipe
+        teacher = args.guidance_scale
+    elif teacher == 1:
         infer.warn(f"LoRA {path}: learned no guidance; give the teacher's by --guidance_scale")
-    negative = args.negative_prompt
-    if negative is None:
-        flags = infer.header(path, metadata, "training_args", "{}", lambda x: dict(json.loads(x)))
-        negative = flags.get("negative_prompt")
-        if not isinstance(negative, str | None):
-            infer.fail(f"--lora {path}: the header's negative_prompt is no text")
     loras = []
     for given, (path, layers, metadata) in zip(args.lora, opened):
         if other := sorted({name.split(".")[0] for name in layers} - {"unet"}):
@@ -257,7 +262,7 @@ def read_loras(args):
             infer.fail(f"--steps {args.steps[-1]}: LoRA {path} was distilled on {grid} DDIM steps")
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         loras.append(Lora(name, Path(path), own, samplers, grid, digest))
-    return loras, base, teacher, negative or None
+    return loras, base, teacher, args.negative_prompt or None
 
 
 def read_prompts(args):
@@ -426,14 +431,17 @@ class Ruler:
         config = args.base_config or (base_config(loras[0]) if one_file else None)
         if args.base_config and not one_file:
             infer.fail(f"--base_config has no effect: --base {base} is no .safetensors file")
-        parts = {"vae": args.vae, "variant": args.variant}
+        names = ("vae", "variant", "prediction_type", "rescale_betas_zero_snr")
+        parts = {name: vars(args)[name] for name in names}
+        chunks, rescale = args.max_prompt_chunks or 1, args.guidance_rescale or 0.0
         self.options = {"config": config, "device": device, "dtype": dtype} | parts
         pipe = open_pipeline(base, **self.options)
         for lora in loras:
             infer.match_base(pipe, *infer.open_lora(lora.path), base)
         size = check_size(args, pipe)
-        infer.check_prompts(pipe, [infer.Job(text, negative, 0, None, None) for text in prompts])
-        self.studio = Studio(pipe, prompts, args.seed, 1, negative, size)
+        jobs = [infer.Job(text, negative, 0, None, None) for text in prompts]
+        infer.check_prompts(pipe, jobs, chunks)
+        self.studio = Studio(pipe, prompts, args.seed, 1, negative, size, chunks, rescale)
         cells = self.studio.latent[0] * self.studio.latent[1]
         self.batch = self.studio.batch_size = args.batch_size or max(1, 4 * 64 * 64 // cells)
         for network in networks:
@@ -442,7 +450,7 @@ class Ruler:
         config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
         self.mark = mark(
             weights_mark(*filter(None, models)), config, prompts, negative, self.studio.size,
-            args.seed, dtype,
+            args.seed, dtype, chunks, rescale,
         )  # fmt: skip
         self.mark_of_looks = mark(weights_mark(pipe.vae), [weights_mark(n) for n in networks])
         self.fused = None  # the LoRA in the pipeline

@@ -338,10 +338,6 @@ def make_pipe(args, part):
         settings.vae = open_vae(args.vae, args, part / "vae")
     where = ("cpu", torch.float32)
     pipe = infer.load_pipeline(args.base, args.base_config, settings, *where, dict(loras))
-    # Until infer.py settles it by these flags itself
-    told = {k: vars(args)[k] for k in ("prediction_type", "rescale_betas_zero_snr")}
-    told = {key: value for key, value in told.items() if value is not None}
-    pipe.scheduler.register_to_config(**told)
     parts = [name for name in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipe, name)]
     settings.style_lora = [
         (name, dict.fromkeys(parts, weight[0]) | {"unet": weight[1]})

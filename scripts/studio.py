@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -64,9 +65,9 @@ def as_tensor(images):
 
 
 def open_pipeline(base, config=None, loras=(), device="cpu", dtype=torch.float32, **parts):
-    """infer.py's text-to-image pipeline, its VAE in float32; `parts`: a --vae, a --variant."""
-    given = {"vae": None, "variant": None, "tiny_vae": None, "mask": None} | parts
-    given = argparse.Namespace(**given)
+    """infer.py's text-to-image pipeline, its VAE in float32; `parts`: flags of infer.py's."""
+    flags = "vae variant tiny_vae mask prediction_type rescale_betas_zero_snr".split()
+    given = argparse.Namespace(**dict.fromkeys(flags) | parts)
     pipe = infer.load_pipeline(str(base), config, given, device, dtype, dict(loras))
     pipe.vae.float()  # 16 bits would show in what is measured, and SDXL's VAE overflows in them
     return pipe
@@ -76,11 +77,14 @@ class Studio:
     """A pipeline, which may be replaced by another with the same text encoders, and its prompts.
 
     `negative` is the negative prompt of all, `size` is (height, width) in pixels, by default the
-    UNet's own.
+    UNet's own; `chunks` and `rescale` are infer.py's --max_prompt_chunks and --guidance_rescale.
     """
 
-    def __init__(self, pipe, prompts, seed, batch_size, negative=None, size=None):
+    def __init__(
+        self, pipe, prompts, seed, batch_size, negative=None, size=None, chunks=1, rescale=0.0
+    ):
         """Nothing is encoded yet."""
+        self.chunks, self.rescale = chunks, rescale
         self.pipe, self.device, self.seed, self.batch_size = pipe, pipe.device, seed, batch_size
         self.prompts, self.negative = prompts, negative
         side = pipe.unet.config.sample_size
@@ -102,22 +106,15 @@ class Studio:
 
         Without a negative prompt SDXL takes zeros, where its config says so.
         """
-        found = self.pipe.encode_prompt(
-            prompts,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            negative_prompt=[self.negative] * len(prompts) if self.negative else None,
-        )
-        if len(found) == 2:
-            return tuple({"prompt": prompt} for prompt in found)
-        # SDXL: the size that is generated, nothing cropped
-        sizes = [[*self.size, 0, 0, *self.size]] * len(prompts)
-        sizes = torch.tensor(sizes, device=self.device)
-        pairs = zip(found[:2], found[2:])
-        return tuple(
-            {"prompt": prompt, "text_embeds": pooled, "time_ids": sizes} for prompt, pooled in pairs
-        )
+        jobs = [(prompt, self.negative or None) for prompt in prompts]
+        found = infer.encode_prompts(self.pipe, jobs, self.chunks, True)
+        both = [{"prompt": found[f"{kind}prompt_embeds"]} for kind in ("", "negative_")]
+        if "pooled_prompt_embeds" in found:  # SDXL: the size that is generated, nothing cropped
+            sizes = torch.tensor([[*self.size, 0, 0, *self.size]] * len(prompts))
+            for kind, given in zip(("", "negative_"), both):
+                given["text_embeds"] = found[f"{kind}pooled_prompt_embeds"]
+                given["time_ids"] = sizes.to(self.device)
+        return tuple(both)
 
     def predict(self, z, t, c):
         """The UNet's output for conditions c, in float32."""
@@ -133,7 +130,7 @@ class Studio:
     def output(self, z, t, rows, guidance):
         """The UNet's output [B,4,h,w] for prompts `rows`: uncond + guidance (cond - uncond).
 
-        At guidance 1 only cond is run.
+        At guidance 1 only cond is run; else the contrast is rescaled as diffusers' pipelines do.
         """
         context, null = self.conditions
         given = {name: value[rows] for name, value in context.items()}
@@ -143,7 +140,8 @@ class Studio:
             name: torch.cat([null[name].expand_as(value), value]) for name, value in given.items()
         }
         uncond, cond = self.predict(torch.cat([z, z]), t, both).chunk(2)
-        return uncond + guidance * (cond - uncond)
+        guided = uncond + guidance * (cond - uncond)
+        return rescale_noise_cfg(guided, cond, self.rescale) if self.rescale else guided
 
     def sample_batch(self, rows, scheduler, steps, guidance, series=0, see=None):
         """Latents [B,4,h,w] of prompts `rows`; see(t, z_t, scheduler's output) after each step.

@@ -144,28 +144,28 @@ def test_another_prediction_is_another_image(kit, tmp_path):
 
 CONTRADICTIONS = {
     # markers, ModelSpec, config, flags, what the line says
-    "config": (MARKS, {}, "sd15", [], "v_prediction by its own marker, epsilon by the config"),
+    "config": (MARKS, {}, "sd15", [], "v_prediction by its marker, epsilon by the config"),
     "flag": (
         MARKS,
         {},
         "sd15-v",
         ["--prediction_type", "epsilon"],
-        "v_prediction by its own marker, epsilon by --prediction_type",
+        "v_prediction by its marker, epsilon by --prediction_type",
     ),
     "zero SNR": (
         MARKS,
         {},
         "sd15-v",
         ["--no-rescale_betas_zero_snr"],
-        "rescale_betas_zero_snr is True by its own marker, False by --rescale_betas_zero_snr",
+        "rescale_betas_zero_snr is True by its marker, False by --rescale_betas_zero_snr",
     ),
     "ModelSpec": ({}, {"modelspec.prediction_type": "v"}, "sd15", [], "epsilon by the config"),
-    "both": (
+    "both": (  # the tensor goes before ModelSpec
         {"v_pred": torch.zeros(1)},
         {"modelspec.prediction_type": "epsilon"},
-        "sd15-v",
+        "sd15",
         [],
-        "holds v_pred, but its ModelSpec says epsilon",
+        "v_prediction by its marker, epsilon by the config",
     ),
     "EDM": ({"edm_vpred.sigma_max": torch.ones(1)}, {}, "sd15", [], "holds edm_vpred.sigma_max"),
     "ztsnr alone": (
@@ -628,9 +628,14 @@ def test_a_lora_that_keeps_guidance(kit, tmp_path, calls, capsys):
 
 
 def test_trainers_have_the_same_functions():
-    """Copies of what a trainer and infer.py both need, where the trainer has them."""
+    """Copies of what a trainer and infer.py both need."""
     for trainer in "train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py":
-        for name in "read_markers", "settle_prediction", "split_prompt":
-            theirs = getattr(load_script(trainer), name, None)
-            if theirs is not None:
-                assert inspect.getsource(theirs) == inspect.getsource(getattr(infer, name))
+        for name in (
+            "read_markers",
+            "settle_prediction",
+            "split_prompt",
+            "check_tokenizer",
+            "to_rgb",
+        ):
+            theirs = getattr(load_script(trainer), name)
+            assert inspect.getsource(theirs) == inspect.getsource(getattr(infer, name))
