@@ -112,7 +112,7 @@ from safetensors.torch import load_file, save_file
 
 import infer
 
-# ------------------------------------------------------------------------------ 1. What is asked for
+# ----------------------------------------------------------------------------- 1. What is asked for
 
 
 def check_output(folder):
@@ -254,7 +254,7 @@ def base_recipe(base):
         return {key: check_setting(key, recipe[key]) for key in keys if key in recipe}
 
 
-# ------------------------------------------------------------------------------------ 2. The teacher
+# ----------------------------------------------------------------------------------- 2. The teacher
 
 
 def configs_of(args):
@@ -349,7 +349,7 @@ def make_pipe(args, part):
     return pipe, list(zip(names, weights))
 
 
-# ------------------------------------------------------------------------------------- 3. The folder
+# ------------------------------------------------------------------------------------ 3. The folder
 
 
 def write(pipe, part, args, names):

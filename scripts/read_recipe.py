@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# ------------------------------------------------------------------------------ 1. Texts of an image
+# ----------------------------------------------------------------------------- 1. Texts of an image
 
 USER_COMMENT, EXIF_IFD, DESCRIPTION = 0x9286, 0x8769, 0x010E
 
@@ -112,7 +112,7 @@ def parse_json(text):
     return data
 
 
-# --------------------------------------------------------------------------------------- 2. infer.py
+# -------------------------------------------------------------------------------------- 2. infer.py
 
 INFER = (
     "prompt negative_prompt guidance_scale guidance_rescale width height max_prompt_chunks "
@@ -142,7 +142,7 @@ def from_infer(text):
     return settings, notes
 
 
-# -------------------------------------------------------------------------------- 3. A1111 and Forge
+# ------------------------------------------------------------------------------- 3. A1111 and Forge
 
 TAG = re.compile(r"<(\w+):([^:<>]+)((?::[^:<>]*)*)>")
 FACT = re.compile(r'([^:,"\s][^:,"]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
@@ -424,7 +424,7 @@ def everything_before(nodes, ends):
     return [*found]
 
 
-# ---------------------------------------------------------------------------- 5. The files they name
+# --------------------------------------------------------------------------- 5. The files they name
 
 WEIGHTS = "pytorch_lora_weights.safetensors adapter_model.safetensors".split()
 INSIDE = {"model_index.json", "diffusion_pytorch_model.safetensors", *WEIGHTS}  # of a folder

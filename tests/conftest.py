@@ -337,6 +337,31 @@ def images(make_images):
     return make_images()
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The folder of a small random CLIPModel with tokenizer and image processor."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = make_tokenizer(folder)
+    tokenizer.save_pretrained(folder)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, image_size=32, patch_size=8, **sizes
+    )
+    torch.manual_seed(0)
+    text = make_text_encoder(tokenizer).config
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
+    )
+    config.text_config.projection_dim = config.vision_config.projection_dim = 16
+    CLIPModel(config).save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def umask():
     """An unusual umask, for the test: written files have to have the permissions that it gives."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import studio
 import torch
-from conftest import CAPTIONS, make_text_encoder, make_tokenizer
+from conftest import CAPTIONS
 from PIL import Image, ImageFilter
 from test_infer import make_lora
 
@@ -29,30 +29,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory):
-    """The folder of a small random CLIPModel with tokenizer and image processor."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
-
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = make_tokenizer(folder)
-    tokenizer.save_pretrained(folder)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, image_size=32, patch_size=8, **sizes
-    )
-    torch.manual_seed(0)
-    text = make_text_encoder(tokenizer).config
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
-    )
-    config.text_config.projection_dim = config.vision_config.projection_dim = 16
-    CLIPModel(config).save_pretrained(folder)
-    side = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
-    return folder
 
 
 def new_lora(folder, teacher, seed=1, **header):
