@@ -7,7 +7,7 @@ from conftest import ROOT, documented_commands, run
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from single_file import write_single_file
 from test_infer import make_lora
 
@@ -37,6 +37,7 @@ def test_my_checkpoint_my_recipe_and_no_images(tmp_path, clip):
     pipe = DiffusionPipeline.from_pretrained(ROOT / "demo/teacher-sd15")
     write_single_file(pipe, tmp_path / "my-model.safetensors")
     make_lora(pipe.unet, tmp_path / "ink.safetensors", "demo", alpha=1)
+    save_file(load_file(tmp_path / "ink.safetensors"), tmp_path / "ink.safetensors")  # of any tool
     lines = [f"{word}, {style} style" for word in THINGS for style in ("noto", "fluent flat")]
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:12]))
     commands = five_commands()

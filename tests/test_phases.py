@@ -91,8 +91,9 @@ def second_loss(settings, phases, inputs, null, args):
     student = student.double()
     grid, losses = [0, *(i * (1000 // n) - 1 for i in range(1, n + 1))], []
     for i, t in enumerate(inputs["t_nk"].tolist()):
-        z, noise, c = (x[i : i + 1].double() for x in
-                       (inputs["z"], inputs["noise"], inputs["c"]["prompt"]))  # fmt: skip
+        z, noise, c = (
+            x[i : i + 1].double() for x in (inputs["z"], inputs["noise"], inputs["c"]["prompt"])
+        )
         place, w = grid.index(t), float(inputs["omega"][i])
         below = grid[place - 1]
         edge = next(grid[k] for k in range(n, -1, -n // phases) if k < place)
@@ -119,8 +120,14 @@ def second_loss(settings, phases, inputs, null, args):
         if args.loss_units == "output":  # by automatic differentiation of the move itself
             arrive = edge if phases > 1 else -1
             probe = torch.zeros((), dtype=torch.float64, requires_grad=True)
-            moved = move(torch.cat([phi, phi.new_zeros(1)]), z_nk.detach()[0, 0, 0, 0], probe, t,
-                         arrive, is_v)  # fmt: skip
+            moved = move(
+                torch.cat([phi, phi.new_zeros(1)]),
+                z_nk.detach()[0, 0, 0, 0],
+                probe,
+                t,
+                arrive,
+                is_v,
+            )
             gain = 1 / torch.autograd.grad(moved, probe)[0].abs()
         e = gain * (f(z_nk, t, c) - goal)
         c_huber = args.huber_c
@@ -148,8 +155,9 @@ def test_second_implementation(trainer, kind, units, n, phases):
         loss.backward()
         expected, gradient = second_loss(KINDS[kind], phases, inputs, run.c_null["prompt"], args)
         assert loss.item() == pytest.approx(expected, rel=2e-4)
-        assert torch.allclose(run.student.weight.grad.double(), gradient, rtol=1e-3,
-                              atol=1e-4 * gradient.abs().max())  # fmt: skip
+        assert torch.allclose(
+            run.student.weight.grad.double(), gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max()
+        )
         assert run.teacher.weight.grad is None
 
 
@@ -229,9 +237,22 @@ def parsed(trainer, *words, **flags):
 
 @pytest.mark.parametrize(
     ("phases", "n"),
-    [("1", 50), ("2", 50), ("4", 40), ("8", 40), ("5", 50), ("8,4,2,1", 40), ("4,2,1", 40),
-     ("10,4", 40), ("25", 50), ("50", 50), ("1,1", 50), (" 4 , 2 ", 40), ("1,5,50", 50)],
-)  # fmt: skip
+    [
+        ("1", 50),
+        ("2", 50),
+        ("4", 40),
+        ("8", 40),
+        ("5", 50),
+        ("8,4,2,1", 40),
+        ("4,2,1", 40),
+        ("10,4", 40),
+        ("25", 50),
+        ("50", 50),
+        ("1,1", 50),
+        (" 4 , 2 ", 40),
+        ("1,5,50", 50),
+    ],
+)
 def test_n_where_it_is_not_given(trainer, phases, n):
     """The largest up to 50 into which all phases go."""
     args = parsed(trainer, f"--phases={phases}")
@@ -240,10 +261,17 @@ def test_n_where_it_is_not_given(trainer, phases, n):
 
 @pytest.mark.parametrize(
     ("phases", "n", "line"),
-    [("4", 50, "give one of 40, 20, 8, 4"), ("8,4,2,1", 20, "give one of 40, 8"),
-     ("3", None, "give 1, 2, 4, 5 or 8 phases"), ("7,3", 40, "phases"), ("8", 4, "40, 8"),
-     ("4", 2, "40, 20, 8, 4"), ("99999999999999999999", None, "phases"), ("25,8", None, "phases")],
-)  # fmt: skip
+    [
+        ("4", 50, "give one of 40, 20, 8, 4"),
+        ("8,4,2,1", 20, "give one of 40, 8"),
+        ("3", None, "give 1, 2, 4, 5 or 8 phases"),
+        ("7,3", 40, "phases"),
+        ("8", 4, "40, 8"),
+        ("4", 2, "40, 20, 8, 4"),
+        ("99999999999999999999", None, "phases"),
+        ("25,8", None, "phases"),
+    ],
+)
 def test_n_that_does_not_fit(trainer, phases, n, line):
     """What would fit is named."""
     with pytest.raises(SystemExit, match=line) as end:
@@ -257,8 +285,27 @@ def test_n_beyond_the_list(trainer):
         assert parsed(trainer, phases=phases, num_ddim_timesteps=n).num_ddim_timesteps == n
 
 
-@pytest.mark.parametrize("text", ["", ",", "4,", ",4", "0", "-4", "4,0", "4.0", "four", "4;2", "[4]",
-                                  "nan", "inf", "4 2", "1e1", "4,,2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ",",
+        "4,",
+        ",4",
+        "0",
+        "-4",
+        "4,0",
+        "4.0",
+        "four",
+        "4;2",
+        "[4]",
+        "nan",
+        "inf",
+        "4 2",
+        "1e1",
+        "4,,2",
+    ],
+)
 def test_odd_phases(trainer, text):
     """One line that names the flag."""
     with pytest.raises(SystemExit, match="--phases") as end:
@@ -279,7 +326,7 @@ def test_one_phase_is_as_without(train):
 
 
 def test_resume_inside_a_plan(train):
-    """To the bit, over the change of phases; the checkpoint is of the phases it was trained with."""
+    """To the bit, over the change of phases; the checkpoint is of those it was trained with."""
     flags = FEW | {"max_train_steps": 6, "checkpointing_steps": 3, "phases": "4,2,1"}
     one = train(**flags)
     two = train(**flags, resume_from_checkpoint=one / "checkpoint-3")
@@ -330,8 +377,10 @@ def test_the_cards_code(train_by, make_teacher, tmp_path, layout, phases):
     with Image.open(out / "validation" / "step-000002.png") as shown:
         assert f"Sampler: {sampler}," in shown.info["parameters"]
         assert np.abs(np.asarray(shown.convert("RGB"), np.int16) - image).max() <= 1
-    assert (f"KSampler: 4 steps, {'lcm' if phases == '1' else 'euler'}" in
-            (out / "README.md").read_text())  # fmt: skip
+    assert (
+        f"KSampler: 4 steps, {'lcm' if phases == '1' else 'euler'}"
+        in (out / "README.md").read_text()
+    )
 
 
 def test_the_cards_code_keeps_guidance(train, tmp_path):
@@ -466,8 +515,16 @@ def paths(write_paths):
 
 def test_paths_of_several_sizes(trainer):
     """As columns have them, [h w, channels of all points]: they become [B,N+1,4,h,w] again."""
-    args = SimpleNamespace(seed=0, center_crop=True, random_flip=False, proportion_empty_prompts=0.0,
-                           num_ddim_timesteps=8, max_prompt_chunks=1, w_min=6.0, w_max=6.0)  # fmt: skip
+    args = SimpleNamespace(
+        seed=0,
+        center_crop=True,
+        random_flip=False,
+        proportion_empty_prompts=0.0,
+        num_ddim_timesteps=8,
+        max_prompt_chunks=1,
+        w_min=6.0,
+        w_max=6.0,
+    )
     path, prompt = torch.randn(9, 4, 3, 5).half(), torch.zeros(1, 16, 32)
     record = {"path": path.flatten(0, 1).flatten(1).T, "size": torch.tensor([3, 5]), "name": "x"}
     record |= {"captions": ["x"], "prompt": prompt}
@@ -485,8 +542,10 @@ def recorded(trainer, monkeypatch):
 
     def record(run, *inputs):
         passes = []
-        hooks = [net.register_forward_hook(lambda *_, name=name: passes.append(name))
-                 for name, net in (("teacher", run.teacher), ("student", run.target))]  # fmt: skip
+        hooks = [
+            net.register_forward_hook(lambda *_, name=name: passes.append(name))
+            for name, net in (("teacher", run.teacher), ("student", run.target))
+        ]
         loss = loss_of(run, *inputs)
         for hook in hooks:
             hook.remove()
@@ -499,7 +558,7 @@ def recorded(trainer, monkeypatch):
 
 @pytest.mark.parametrize("target", ["network", "trajectory"])
 def test_training_on_trajectories(request, trainer, train_by, write_paths, monkeypatch, target):
-    """The latents are the record's own, at the points of the path; 2 passes, or one, none guided."""
+    """The latents are the record's, at the points of the path; 2 passes, or one, none guided."""
     folder, xl = write_paths(trainer, broken=[1]), trainer.FAMILY == "sdxl"
     base = request.getfixturevalue("xl_teacher" if xl else "teacher")
     train, seen = train_by(trainer, base), recorded(trainer, monkeypatch)
@@ -511,8 +570,10 @@ def test_training_on_trajectories(request, trainer, train_by, write_paths, monke
     assert len(seen) == 2
     for (path, c, noise, t_nk, _, _), loss, passes in seen:
         assert passes == names[target] and noise is None and path.shape == (2, 9, 4, 8, 8)
-        found = [[n for n, p in stored.items() if torch.equal(p.float(), one.flatten(0, 1))]
-                 for one in path]  # fmt: skip
+        found = [
+            [n for n, p in stored.items() if torch.equal(p.float(), one.flatten(0, 1))]
+            for one in path
+        ]
         assert all(len(some) == 1 and some != ["a house"] for some in found)
         if target == "trajectory" and loss == seen[0][1]:  # the LoRA is still 0: the teacher's UNet
             kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline

@@ -1,4 +1,4 @@
-"""The teacher as its owner uses it: what it predicts, recipe.json, negative prompts, long prompts."""
+"""The teacher as its owner uses it: predictions, recipe.json, negative and long prompts."""
 
 import importlib
 import json
@@ -88,16 +88,28 @@ def test_flags_are_as_good_as_marks(marked, train_by, tmp_path):
 
 
 CONTRADICTIONS = {  # tensors, ModelSpec, flags, config: what the line says
-    "flag, v_pred": (MARKS, None, {"prediction_type": "epsilon"}, {}, "epsilon by --prediction_type"),
+    "flag, v_pred": (
+        MARKS,
+        None,
+        {"prediction_type": "epsilon"},
+        {},
+        "epsilon by --prediction_type",
+    ),
     "flag, header": ({}, "v", {"prediction_type": "epsilon"}, {}, "epsilon by --prediction_type"),
     "flag, epsilon": ({}, "epsilon", V, {}, "v_prediction by --prediction_type"),
     "no zero SNR": (MARKS, None, {"no-rescale_betas_zero_snr": True}, {}, "False by --rescale"),
     "config": (MARKS, None, {}, {"prediction_type": "epsilon"}, "give --prediction_type v_pred"),
-    "config, SNR": (MARKS, None, {}, {"rescale_betas_zero_snr": False}, "give --rescale_betas_zero"),
+    "config, SNR": (
+        MARKS,
+        None,
+        {},
+        {"rescale_betas_zero_snr": False},
+        "give --rescale_betas_zero",
+    ),
     "EDM v": ({"edm_vpred.sigma_max": MARKS["v_pred"]}, None, {}, {}, "edm_vpred.sigma_max.*EDM"),
     "EDM": ({"edm_mean": torch.ones(1)} | MARKS, None, V, {}, "edm_mean.*EDM"),
     "epsilon, SNR": ({"ztsnr": MARKS["ztsnr"]}, None, {}, {}, "it needs v_prediction"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", CONTRADICTIONS)
@@ -131,7 +143,7 @@ def test_a_silent_config_contradicts_nothing(sd15, marked, tmp_path, said):
 @pytest.mark.parametrize("width", [768, 1024, 2048])
 @pytest.mark.parametrize("spread", [0.0, 0.08, 0.1, 1.0])
 def test_guess_of_sd2(sd15, tmp_path, width, spread):
-    """By one bias, where nobody has said it; a config that is named, a mark or a flag counts more."""
+    """By one bias, where nobody has said it; a config named, a mark or a flag counts more."""
     unet, bias = "model.diffusion_model.", torch.tensor([1.0, -1.0] * 8)
     tensors = {
         f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, width),
@@ -294,16 +306,35 @@ def pieces_by_words(tokenizer, text, room):
 
 
 TEXTS = {
-    "empty": "", "spaces": "   ", "tabs": " \t\n ", "one": "a", "75": "a " * 75, "75b": "ab " * 37 + "a",
-    "76": "a " * 76, "150": "a " * 150, "151": "a " * 151, "boundary in a word": "a " * 74 + "bcd e",
-    "boundary after": "a " * 73 + "bc de", "runs of spaces": "  \n" + "a \t\n  b   " * 70,
-    "tags": "1girl, solo, (red hair:1.2), " * 20, "no-break spaces": "a\u00a0b\u3000c" * 40,
-    "combining": "e\u0301 " * 60, "Hangul": "\u1112\u1161\u11ab " * 60, "Turkish": "İ " * 60,
-    "German": "größer straße " * 30, "Chinese": "红色 苹果 " * 30, "Arabic": "تفاحة حمراء " * 20,
-    "emoji": "😀 " * 60, "emoji at the boundary": "a " * 74 + "😀", "and in it": "a " * 73 + "😀 b c",
-    "flags": "🏳️‍🌈 " * 20, "mathematical": "𝒳 " * 90, "zero width": "a\u200bb " * 60,
-    "special": "<|endoftext|> a " * 50, "nothing but marks": "\u0301 " * 60,
-}  # fmt: skip
+    "empty": "",
+    "spaces": "   ",
+    "tabs": " \t\n ",
+    "one": "a",
+    "75": "a " * 75,
+    "75b": "ab " * 37 + "a",
+    "76": "a " * 76,
+    "150": "a " * 150,
+    "151": "a " * 151,
+    "boundary in a word": "a " * 74 + "bcd e",
+    "boundary after": "a " * 73 + "bc de",
+    "runs of spaces": "  \n" + "a \t\n  b   " * 70,
+    "tags": "1girl, solo, (red hair:1.2), " * 20,
+    "no-break spaces": "a\u00a0b\u3000c" * 40,
+    "combining": "e\u0301 " * 60,
+    "Hangul": "\u1112\u1161\u11ab " * 60,
+    "Turkish": "İ " * 60,
+    "German": "größer straße " * 30,
+    "Chinese": "红色 苹果 " * 30,
+    "Arabic": "تفاحة حمراء " * 20,
+    "emoji": "😀 " * 60,
+    "emoji at the boundary": "a " * 74 + "😀",
+    "and in it": "a " * 73 + "😀 b c",
+    "flags": "🏳️‍🌈 " * 20,
+    "mathematical": "𝒳 " * 90,
+    "zero width": "a\u200bb " * 60,
+    "special": "<|endoftext|> a " * 50,
+    "nothing but marks": "\u0301 " * 60,
+}
 
 
 @pytest.mark.parametrize("kind", TEXTS)
@@ -319,9 +350,18 @@ def test_pieces_of_odd_texts(sd15, tokenizer, kind):
 
 
 @pytest.mark.parametrize(
-    "text", ["x" * 200, "a " * 70 + "x" * 200 + " b", "红" * 90, "😀" * 70, "e\u0301" * 150,
-             "e" + "\u0301" * 200, "🏳️‍🌈" * 40, "a,b;" * 60],
-)  # fmt: skip
+    "text",
+    [
+        "x" * 200,
+        "a " * 70 + "x" * 200 + " b",
+        "红" * 90,
+        "😀" * 70,
+        "e\u0301" * 150,
+        "e" + "\u0301" * 200,
+        "🏳️‍🌈" * 40,
+        "a,b;" * 60,
+    ],
+)
 def test_a_word_of_more_than_a_piece(sd15, tokenizer, text):
     """It is cut inside, between characters; what is before it stays in the piece before."""
     pieces = sd15.split_prompt(text, tokenizer, 30)
@@ -375,8 +415,10 @@ def test_long_prompts_are_encoded_piece_by_piece(make_teacher, layout, chunks):
                 if layout == "sd15":
                     found.append(pipe.text_encoder(ids).last_hidden_state)
                     continue
-                both = [net(ids, output_hidden_states=True)
-                        for net in (pipe.text_encoder, pipe.text_encoder_2)]  # fmt: skip
+                both = [
+                    net(ids, output_hidden_states=True)
+                    for net in (pipe.text_encoder, pipe.text_encoder_2)
+                ]
             found.append(torch.cat([out.hidden_states[-2] for out in both], -1))
             pooled = both[1].text_embeds if pooled is None else pooled
         expected = torch.cat(found, 1)
@@ -440,8 +482,13 @@ def test_recipe_is_the_default(sd15, sdxl, own):
         assert (args.w_min, args.w_max, args.resolution) == (4.5, 4.5, 64)
         for name in ("negative_prompt", "guidance_rescale", "max_prompt_chunks"):
             assert vars(args)[name] == RECIPE[name]
-    flags = {"w_min": 3.0, "w_max": 15.0, "resolution": 32, "guidance_rescale": 0.0,
-             "max_prompt_chunks": 1}  # fmt: skip
+    flags = {
+        "w_min": 3.0,
+        "w_max": 15.0,
+        "resolution": 32,
+        "guidance_rescale": 0.0,
+        "max_prompt_chunks": 1,
+    }
     args = parsed(sd15, own, **flags, negative_prompt="")
     assert {name: vars(args)[name] for name in flags} == flags and args.negative_prompt == ""
     write_recipe(own, width=832, height=1216)
@@ -481,11 +528,18 @@ def test_prompts_that_are_no_text(sd15, flag, text):
 
 
 BROKEN = {  # the text of recipe.json, and what the line says
-    "empty": ("", "JSON"), "no JSON": ("{", "JSON"), "bytes": (b"\xff\xfe{}", "utf-8|JSON"),
-    "NUL": (b"\0" * 64, "JSON"), "list": ("[]", "list"), "pairs": ('[["format", 1]]', "list"),
-    "text": ('"x"', "str"), "null": ("null", "None"), "deep": ("[" * 100000, "recipe.json"),
-    "no format": ("{}", "format is None"), "format": ('{"format": 2}', "format is 2"),
-}  # fmt: skip
+    "empty": ("", "JSON"),
+    "no JSON": ("{", "JSON"),
+    "bytes": (b"\xff\xfe{}", "utf-8|JSON"),
+    "NUL": (b"\0" * 64, "JSON"),
+    "list": ("[]", "list"),
+    "pairs": ('[["format", 1]]', "list"),
+    "text": ('"x"', "str"),
+    "null": ("null", "None"),
+    "deep": ("[" * 100000, "recipe.json"),
+    "no format": ("{}", "format is None"),
+    "format": ('{"format": 2}', "format is 2"),
+}
 WRONG = {
     "negative_prompt": (None, 3, ["ugly"], {"a": 1}, True, "\ud800"),
     "guidance_scale": (None, "7", [7], True, -1, math.nan, math.inf, 1e300, 10**400),
@@ -495,9 +549,12 @@ WRONG = {
 }
 CASES = [
     *((key, *case) for key, case in BROKEN.items()),
-    *((f"{key} {value!r:.30}", json.dumps({"format": 1, "height": 8, key: value}), key)
-      for key, values in WRONG.items() for value in values),
-]  # fmt: skip
+    *(
+        (f"{key} {value!r:.30}", json.dumps({"format": 1, "height": 8, key: value}), key)
+        for key, values in WRONG.items()
+        for value in values
+    ),
+]
 
 
 @pytest.mark.parametrize(("text", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])

@@ -337,7 +337,7 @@ def test_a_bucket_of_less_than_a_batch(sd15):
 
 @pytest.mark.parametrize("epochs", [1, 5])
 def test_unusable_records_are_replaced_by_their_size(sd15, epochs):
-    """So a batch can be stacked; what is flagged has no size of its own, and takes the usual one."""
+    """So a batch can be stacked; what is flagged has no size, and takes the usual one."""
     sizes = [(2, 2)] * 5 + [(2, 3)] * 4 + [(2, 4)] * 2
     data = records(sizes, unusable={1, 2, 6})
     found, named = samples(sd15, data, 2), set()
