@@ -235,6 +235,18 @@ def open_tiny_vae(trainer, args, pipe):
     return vae
 
 
+def warn_of_cut(trainer, run, prompts, args):
+    """Say how many prompts are longer than what is read of them."""
+    tokenizer, chunks = run.pipe.tokenizer, args.max_prompt_chunks
+    cut = [
+        text for text in prompts if "".join(trainer.split_prompt(text, tokenizer, chunks)) != text
+    ]
+    if cut:
+        room = chunks * (tokenizer.model_max_length - 2)
+        what = f"warning: {len(cut)} prompts are longer than {room} tokens and cut"
+        print(f"{what} (--max_prompt_chunks), the first: {cut[0]:.60}", file=sys.stderr)
+
+
 def make_stamp(trainer, args, prompts):
     """What the folder is made from; the trainer compares what a training on it depends on."""
     what = ["captions", "trajectories" if args.trajectories else "generated"]
@@ -357,6 +369,7 @@ def generate(trainer, args, lock):
     encode_data.open_output(trainer, args, make_stamp(trainer, args, prompts), accelerator, lock)
     if accelerator.is_main_process:
         encode_data.write_prompts(trainer, run.pipe, args)
+        warn_of_cut(trainer, run, prompts, args)
     accelerator.wait_for_everyone()
     channels, side = run.teacher.config.in_channels, args.resolution // args.factor
     dtype = trainer.torch.float16 if args.mixed_precision == "fp16" else trainer.torch.float32
