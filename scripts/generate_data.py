@@ -152,7 +152,7 @@ def read_captions(trainer, args):
 def read_size(trainer, args):
     """The size (height, width) that recipe.json of the teacher names, or None."""
     file = Path(args.pretrained_teacher_model, "recipe.json")
-    recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    recipe = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     size = recipe.get("height"), recipe.get("width")
     if size == (None, None):
         return None
@@ -213,10 +213,8 @@ def load(trainer, args, accelerator):
     run.times = solver_times(trainer, args, len(run.schedule.alpha))
     betas = {name: pipe.scheduler.config[name] for name in BETAS}
     run.solver = trainer.diffusers.DPMSolverMultistepScheduler(**betas, final_sigmas_type="zero")
-    if args.quantize_base:
-        trainer.quantize_linears(pipe.unet)
     run.vae = open_tiny_vae(trainer, args, pipe) if args.tiny_vae else pipe.vae
-    encode_data.place_networks(trainer, pipe, device)
+    encode_data.place_networks(trainer, pipe, args, device)
     run.teacher = pipe.unet
     null = {"caption": [args.negative_prompt]}
     run.c_null = trainer.conditions(pipe, null, device, args.max_prompt_chunks)
