@@ -306,16 +306,8 @@ def problem(sd15, prediction_type="epsilon", loss_type="huber", omega=(3.0, 7.5,
         "omega": torch.tensor(omega)[:, None, None, None],
     }
     args = SimpleNamespace(
-        num_ddim_timesteps=50,
-        loss_type=loss_type,
-        huber_c=0.1,
-        loss_units="x0",
-        phases=[1],
-        target="network",
-        w_min=3.0,
-        w_max=15.0,
-        guidance_rescale=0.0,
-        max_train_steps=1,
+        num_ddim_timesteps=50, loss_type=loss_type, huber_c=0.1, loss_units="x0", phases=[1],
+        target="network", w_min=3.0, w_max=15.0, guidance_rescale=0.0, max_train_steps=1,
     )
     return SimpleNamespace(**nets, schedule=schedule, c_null={"prompt": null}, step=0), inputs, args
 

@@ -1013,10 +1013,7 @@ def test_crop_is_where_it_should_be(sd15, size, first):
 @pytest.mark.parametrize("size", [(20, 33), (33, 20), (7, 301), (100, 99), (5, 5)])
 def test_any_shape_becomes_the_square(sd15, size):
     for place in ((0, 0), (1, 1), (0.3, 0.7)):
-        assert sd15.resize_and_crop(Image.new("RGB", size), (16, 16), place, False)[0].size == (
-            16,
-            16,
-        )
+        assert sd15.resize_and_crop(Image.new("RGB", size), (16, 16), place, False)[0].size == (16, 16)
 
 
 def test_shapes_are_kept(sd15):
