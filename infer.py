@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -101,7 +102,11 @@ SCHEDULERS = {
 DISTILLED = ("lcm", "tcd")  # those that step over the LoRA's own timesteps
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-LIMITS = {"seed": (-1, 2**64 - 1), "height": (1, 10**6), "width": (1, 10**6)}
+# What a line of --prompts_file, recipe.json and a LoRA's header may say
+CHOICES = {"prediction_type": ("epsilon", "v_prediction"), "rescale_betas_zero_snr": (True, False)}
+LIMITS = {"seed": (-1, 2**64 - 1), "height": (1, 10**6), "width": (1, 10**6), "format": (1, 1)}
+LIMITS |= {"guidance_scale": (0.0, 1e3), "guidance_rescale": (0.0, 1.0)}
+LIMITS |= {"max_prompt_chunks": (1, 100)}
 USAGE = """%(prog)s --lora PATH --prompt TEXT [TEXT ...] [--output FILE.png] [more flags]
        %(prog)s --lora PATH --prompt TEXT [TEXT ...] --compare [--output GRID.png] [more flags]
        %(prog)s --lora PATH --fused_output FOLDER [more flags]"""
@@ -140,9 +145,8 @@ def usable_path(text):
     """An argparse type: a path, with ~ replaced, of which the system can tell what is there."""
     path = os.path.expanduser(text)
     try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(f"{text!a:.80} is no usable path ({reason})") from None
@@ -176,7 +180,7 @@ def parse_args(argv=None):
     count = {"metavar": "IMAGES", "type": number(int, 1, 10**6)}
     pixels = {"metavar": "PIXELS", "type": number(int, *LIMITS["width"])}
     seed = {"metavar": "SEED", "type": number(int, *LIMITS["seed"]), "default": 0}
-    scale = {"metavar": "SCALE", "type": number(float, 0, 1000)}
+    scale = {"metavar": "SCALE", "type": number(float, *LIMITS["guidance_scale"])}
     share = {"metavar": "SHARE", "type": number(float, 0, 1)}
 
     add = parser.add_argument_group("Model").add_argument
@@ -184,9 +188,11 @@ def parse_args(argv=None):
     add("--lora", metavar="PATH", type=usable_path, help=f"LCM-LoRA: .safetensors, folder or {ids}")
     add("--lcm_weight", "--lora_scale", **weight, default=1.0, help="1: as strong as trained")
     add("--style_lora", **styles, default=[], help="LoRAs to add (default WEIGHT: 0.8)")
-    base = "default: the one in the LoRA's header"
-    add("--base_model", metavar="PATH_OR_ID", type=usable_path, help=base)
+    add("--base_model", metavar="PATH_OR_ID", type=usable_path, help="default: as the LoRA says")
     add("--base_config", "--teacher_config", **model, help="configs of a base model in one file")
+    add("--prediction_type", choices=CHOICES["prediction_type"], help="default: as the model says")
+    switch = {"action": argparse.BooleanOptionalAction}
+    add("--rescale_betas_zero_snr", **switch, help="its noise ends at zero SNR (default: the same)")
     add("--variant", metavar="NAME", help="variant of the base model's weight files, e.g. fp16")
     add("--vae", **model, help="another VAE, e.g. madebyollin/sdxl-vae-fp16-fix")
     add("--tiny_vae", **model, help="AutoencoderTiny instead of the base model's VAE")
@@ -198,9 +204,12 @@ def parse_args(argv=None):
     add("--prompt", **text, nargs="+", default=[], help="one or more, each in quotes")
     add("--prompts_file", **file, help="a prompt per line; or .jsonl: " + ", ".join(Job._fields))
     add("--negative_prompt", **text, help="has an effect only if guidance is above 1")
+    chunks = {"metavar": "N", "type": number(int, *LIMITS["max_prompt_chunks"])}
+    add("--max_prompt_chunks", **chunks, help="CLIP reads a prompt in N pieces (default: 1)")
     add("--steps", **steps, help="UNet passes per image (default: 4); several: an image for each")
     add("--scheduler", **names, help=f"{', '.join(SCHEDULERS)} (default: lcm); several in a grid")
     add("--guidance_scale", **scale, default=1.0, help="1 to 2; above 1 a step is two UNet passes")
+    add("--guidance_rescale", **share, help="of guided outputs, to the contrast of unguided ones")
     add("--seed", **seed, help="of image 0; image i has SEED + i; -1: random")
     add("--num_images", **count, default=1, help="per prompt")
     size = "default: that of --image, --control_image, or the base model's own"
@@ -217,13 +226,11 @@ def parse_args(argv=None):
     add("--controlnet_scale", **scale, default=1.0, help="1: as strong as trained")
 
     add = parser.add_argument_group("Output").add_argument
-    several = ".png, .jpg or .webp; several: FILE-0.png ..."
-    add("--output", **new, metavar="FILE.png", default=Path("lcm.png"), help=several)
+    add("--output", **new, metavar="FILE.png", default=Path("lcm.png"), help=".png, .jpg or .webp")
     add("--overwrite", action="store_true", help="generate again what is there; else it is skipped")
     add("--compare", action="store_true", help="a grid: a column per scheduler and step count")
     add("--compare_guidance", **scale, help="of the teacher (default: 1 + mean training omega)")
-    fused = "save the base model with the LoRA merged in"
-    add("--fused_output", **new, metavar="FOLDER", help=fused)
+    add("--fused_output", **new, metavar="FOLDER", help="the base model with the LoRA merged in")
 
     args = parser.parse_args(argv)
     check_args(args, parser)
@@ -247,7 +254,8 @@ def check_args(args, parser):
     if not prompts and not args.fused_output:
         fail("nothing to do: give --prompt, --prompts_file or --fused_output")
     image = "image controlnet steps scheduler seed num_images height width batch_size"
-    output = "guidance_scale negative_prompt compare output overwrite compile"
+    output = "guidance_scale negative_prompt max_prompt_chunks compare output overwrite compile"
+    guided = args.compare or args.guidance_scale > 1
     # (flags, what they need to have an effect, its name)
     for names, effect, needed in (
         (f"{image} {output}", prompts, "--prompt or --prompts_file"),
@@ -255,6 +263,7 @@ def check_args(args, parser):
         ("controlnet", args.control_image, "--control_image"),
         ("control_image controlnet_scale", args.controlnet, "--controlnet"),
         ("compare_guidance", args.compare, "--compare"),
+        ("guidance_rescale", guided, "a --guidance_scale above 1 or --compare"),
         ("compare fused_output lcm_weight", args.lora, "--lora"),
     ):
         for name in names.split():
@@ -302,13 +311,22 @@ def read_row(line, where):
             says = f"optionally with {', '.join(Job._fields[1:])}"
             fail(f'{where}: must be {{"prompt": ...}}, {says}')
         for key, value in row.items():
-            low, high = LIMITS.get(key, (0, 0))
-            kind, valid = (int, f"{low} to {high}") if key in LIMITS else (str, "a text")
-            if type(value) is not kind or kind is int and not low <= value <= high:
-                fail(f"{where}: {key} is {value!r:.80}, must be {valid}")
-            if kind is str:
-                plain_text(value)
+            check_value(where, key, value)
     return row
+
+
+def check_value(where, key, value):
+    """Refuse a value of JSON that is not what its key takes."""
+    if key in CHOICES:
+        fits, valid = value in CHOICES[key], f"one of {', '.join(map(json.dumps, CHOICES[key]))}"
+    elif key in LIMITS:
+        low, high = LIMITS[key]
+        fits, valid = type(value) in (int, type(low)) and low <= value <= high, f"{low} to {high}"
+    else:
+        fits = isinstance(value, str) and value == value.encode(errors="replace").decode()
+        valid = "a text"
+    if not fits:
+        fail(f"{where}: {key} is {value!a:.80}, must be {valid}")
 
 
 def read_jobs(args):
@@ -507,8 +525,7 @@ def group_layers(path, tensors, metadata, alpha=None):
     A layer is unet.X, text_encoder.X or text_encoder_2.X; X is a module path, in kohya's with _.
     """
     layers, bundled = {}, {key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}
-    if bundled:
-        names = ", ".join(sorted(bundled))
+    if names := ", ".join(sorted(bundled)):
         warn(f"LoRA {path}: its bundled embeddings ({names}) are not used, only its LoRA is")
     for key, tensor in tensors.items():
         if key.startswith("bundle_emb."):
@@ -775,10 +792,56 @@ def local(name):
     return next((path for path in paths if os.path.exists(path)), None)
 
 
+def read_markers(name):
+    """What a checkpoint in one file says that it predicts, and what UIs guess: scheduler settings.
+
+    It says so by the tensors v_pred and ztsnr and by ModelSpec's header. SD 2.x does not: ComfyUI
+    guesses v-prediction where the values of one bias spread by more than 0.09.
+    """
+    kinds = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+    with safe_open(name, "pt") as file:
+        keys, about = {*file.keys()}, file.metadata() or {}
+        said = {kinds.get(about.get("modelspec.prediction_type"))} - {None}
+        said |= {"v_prediction"} if "v_pred" in keys else set()
+        if edm := sorted(key for key in keys if key.startswith("edm_")):
+            raise ValueError(f"it holds {edm[0]}: models of EDM's noise levels cannot be used")
+        if len(said) > 1:
+            raise ValueError("it holds v_pred, but its ModelSpec says epsilon")
+        marked = {"prediction_type": said.pop()} if said else {}
+        marked |= {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
+        unet = "model.diffusion_model."
+        width = f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        bias = f"{unet}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+        if not {width, bias} <= keys or file.get_slice(width).get_shape()[1] != 1024:
+            return marked, {}
+        spread = file.get_tensor(bias).float().std(unbiased=False)
+        return marked, {"prediction_type": "v_prediction" if spread > 0.09 else "epsilon"}
+
+
+def settle_prediction(args, name, config, explicit):
+    """A scheduler config with what the model predicts: by flag, file, config, guess, in that order.
+
+    `explicit`: the config is the user's, not a library's default.
+    """
+    one_file = name.lower().endswith(".safetensors")
+    marked, guessed = read_markers(name) if one_file else ({}, {})
+    flags = {key: vars(args)[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    for key, value in marked.items():
+        other = flags.get(key, config.get(key) if explicit else value)
+        if other != value:
+            where = f"--{key}" if key in flags else "the config"
+            raise ValueError(f"{key} is {value} by its own marker, {other} by {where}")
+    said = ({} if explicit else guessed) | marked | flags
+    # A scheduler's own config lists what is its class's default: from_config leaves that out.
+    listed = [key for key in config.get("_use_default_values", ()) if key not in said]
+    return dict(config) | said | {"_use_default_values": listed}
+
+
 def open_file(file, config, args, loras, **given):
     """The pipeline of a checkpoint in one .safetensors file, with the original code's names."""
     with or_fail(f"base model {file}: not a whole safetensors file"), safe_open(file, "pt") as data:
-        keys, about = set(data.keys()), data.metadata() or {}
+        keys = set(data.keys())
     # By this key diffusers knows SDXL's text encoders.
     xl = "conditioner.embedders.1.model.positional_embedding" in keys
     advice = f"its configs are those of {config or 'the Hub'}; --base_config names others"
@@ -787,9 +850,11 @@ def open_file(file, config, args, loras, **given):
     config = config and str(local(config) or config)
     with or_fail(f"base model {file} cannot be opened", advice):
         if config:  # the scheduler's own class may take further libraries
-            given["scheduler"] = check_base(file, *read_configs(config), args.mask)
+            given["scheduler"] = check_base(file, *read_configs(config), args)
         pipe = PIPELINES[xl].from_single_file(str(file), config=config, **given)
-    check_base(file, pipe.unet.config, pipe.scheduler.config, args.mask)
+    if not config:
+        scheduler = check_base(file, pipe.unet.config, pipe.scheduler.config, args, explicit=False)
+        pipe.register_modules(scheduler=scheduler)
     # diffusers silently drops what the configs do not describe, and leaves empty what is missing.
     in_file = sum(key.startswith("model.diffusion_model.") for key in keys)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -797,13 +862,6 @@ def open_file(file, config, args, loras, **given):
     if missing or in_file != len(pipe.unet.state_dict()):
         which = f" ({len(missing)} are missing, the first {missing[0]})" if missing else ""
         fail(f"base model {file}: its tensors do not match its configs{which}; {advice}")
-    # What the network predicts is not seen in its tensors, but many files are marked with it.
-    kind = pipe.scheduler.config.prediction_type
-    marked = "v" if "v_pred" in keys else about.get("modelspec.prediction_type") or kind
-    marked = "EDM" if any(key.startswith("edm_") for key in keys) else marked
-    if marked[0] != kind[0]:
-        says = f"has prediction_type {marked}, its scheduler config {kind}"
-        fail(f"base model {file} {says}; {advice}")
     return pipe
 
 
@@ -816,7 +874,7 @@ def open_folder(base, place, args, dtype, **given):
     known = {kind.__name__: kind for kind in NETWORKS}
     if not {*parts[:3]} <= kinds.keys() or not {*kinds.values()} <= known.keys():
         fail(f"--base_model {base} is a {index['_class_name']}, not of SD 1.x, 2.x or SDXL")
-    scheduler = check_base(base, *read_configs(source), args.mask)
+    scheduler = check_base(base, *read_configs(source), args)
     given["scheduler"] = None  # whose class may take further libraries
     pipeline = PIPELINES["text_encoder_2" in kinds]
     more = {"use_safetensors": True, "dtype": dtype, "variant": args.variant}
@@ -825,8 +883,8 @@ def open_folder(base, place, args, dtype, **given):
         # Some parts may have no such variant.
         has_variant = any((folder / part).glob(f"*.{args.variant}*.safetensors"))
         where = {"subfolder": part, "variant": args.variant if has_variant else None}
-        what = f"--base_model {base}, {part}"
-        given[part] = load_part(known[kinds[part]], what, folder, dtype, **where)
+        what, kind = f"--base_model {base}, {part}", known[kinds[part]]
+        given[part] = load_part(kind, what, folder, dtype, **where)
     pipe = pipeline.from_pretrained(folder, **given, **more)
     pipe.register_modules(scheduler=scheduler)
     return pipe
@@ -838,22 +896,31 @@ def read_configs(source):
     return unet, diffusers.LCMScheduler.load_config(source, subfolder="scheduler")
 
 
-def check_base(base, unet, scheduler, mask):
+def check_base(base, unet, scheduler, args, explicit=True):
     """The schedule of a base model, by its configs; refuse what LCM-LoRAs are not for."""
+    usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    advice = "--prediction_type, --rescale_betas_zero_snr go before configs and a LoRA's header"
+    with or_fail(f"base model {base} cannot be opened", advice):
+        settled = usual | settle_prediction(args, str(base), scheduler, explicit)
+    kind, zero = (settled[key] for key in usual)
+    if [kind, zero] != [scheduler.get(key, usual[key]) for key in usual] or not explicit:
+        print(f"{base} is taken as {kind}{', zero terminal SNR' * bool(zero)}")
     channels, its = unet["in_channels"], f"--base_model {base}: its"
     if unet.get("time_cond_proj_dim"):
         fail(f"--base_model {base} is an LCM itself; give the model that it was distilled from")
-    if channels != 4 and not (channels == 9 and mask):
+    if channels != 4 and not (channels == 9 and args.mask):
         advice = "; 9 are for inpainting with --image and --mask"
         fail(f"{its} UNet takes {channels} channels, text-to-image takes 4{advice}")
-    name, kind = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    name = scheduler.get("_class_name")
     flow = scheduler.get("use_flow_sigmas") or scheduler.get("timestep_type") == "continuous"
     if flow or "beta_schedule" not in scheduler or kind not in ("epsilon", "v_prediction"):
         says = "needed are betas and epsilon or v_prediction"
         fail(f"{its} scheduler is {name} with prediction_type {kind}; {says}")
+    if zero and kind == "epsilon":  # at SNR 0 the noise is the input: it tells nothing of an image
+        fail(f"{its} noise reaches zero SNR, which needs --prediction_type v_prediction")
     kinds = "beta_schedule may be linear, scaled_linear or squaredcos_cap_v2"
     with or_fail(f"{its} scheduler config cannot be used", kinds):
-        return diffusers.LCMScheduler.from_config(scheduler)
+        return diffusers.LCMScheduler.from_config(settled)
 
 
 def check_tokenizer(tokenizer, config, where):
@@ -993,12 +1060,14 @@ def with_sizes(jobs, args, images, pipe):
     multiple, sample = math.lcm(8, pipe.vae_scale_factor), pipe.unet.config.sample_size
     latent = (sample, sample) if isinstance(sample, int) else sample
     height, width = (side * pipe.vae_scale_factor for side in latent)
+    height, width = args.height or height, args.width or width  # recipe.json may name them
     flag = "--image" if args.image else "--control_image"
     if images:
         width, height = (max(round(side / multiple), 1) * multiple for side in images["image"].size)
         if any(None in (job.width, job.height) for job in jobs):
             print(f"Size: {width} x {height}, that of {flag} in multiples of {multiple}")
-    sized = [job._replace(height=job.height or height, width=job.width or width) for job in jobs]
+    rest = {"height": height, "width": width, "negative_prompt": args.negative_prompt or None}
+    sized = [job._replace(**{k: rest[k] for k in rest if getattr(job, k) is None}) for job in jobs]
     for job, name in itertools.product(sized, ("height", "width")):
         if (value := getattr(job, name)) % multiple:
             by_flag = value == getattr(args, name) or not args.prompts_file
@@ -1017,22 +1086,62 @@ def with_sizes(jobs, args, images, pipe):
     return sized
 
 
-def check_prompts(pipe, jobs):
+def split_prompt(text, tokenizer, chunks):
+    """The first `chunks` pieces of a prompt, each what CLIP reads at once; the last may be empty.
+
+    Cut where words start, as UIs cut; a word longer than a piece is cut inside.
+    """
+    room, pieces = tokenizer.model_max_length - 2, []
+    how = {"add_special_tokens": False, "return_offsets_mapping": True}
+    while len(pieces) < chunks and len(found := tokenizer(text, **how).offset_mapping) > room:
+        starts = [start for start, _ in found[: room + 1]]
+        cuts = sorted({*starts} - {starts[0]}, reverse=True)
+        words = [cut for cut in cuts if text[cut - 1].isspace()]
+        # The tokens of half a word are not the first ones of the whole, and may be more.
+        cut = next(c for c in words + cuts if len(tokenizer(text[:c], **how).input_ids) <= room)
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text, *[""] * chunks][:chunks]
+
+
+@torch.no_grad()
+def encode_prompts(pipe, jobs, chunks, guided):
+    """A pipeline's arguments for its texts: embeddings [B, chunks * 77, D], XL's pooled [B, D]."""
+
+    def pieces(texts):
+        if None in texts or chunks == 1:  # the pipeline's own way
+            return texts if texts[0] is not None else None
+        return [piece for text in texts for piece in split_prompt(text, pipe.tokenizer, chunks)]
+
+    prompts, negatives = (pieces([job[field] for job in jobs]) for field in (0, 1))
+    given = {"device": pipe.device, "do_classifier_free_guidance": guided}
+    given |= {"num_images_per_prompt": 1, "negative_prompt": negatives}
+    names = [f"{a}{b}prompt_embeds" for b in ("", "pooled_") for a in ("", "negative_")]
+    return {
+        name: x[::chunks] if "pooled" in name else x.reshape(len(jobs), -1, x.shape[-1])
+        for name, x in zip(names, pipe.encode_prompt(prompts, **given))
+        if x is not None
+    }
+
+
+def check_prompts(pipe, jobs, chunks):
     """Warn of prompts of which CLIP reads the beginning only."""
     tokenizer, limit = pipe.tokenizer, pipe.tokenizer.model_max_length
     texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
-    tokens = {text: tokenizer(text).input_ids for text in texts if text}
-    long = {text: ids for text, ids in tokens.items() if len(ids) > limit}
-    if long:
-        text, ids = next(iter(long.items()))
-        lost = tokenizer.decode(ids[limit - 1 : -1])
-        says = f"{len(long)} of {len(tokens)} prompts exceed the {limit} tokens that CLIP reads"
-        warn(f"{says}: of {text[:30]!r} {len(ids) - limit} are left out, {lost[:60]!r}")
+    read = {text: "".join(split_prompt(text, tokenizer, chunks)) for text in texts if text}
+    if long := {text: text[len(kept) :] for text, kept in read.items() if kept != text}:
+        text, lost = next(iter(long.items()))
+        count = len(tokenizer(lost, add_special_tokens=False).input_ids)
+        says = f"{len(long)} of {len(read)} prompts exceed the {chunks} x {limit} tokens read"
+        says = f"{says}: of {text[:30]!r} {count} are left out, {lost[:60]!r}"
+        warn(f"{says}; --max_prompt_chunks {chunks + 1} reads more")
 
 
-def check_plan(args, plan, jobs, original_steps):
+def check_plan(args, plan, jobs, original_steps, keeps_guidance=False):
     """Judge the [(scheduler, steps)] of a run, once the LoRA's header and the prompts are read."""
-    if args.guidance_scale > 2 and args.lcm_weight:
+    if keeps_guidance and args.guidance_scale <= 1 and jobs:
+        print("This LoRA keeps guidance: give its teacher's by --guidance_scale")
+    if args.guidance_scale > 2 and args.lcm_weight and not keeps_guidance:
         warn(f"--guidance_scale {args.guidance_scale:g}: above 2, images of an LCM-LoRA burn out")
     for name, steps in plan if jobs else ():
         if name in DISTILLED and steps > original_steps:
@@ -1091,8 +1200,7 @@ def generate(pipe, args, images, jobs, steps, guidance, seen, keep=lambda place,
 
 def generate_batch(pipe, args, images, jobs, steps, guidance):
     """One call of the pipeline; each image has its own generator."""
-    height, width, negative = jobs[0].height, jobs[0].width, jobs[0].negative_prompt
-    given = {}
+    height, width, given = jobs[0].height, jobs[0].width, {}
     for key, image in images.items():
         # Lanczos is sharp, but overshoots: black in a mask would not stay black.
         how = Image.Resampling.BILINEAR if key == "mask_image" else Image.Resampling.LANCZOS
@@ -1102,12 +1210,11 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
     more = {key: [image] * len(jobs) for key, image in given.items()}
     more |= {"strength": enough(args.strength, steps)} if args.image else {}
     more |= {"controlnet_conditioning_scale": args.controlnet_scale} if args.controlnet else {}
-    what = f"--seed {jobs[0].seed}, --prompt {jobs[0].prompt!a:.80} cannot be generated"
-    with or_fail(what):
+    more |= {"guidance_rescale": args.guidance_rescale} if args.guidance_rescale else {}
+    with or_fail(f"--seed {jobs[0].seed}, --prompt {jobs[0].prompt!a:.80} cannot be generated"):
         try:
+            more |= encode_prompts(pipe, jobs, args.max_prompt_chunks or 1, guidance > 1)
             made = pipe(
-                [job.prompt for job in jobs],
-                negative_prompt=None if negative is None else [job.negative_prompt for job in jobs],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 height=height,
@@ -1137,15 +1244,13 @@ def save_job(args, settings, jobs, files, name, steps, place, image):
 
 def generate_all(pipe, args, images, jobs, work, schedulers, settings):
     """Each job that `work` names, each image a file with its settings as soon as it is there."""
-    seen, report = set(), []
+    guidance, seen, report = args.guidance_scale, set(), []
     if len(work) > 1:  # step counts are compared: none of them pays for the first call
-        (name, _), *_ = work
-        pipe.scheduler = schedulers[name]
-        generate(pipe, args, images, jobs[: args.batch_size], 1, args.guidance_scale, seen)
+        pipe.scheduler = schedulers[next(iter(work))[0]]
+        generate(pipe, args, images, jobs[: args.batch_size], 1, guidance, seen)
     for (name, steps), files in work.items():
         pipe.scheduler, todo = schedulers[name], [jobs[index] for index in files]
         keep = functools.partial(save_job, args, settings, todo, [*files.values()], name, steps)
-        guidance = args.guidance_scale
         _, seconds, count = generate(pipe, args, images, todo, steps, guidance, seen, keep)
         timed = f"{count} of {len(todo)} timed, after a" if count else "no batch came after the"
         report.append(f"{steps} step{'s' * (steps > 1)}: {seconds:.3g} s/image ({timed} warm-up)")
@@ -1168,8 +1273,7 @@ def parameters(settings):
     facts |= {"Denoising strength": f"{settings['strength']:.3g}"} if settings["image"] else {}
     for key, value in facts.items():  # a text with a comma or colon would end early: it is quoted
         facts[key] = json.dumps(value) if re.search("[,:]", str(value)) else value
-    negative = settings["negative_prompt"]
-    prompts = settings["prompt"]
+    prompts, negative = settings["prompt"], settings["negative_prompt"]
     prompts += "".join(f" <lora:{name}:{weight:g}>" for name, weight in settings["loras"])
     prompts += f"\nNegative prompt: {negative}" if negative else ""
     return prompts + "\n" + ", ".join(f"{key}: {value}" for key, value in facts.items())
@@ -1249,10 +1353,10 @@ def read_inputs(args):
         fail(f"--base_config has no effect: base model {base} is no .safetensors file")
     if args.variant and one_file:
         fail(f"--variant has no effect: base model {base} is one file")
+    trained = header(path, metadata, "training_args", "{}", lambda text: dict(json.loads(text)))
     if one_file and not config:
-        flags = header(path, metadata, "training_args", "{}", lambda text: dict(json.loads(text)))
-        config = flags.get("teacher_config") and str(flags["teacher_config"])
-
+        config = trained.get("teacher_config") and str(trained["teacher_config"])
+    recipe = take_defaults(args, path, trained, local(base))
     left_out = "prompt prompts_file output overwrite num_images compare fused_output".split()
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
     settings |= {"lora": path and str(path), "base_model": base, "base_config": config}
@@ -1263,11 +1367,33 @@ def read_inputs(args):
     settings["style_lora"] = list(zip(files, weights))[bool(path) :]
     steps = header(path, metadata, "num_ddim_timesteps", "50", number(int, 1, 1000))
     settings["original_inference_steps"] = steps if path else merged_steps(base)
+    omegas = [header(path, metadata, key, math.nan) for key in ("w_min", "w_max")]
+    settings["keeps_guidance"] = omegas == [0, 0]  # it is not distilled into the LoRA
+    settings["recipe_guidance"] = recipe.get("guidance_scale", 7.5)
     # A rerun sees whether a file of the same name is another one.
     used = {*files, *filter(None, (args.image, args.mask, args.control_image))}
-    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used}
-    settings["sha256"] = digests
-    return jobs, images, loras, settings | {"diffusers": diffusers.__version__}
+    digests = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in used}
+    settings |= {"sha256": digests, "diffusers": diffusers.__version__}
+    return jobs, images, loras, settings
+
+
+def take_defaults(args, path, trained, base):
+    """Set flags not given as a LoRA's header says, else recipe.json of the base; the recipe."""
+    file, recipe = base and base / "recipe.json", {}
+    if file and file.exists():
+        with or_fail(f"{file}: not an object in JSON"):
+            recipe = {"format": None, **json.loads(file.read_text(encoding="utf-8"))}
+        print(f"Defaults are those of {file}")
+    trained = {key: value for key, value in trained.items() if value is not None}
+    names = "format negative_prompt guidance_scale guidance_rescale width height max_prompt_chunks"
+    for where, given in (f"LoRA {path}: training_args", trained), (file, recipe):
+        for key in filter(given.__contains__, [*CHOICES, *names.split()]):
+            check_value(where, key, given[key])
+            if key in ("width", "height") and given[key] % 8:
+                fail(f"{where}: {key} is {given[key]}, must be a multiple of 8")
+            if vars(args).get(key, "") is None:  # a flag that is not given
+                setattr(args, key, given[key])
+    return recipe
 
 
 def merged_steps(base):
@@ -1303,13 +1429,17 @@ def load(args, jobs, images, loras, settings):
     base = settings["base_model"]
     pipe = load_pipeline(base, settings["base_config"], args, device, dtype, loras)
     jobs = with_sizes(jobs, args, images, pipe)
-    check_prompts(pipe, jobs)
+    check_prompts(pipe, jobs, args.max_prompt_chunks or 1)
     # In a grid the LCM-LoRA comes after the teacher's columns.
     first = [name for name in loras if name != ADAPTER or not args.compare]
     fuse(pipe, args, {name: loras.pop(name) for name in first}, base)
     if args.compile:
         pipe.unet.compile_repeated_blocks(dynamic=True)  # its transformers, for every size
     task = with_images(pipe, args)
+    if args.guidance_rescale and "guidance_rescale" not in inspect.signature(task).parameters:
+        args.guidance_rescale = settings["guidance_rescale"] = None
+        if args.compare or args.guidance_scale > 1:
+            warn(f"--guidance_rescale does nothing here: {type(task).__name__} does not know it")
     grid, schedulers = {"original_inference_steps": settings["original_inference_steps"]}, {}
     for name, (kind, _, more) in SCHEDULERS.items():
         more = more | grid if name in DISTILLED else more
@@ -1323,9 +1453,8 @@ def main(argv=None):
     if args.compare:
         return runpy.run_path(str(COMPARE))["compare"](args)
     jobs, images, loras, settings = read_inputs(args)
-    steps = dict.fromkeys(args.steps or [4])
-    plan = [(name, count) for name in args.scheduler or ["lcm"] for count in steps]
-    check_plan(args, plan, jobs, settings["original_inference_steps"])
+    plan = [*itertools.product(args.scheduler or ["lcm"], dict.fromkeys(args.steps or [4]))]
+    check_plan(args, plan, jobs, settings["original_inference_steps"], settings["keeps_guidance"])
     work = find_work(args, jobs, plan, settings)
     if not work and not args.fused_output:
         return

@@ -157,14 +157,11 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
 
-    recipe = []
-
     def error(message):
         """One line: what is wrong, what was perhaps meant, and no token."""
         for word in re.findall(r" (--\w+)", message.partition("unrecognized arguments:")[2]):
             close = difflib.get_close_matches(word, parser._option_string_actions, 1)
             message += "".join(f"; did you mean {other}?" for other in close)
-        message += f" (recipe.json of the teacher gives {' '.join(recipe)})" if recipe else ""
         fail(re.sub(r"hf_\w+", "***", message))
 
     parser.error = error
@@ -220,7 +217,7 @@ def parse_args(argv=None):
     switch("--center_crop", "crop the middle instead of a random place")
     switch("--random_flip", "mirror half of the images")
     one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
-    one("--max_prompt_chunks", count, 1, "PIECES", "of 75 tokens that are read of a caption")
+    one("--max_prompt_chunks", number(int, 1, 100), 1, "PIECES", "of 75 tokens read of a caption")
     one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
     name("--cache_dir", "FOLDER", "where downloads are kept")
 
@@ -283,12 +280,15 @@ def parse_args(argv=None):
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     recipe = read_recipe(parser.parse_known_args(argv)[0].pretrained_teacher_model)
-    args = parser.parse_args([*recipe, *argv])
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
     for flag, why in REFUSED.items():
-        if vars(args).pop(flag):
+        if vars(args).pop(flag) is not None:
             fail(f"--{flag} is not supported: {why}")
     for flag, value in vars(args).items():
-        if value == "" and flag != "negative_prompt":
+        if flag == "negative_prompt":  # any text
+            continue
+        if value == "":
             fail(f"--{flag} is empty; give a value or leave it out")
         if isinstance(value, str) and value.startswith("~"):  # where no shell has replaced it
             setattr(args, flag, os.path.expanduser(value))
@@ -298,21 +298,27 @@ def parse_args(argv=None):
 
 
 def read_recipe(teacher):
-    """The flags that recipe.json in a teacher's folder stands for; make_teacher.py writes it."""
+    """The defaults that recipe.json in a teacher's folder gives; make_teacher.py writes it."""
     file = Path(os.path.expanduser(teacher or ""), "recipe.json")
-    if not file.is_file():
-        return []
+    if not os.path.isfile(file):
+        return {}
+    limits = dict.fromkeys(("width", "height"), (1, 10**6)) | {"max_prompt_chunks": (1, 100)}
+    limits |= {"format": (1, 1), "guidance_scale": (0.0, 1e3), "guidance_rescale": (0.0, 1.0)}
     try:
-        recipe = dict(json.loads(file.read_text(encoding="utf-8")))
-        omega = [recipe["guidance_scale"] - 1] * 2 if "guidance_scale" in recipe else []
-        flags = dict(zip(("w_min", "w_max"), omega))
-        if recipe.get("width") == recipe.get("height"):
-            recipe["resolution"] = recipe.get("width")
-    except (ValueError, TypeError) as error:
-        fail(f"{file}: no recipe can be read ({error}); delete it or write it anew")
-    names = "negative_prompt guidance_rescale max_prompt_chunks resolution".split()
-    flags |= {name: recipe[name] for name in names if recipe.get(name) is not None}
-    return [f"--{name}={value}" for name, value in flags.items()]
+        recipe = {"format": None, "negative_prompt": "", **json.loads(file.read_text("utf-8"))}
+        for key in limits.keys() & recipe.keys():
+            (low, high), value = limits[key], recipe[key]
+            if type(value) not in (int, type(low)) or not low <= value <= high:
+                raise ValueError(f"{key} is {value!r:.80}, not a number from {low} to {high}")
+        (recipe["negative_prompt"] + "").encode()
+    except Exception as error:  # a list of ten thousand lists too
+        fail(f"{file}: it cannot be used ({error!r:.200}); mend or delete it")
+    defaults = dict.fromkeys(("w_min", "w_max"), recipe.get("guidance_scale", 0) - 1)
+    defaults = defaults if "guidance_scale" in recipe else {}
+    if recipe.get("width") == recipe.get("height"):
+        defaults["resolution"] = recipe.get("width")
+    names = {"negative_prompt", "guidance_rescale", "max_prompt_chunks"} & recipe.keys()
+    return defaults | {name: recipe[name] for name in names}
 
 
 def check_args(args):
@@ -332,6 +338,9 @@ def check_args(args):
         some = f"give one of {', '.join(map(str, fits))}" if fits else "give 1, 2, 4, 5 or 8 phases"
         given = f"--num_ddim_timesteps {steps or '(not given)'}, --phases {args.phases}"
         fail(f"{given}: each phase has as many timesteps; {some}")
+    for text in [args.negative_prompt, *(args.validation_prompts or [])]:
+        if re.search("[\ud800-\udfff]", text):
+            fail(f"the prompt {text!r} is not UTF-8")
     if args.w_min > args.w_max:
         fail(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}: omega is between them")
     if [args.train_data_dir, args.dataset_name, tars].count(None) != 2:
@@ -448,11 +457,11 @@ class NoiseSchedule:
     def output_per_f(self, t, s=None):
         """|d output / d f| of f(z_t, t) to timestep s at a given z_t, [B,1,1,1]; None: f is x0.
 
-        alpha_t / (alpha_s sigma_t - sigma_s alpha_t) (epsilon); 1 / the same (v)
+        alpha_t / (alpha_s sigma_t - sigma_s alpha_t) (epsilon), 1 / the same (v)
         """
         (alpha, sigma), (alpha_s, sigma_s) = self.at(t), (1, 0) if s is None else self.at(s)
-        per_v = 1 / (alpha_s * sigma - sigma_s * alpha)
-        return alpha * per_v if self.prediction_type == "epsilon" else per_v
+        per_output = alpha_s * sigma - sigma_s * alpha
+        return (alpha if self.prediction_type == "epsilon" else 1) / per_output
 
     def ddim_step(self, output, z_t, t, t_to):
         """z_t + Psi(z_t, t, t_to): one step of the DDIM ODE solver, [B,4,h,w].
@@ -666,7 +675,7 @@ class Run:
 
     accelerator; pipe, the teacher's pipeline; teacher, its UNet; student, a UNet with its weights
     and a LoRA, wrapped for many processes; target, the bare student; trained, theta; schedule;
-    timesteps of the solver, int64 [N]; c_null, conditions of the empty prompt {name: [1,...]};
+    timesteps of the solver, int64 [N]; c_null, conditions of the negative prompt {name: [1,...]};
     prompts, those of the validation prompts; optimizer, lr_scheduler, ema (or None); global_batch;
     resumed, the checkpoint it goes on from (or None); step, optimizer steps taken; hub (or None);
     record, what a resumed run must have in common, and changes, what it had not (`make_record`).
@@ -867,12 +876,15 @@ def settle_prediction(args, name, config, explicit):
     flags = {key: vars(args)[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
     flags = {key: value for key, value in flags.items() if value is not None}
     for key, value in marked.items():
-        other = flags.get(key, config.get(key) if explicit else value)
+        other = flags.get(key, config.get(key, value) if explicit else value)
         if other != value:
             where = f"--{key}" if key in flags else "the config"
             way = f"--{key}" if value is True else f"--{key} {value}"
             raise ValueError(f"{key} is {value} by its marker, {other} by {where}: give {way}")
-    return dict(config) | ({} if explicit else guessed) | marked | flags
+    said = ({} if explicit else guessed) | marked | flags
+    # Of values in this list another scheduler class takes its own default
+    unsaid = [key for key in config.get("_use_default_values", ()) if key not in said]
+    return dict(config) | said | {"_use_default_values": unsaid}
 
 
 def check_tokenizer(tokenizer, config, where):
@@ -981,17 +993,19 @@ def make_student(pipe, args, device):
 def split_prompt(text, tokenizer, chunks):
     """The first `chunks` pieces of a prompt, each what CLIP reads at once; the last may be empty.
 
-    Cut at ends of words, as UIs cut; a word longer than a piece is cut inside.
+    Cut where words start, as UIs cut; a word longer than a piece is cut inside.
     """
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [end for _, end in found["offset_mapping"]]
-    room, pieces, start, first = tokenizer.model_max_length - 2, [], 0, 0
-    while len(ends) - first > room:
-        last = first + room  # the tokens before it fit
-        cut = next((i for i in range(last, first, -1) if text[ends[i - 1]].isspace()), last)
-        pieces.append(text[start : ends[cut - 1]])
-        start, first = ends[cut - 1], cut
-    return [*pieces, text[start:], *[""] * chunks][:chunks]
+    room, pieces = tokenizer.model_max_length - 2, []
+    how = {"add_special_tokens": False, "return_offsets_mapping": True}
+    while len(pieces) < chunks and len(found := tokenizer(text, **how).offset_mapping) > room:
+        starts = [start for start, _ in found[: room + 1]]
+        cuts = sorted({*starts} - {starts[0]}, reverse=True)
+        words = [cut for cut in cuts if text[cut - 1].isspace()]
+        # The tokens of half a word are not the first ones of the whole, and may be more.
+        cut = next(c for c in words + cuts if len(tokenizer(text[:c], **how).input_ids) <= room)
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text, *[""] * chunks][:chunks]
 
 
 @torch.no_grad()
@@ -1459,7 +1473,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, records, empty, args, global_batch):
         self.records, self.empty, self.args, self.global_batch = records, empty, args, global_batch
         self.sizes, self.full, self.waiting, self.read = None, [], defaultdict(list), 0
-        if "size" in getattr(records, "column_names", ()):
+        if {"size", "unusable"} <= {*getattr(records, "column_names", ())}:
             rows = records.select_columns("size").with_format("numpy")[:]["size"].tolist()
             counts = Counter(tuple(size) for size in rows if size[0])
             usual = max(counts, key=counts.get, default=None)  # an unusable record has none
@@ -1485,7 +1499,7 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, step_and_place):
         (step, place), unusable = step_and_place, []
         position = self.position(step, place)
-        for i in range(len(self.records)):
+        for i in range(2 * len(self.records)):  # a whole epoch, wherever in one it starts
             row = self.row(position + i)
             if self.sizes and self.sizes[row] != self.sizes[self.row(position)]:
                 continue
@@ -1658,7 +1672,7 @@ def header(pipe, args, step):
     about = {"format": "pt", "lcm_lora_version": FORMAT_VERSION, "base_model": base, "step": step}
     about |= {"family": FAMILY, "rank": args.lora_rank, "alpha": args.lora_alpha}
     about |= {k: settings[k] for k in ("num_ddim_timesteps", "w_min", "w_max")}
-    phases = args.phases[-1]
+    phases = phases_at(step - 1, args)
     about |= {"phases": phases, "sampler": "lcm" if phases == 1 else "tcd"}
     about["training_args"] = json.dumps(settings, sort_keys=True)
     # What ComfyUI, A1111/Forge and kohya's tools show: the fields of ModelSpec and of kohya
@@ -1666,7 +1680,7 @@ def header(pipe, args, step):
     spec |= {"implementation": "sgm" if FAMILY == "sdxl" else "diffusers"}  # for the names
     spec |= {"title": f"LCM-LoRA of {name}", "architecture": f"{architecture}/lora"}
     spec |= {"resolution": f"{args.resolution}x{args.resolution}"}
-    _, sampler, _, guidance = sampling(args, args.phases[-1])
+    _, sampler, _, guidance = sampling(args, phases)
     spec |= {"usage_hint": f"sampler {sampler}, schedule sgm_uniform, 4 steps (1 to 8), {guidance}"}
     kohya = {"network_module": "networks.lora", "network_dim": args.lora_rank, "steps": step}
     kohya |= {"network_alpha": args.lora_alpha, "sd_model_name": name}
@@ -1939,7 +1953,7 @@ def check_record(run, args):
     with or_fail(f"--resume_from_checkpoint {run.resumed}: its flags are not known", advice):
         then = json.loads((run.resumed / RECORD_FILE).read_text())
     run.changes, free = then["changes"], [*NO_CHANGE]
-    if args.lr_scheduler.startswith("constant"):
+    if args.lr_scheduler.startswith("constant") and not args.phases[1:]:
         free.append("max_train_steps")
     if then["global_batch"] == run.global_batch and not args.streaming:
         free += PORTIONS
@@ -2201,11 +2215,11 @@ def write_card(run, args):
     about |= {} if Path(teacher).exists() else {"base_model": teacher}
     scheduler, sampler, scale, guidance = sampling(args, args.phases[-1])
     usual = {"phases": [1], "negative_prompt": "", "guidance_rescale": 0, "max_prompt_chunks": 1}
-    more = [f", {k} {vars(args)[k]}" for k, value in usual.items() if vars(args)[k] != value]
+    more = [f", {k} {vars(args)[k]!r}" for k, value in usual.items() if vars(args)[k] != value]
     grid = f"original_inference_steps={args.num_ddim_timesteps}"
-    if args.prediction_type == "v_prediction":  # which a checkpoint in one file may not tell
-        grid += ', prediction_type="v_prediction"'
-        grid += f", rescale_betas_zero_snr={args.rescale_betas_zero_snr}"
+    # Flags override configs, and a checkpoint in one file may not tell
+    grid += f', prediction_type="{args.prediction_type}"'
+    grid += f", rescale_betas_zero_snr={args.rescale_betas_zero_snr}"
     text = f"""---
 {ModelCardData(**about)}
 ---

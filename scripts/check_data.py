@@ -113,15 +113,11 @@ def read_teacher(trainer, args):
     return tokenizers, origin
 
 
-def allowed(tokenizers):
-    """The most tokens that a text encoder takes."""
-    return min((tokenizer.model_max_length for tokenizer in tokenizers), default=math.inf)
-
-
 class Reader(torch.utils.data.IterableDataset):
     """What the trainer makes of each record, in order: (name, size, captions, hash of the image).
 
-    A caption is (its length, its text). Of an unusable record it is the reason, a text.
+    A caption is (its length, its text, whether its end is cut off). Of an unusable record it is the
+    reason, a text.
     """
 
     def __init__(self, records, tokenizers, args):
@@ -132,6 +128,12 @@ class Reader(torch.utils.data.IterableDataset):
         """Tokens of a caption, or characters where there is no tokenizer."""
         lengths = (len(tokenizer(text).input_ids) for tokenizer in self.tokenizers)
         return max(lengths, default=len(text))
+
+    def is_cut(self, text):
+        """Whether the text encoders read a part of a caption only."""
+        split, chunks = load_trainer(self.args.family).split_prompt, self.args.max_prompt_chunks
+        read = [sum(map(len, split(text, tokenizer, chunks))) for tokenizer in self.tokenizers]
+        return min(read, default=len(text)) < len(text.rstrip())
 
     def __iter__(self):
         """This worker's share of the records."""
@@ -150,7 +152,7 @@ class Reader(torch.utils.data.IterableDataset):
                 yield str(error)
                 continue
             digest = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-            texts = [(self.length(text), text) for text in record["captions"]]
+            texts = [(self.length(text), text, self.is_cut(text)) for text in record["captions"]]
             yield record["name"], image.size, texts, digest
 
 
@@ -173,9 +175,9 @@ def read_all(records, tokenizers, args):
         sizes.append(size)
         counts["captions"] += len(texts)
         counts["several"] += len(texts) > 1
-        counts["empty"] += not all(text for _, text in texts)
-        counts["cut"] += sum(length > allowed(tokenizers) for length, _ in texts)
-        longest = heapq.nlargest(3, longest + [(length, name, text) for length, text in texts])
+        counts["empty"] += not all(text for _, text, _ in texts)
+        counts["cut"] += sum(cut for *_, cut in texts)
+        longest = heapq.nlargest(3, longest + [(length, name, text) for length, text, _ in texts])
         if digest in first:
             copies.append(f"{name} is {first[digest]}")
         first.setdefault(digest, name)
@@ -251,8 +253,9 @@ def report(figures, tokenizers, origin, args):
     yield f"- Captions: {counts['captions']}; images with several: {counts['several']}"
     yield f"- Images with an empty caption or none: {counts['empty']}"
     if tokenizers:
-        most = allowed(tokenizers)
-        yield f"- Captions of more than {most} tokens, which are truncated: {counts['cut']}"
+        most = min(tokenizer.model_max_length for tokenizer in tokenizers)
+        times = f"{args.max_prompt_chunks} times " if args.max_prompt_chunks > 1 else ""
+        yield f"- Captions of more than {times}{most} tokens, which are truncated: {counts['cut']}"
     yield f"- The longest, in {'tokens, with start and end' if tokenizers else 'characters'}:"
     for length, name, text in longest:
         yield f'    - {length}, {name}: "{textwrap.shorten(text, 200)}"'

@@ -61,10 +61,12 @@ def compare(args):
     if not (args.scheduler or args.steps):
         fits = [name not in infer.DISTILLED or steps <= original_steps for name, steps in plan]
         plan = list(itertools.compress(plan, fits))
-    infer.check_plan(args, plan, jobs, original_steps)
+    infer.check_plan(args, plan, jobs, original_steps, settings["keeps_guidance"])
     if args.compare_guidance is None:
-        omegas = [infer.header(path, metadata, key, 6.5) for key in ("w_min", "w_max")]
-        args.compare_guidance = 1 + sum(omegas) / 2
+        usual = settings["recipe_guidance"] - 1
+        omegas = [infer.header(path, metadata, key, usual) for key in ("w_min", "w_max")]
+        kept = settings["keeps_guidance"]
+        args.compare_guidance = args.guidance_scale if kept else 1 + sum(omegas) / 2
     mark = infer.fingerprint(settings, jobs, plan, args.compare_guidance)
     if infer.is_there(args.output, mark, args) and not args.fused_output:
         print(f"{args.output} is there already (--overwrite generates it again)")

@@ -98,6 +98,8 @@ def check_args(trainer, args):
     """Refuse what does not go together."""
     if args.streaming:
         trainer.fail("--streaming: its records have no number; give --no-streaming or leave it out")
+    if args.aspect_ratio_buckets is not None and "latents" not in args.encode:
+        trainer.fail("--aspect_ratio_buckets: without latents no image is cropped; leave it out")
     if "latents" in args.encode and not args.center_crop:
         trainer.fail("give --center_crop: of an encoded image only one crop is kept")
     for flag in "train_data_dir", "dataset_name":
@@ -145,6 +147,7 @@ def find_buckets(trainer, args, factor):
         return None
     advice = f"give sizes in pixels, multiples of {factor}, such as {side},{side};{2 * side},{side}"
     with or_end(trainer, f"--aspect_ratio_buckets {text!r}", advice):
+        trainer.warnings.filterwarnings("ignore", "Bucket dimension")  # the line below says it
         parse = trainer.diffusers.training_utils.parse_buckets_string
         sizes = parse(text) if text else make_buckets(side, factor)
         if wrong := [size for size in sizes if size[0] % factor or size[1] % factor]:
@@ -220,7 +223,7 @@ def make_stamp(trainer, args, records):
 def open_output(trainer, args, stamp, accelerator, lock):
     """Lock the folder and stamp it; refuse one that was made from something else."""
     folder, path = args.output, args.output / trainer.STAMP
-    stamp |= {"buckets": [list(size) for size in args.buckets]} if args.buckets else {}
+    stamp["buckets"] = args.buckets and [list(size) for size in args.buckets]
     with or_end(trainer, f"--output {folder}: in use or not writable", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:

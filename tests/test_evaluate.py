@@ -1,6 +1,7 @@
 """scripts/evaluate.py: its mathematics on constructed numbers, and its check of the LoRA."""
 
-import evaluate
+import evaluate_demo
+import metrics
 import pytest
 import torch
 from conftest import LORA
@@ -16,12 +17,12 @@ def normal(*shape, seed=0):
 
 def test_kid_is_torchmetrics_mmd():
     x, y = normal(60, 12), normal(60, 12, seed=1) * 1.5 + 0.3
-    torch.testing.assert_close(evaluate.kid(x, y), poly_mmd(x, y))
+    torch.testing.assert_close(metrics.kid(x, y), poly_mmd(x, y))
 
 
 def test_kid_of_unequal_sizes_is_unbiased():
     values = [
-        evaluate.kid(normal(10, 4, seed=i), normal(40, 4, seed=10_000 + i)) for i in range(800)
+        metrics.kid(normal(10, 4, seed=i), normal(40, 4, seed=10_000 + i)) for i in range(800)
     ]
     values = torch.stack(values)
     assert abs(values.mean()) < 4 * values.std() / len(values) ** 0.5
@@ -34,7 +35,7 @@ def test_paired_kid_is_the_sum_over_distinct_prompts():
     def k(a, b):
         return (a @ b / 3 + 1) ** 3
 
-    for row, got in zip(w, evaluate.paired_kid(x, y, w)):
+    for row, got in zip(w, metrics.paired_kid(x, y, w)):
         total = weight = 0
         for i in range(7):
             for j in range(7):
@@ -50,18 +51,18 @@ def test_paired_kid_has_no_bias_where_pairs_are_alike():
     for i in range(600):
         shared = normal(20, 4, seed=i)
         x, y = (shared + 0.5 * normal(20, 4, seed=10_000 * k + i) for k in (1, 2))
-        paired.append(evaluate.paired_kid(x, y, one)[0])
-        classic.append(evaluate.kid(x, y))
+        paired.append(metrics.paired_kid(x, y, one)[0])
+        classic.append(metrics.kid(x, y))
     paired, classic = torch.stack(paired), torch.stack(classic)
     assert abs(paired.mean()) < 4 * paired.std() / len(paired) ** 0.5
     assert classic.mean() < -4 * classic.std() / len(classic) ** 0.5
 
 
 def test_resampling():
-    w = evaluate.resampling(50, 400, seed=3)
+    w = metrics.resampling(50, 400, seed=3)
     assert w.shape == (401, 50) and (w[0] == 1).all() and (w.sum(1) == 50).all()
-    assert torch.equal(w, evaluate.resampling(50, 400, seed=3))
-    assert not torch.equal(w, evaluate.resampling(50, 400, seed=4))
+    assert torch.equal(w, metrics.resampling(50, 400, seed=3))
+    assert not torch.equal(w, metrics.resampling(50, 400, seed=4))
 
 
 def test_interval_of_kid_covers_the_truth():
@@ -72,20 +73,20 @@ def test_interval_of_kid_covers_the_truth():
     inside = 0
     for i in range(40):
         x, y = normal(200, 1, seed=i), normal(200, 1, seed=1000 + i) + 1
-        e = evaluate.estimate(evaluate.paired_kid(x, y, evaluate.resampling(200, 200, seed=i)))
+        e = metrics.estimate(metrics.paired_kid(x, y, metrics.resampling(200, 200, seed=i)))
         assert e["low"] < e["value"] < e["high"]
         inside += e["low"] <= truth <= e["high"]
     assert inside >= 33
 
 
 def test_ratio_says_nothing_about_a_denominator_near_zero():
-    w = evaluate.resampling(100, 200, seed=0)
+    w = metrics.resampling(100, 200, seed=0)
     a, b = w @ normal(100, seed=1).abs() / 100, w @ normal(100, seed=2) / 100
-    assert evaluate.ratio(a, b) is None
-    assert evaluate.ratio(a, a) == {"value": 1, "low": 1, "high": 1}
+    assert metrics.ratio(a, b) is None
+    assert metrics.ratio(a, a) == {"value": 1, "low": 1, "high": 1}
     assert (
-        evaluate.show(None) == "not meaningful"
-        and evaluate.show(evaluate.ratio(a, a)) == "1.00 [1.00, 1.00]"
+        metrics.show(None) == "not meaningful"
+        and metrics.show(metrics.ratio(a, a)) == "1.00 [1.00, 1.00]"
     )
 
 
@@ -99,13 +100,13 @@ def test_frechet_distance_of_gaussians_that_are_known():
     rotation = torch.linalg.qr(normal(d, d, seed=4)).Q
     mean = torch.arange(5).double()
     truth = mean.square().sum() + (s - t).square().sum()
-    torch.testing.assert_close(evaluate.frechet(z * s @ rotation, z * t @ rotation + mean), truth)
+    torch.testing.assert_close(metrics.frechet(z * s @ rotation, z * t @ rotation + mean), truth)
 
 
 def test_f_theta_is_the_identity_at_zero_and_x0_far_from_it():
     z, x0 = normal(2, 4, 3, 3), normal(2, 4, 3, 3, seed=1)
-    torch.testing.assert_close(evaluate.f_theta(z, x0, 0), z)
-    torch.testing.assert_close(evaluate.f_theta(z, x0, 999), x0, atol=1e-3, rtol=0)
+    torch.testing.assert_close(evaluate_demo.f_theta(z, x0, 0), z)
+    torch.testing.assert_close(evaluate_demo.f_theta(z, x0, 999), x0, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -118,21 +119,23 @@ def test_f_theta_is_what_lcm_scheduler_denoises_to(prediction_type):
     x0 = (
         (z - sigma * output) / alpha if prediction_type == "epsilon" else alpha * z - sigma * output
     )
-    torch.testing.assert_close(evaluate.f_theta(z, x0, t), scheduler.step(output, t, z).denoised)
+    torch.testing.assert_close(
+        evaluate_demo.f_theta(z, x0, t), scheduler.step(output, t, z).denoised
+    )
 
 
 def test_squared_distance_is_a_mean_over_the_latent():
     a, b = torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)
     b[1] = 3
-    assert evaluate.squared_distance(a, b).tolist() == [0, 9]
+    assert metrics.squared_distance(a, b).tolist() == [0, 9]
 
 
 def test_recognition():
     angle = torch.tensor([0, 10, 20, 30, 40, 50, 60, 70]).double().deg2rad()
     gallery = torch.stack([angle.cos(), angle.sin()], 1)
     generated = gallery[[0, 0, 0]] * 5  # cosine: the length must not matter
-    assert evaluate.recognised(generated, gallery, [0, 4, 5]).tolist() == [1, 1, 0]
-    assert evaluate.recognised(generated, gallery, [0, 1, 2], k=1).tolist() == [1, 0, 0]
+    assert metrics.recognised(generated, gallery, [0, 4, 5]).tolist() == [1, 1, 0]
+    assert metrics.recognised(generated, gallery, [0, 1, 2], k=1).tolist() == [1, 0, 0]
 
 
 def test_identical_images_of_other_captions_do_not_hide_the_own_one():
@@ -140,14 +143,14 @@ def test_identical_images_of_other_captions_do_not_hide_the_own_one():
     gallery = torch.stack([angle.cos(), angle.sin()], 1)
     gallery[:8] *= 1 + 1e-9 * normal(8, 1)
     generated = torch.tensor([[1.0, 0]]).double()
-    assert all(evaluate.recognised(generated, gallery, [own]).item() == 1 for own in range(8))
-    assert evaluate.recognised(generated, gallery, [8]).item() == 0
+    assert all(metrics.recognised(generated, gallery, [own]).item() == 1 for own in range(8))
+    assert metrics.recognised(generated, gallery, [8]).item() == 0
 
 
 def test_arguments(tmp_path, capsys):
     def refused(*argv):
         with pytest.raises(SystemExit) as error:
-            evaluate.parse_args([*argv])
+            evaluate_demo.parse_args([*argv])
         assert error.value.code == 2
         return capsys.readouterr().err
 
@@ -157,9 +160,10 @@ def test_arguments(tmp_path, capsys):
     assert "no train.parquet" in refused("teacher", "--output_dir", "x", "--data", str(tmp_path))
     assert "2 or more" in refused("teacher", "--output_dir", "x", "--num_prompts", "1")
     assert "begin with train" in refused("teacher", "--output_dir", "x", "--gallery", "twemoji")
-    (tmp_path / evaluate.LORA_FILE).touch()
+    (tmp_path / evaluate_demo.LORA_FILE).touch()
     assert (
-        evaluate.parse_args(["lora", "--lora", str(tmp_path)]).lora == tmp_path / evaluate.LORA_FILE
+        evaluate_demo.parse_args(["lora", "--lora", str(tmp_path)]).lora
+        == tmp_path / evaluate_demo.LORA_FILE
     )
 
 
@@ -169,8 +173,8 @@ def test_every_layer_of_the_lora_is_checked(request, tmp_path, layout):
     trainer = request.getfixturevalue(layout)
     teacher = request.getfixturevalue("teacher" if layout == "sd15" else "xl_teacher")
     train(trainer, teacher, tmp_path)
-    evaluate.load_lora(open_pipe(teacher), tmp_path / LORA)
+    evaluate_demo.load_lora(open_pipe(teacher), tmp_path / LORA)
     pipe = open_pipe(teacher)
     pipe.load_lora_weights = lambda *given, **more: None
     with pytest.raises(SystemExit, match="--lora .*: 0 of .* layers loaded, 0 in the UNet"):
-        evaluate.load_lora(pipe, tmp_path / LORA)
+        evaluate_demo.load_lora(pipe, tmp_path / LORA)

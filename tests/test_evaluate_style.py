@@ -1,7 +1,8 @@
 """scripts/demo/evaluate_style.py: its KID against sums written out, and the adapters in use."""
 
-import evaluate
+import evaluate_demo
 import evaluate_style as style
+import metrics
 import pytest
 import torch
 import train_style_lora
@@ -32,7 +33,7 @@ def test_kid_is_the_weighted_sum_over_distinct_images():
             if i != j
         ]
 
-    for a, b, got in zip(w, v, style.kid_to(x, y, w, v)):
+    for a, b, got in zip(w, v, metrics.kid_to(x, y, w, v)):
         across = [(a[i] * b[j], x[i], y[j]) for i in range(5) for j in range(6)]
         torch.testing.assert_close(got, mean(within(x, a)) + mean(within(y, b)) - 2 * mean(across))
 
@@ -40,7 +41,7 @@ def test_kid_is_the_weighted_sum_over_distinct_images():
 def test_kid_of_one_resample_is_evaluates():
     x, y = normal(20, 4), normal(30, 4, seed=1)
     ones = torch.ones(1, 20, dtype=torch.float64), torch.ones(1, 30, dtype=torch.float64)
-    torch.testing.assert_close(style.kid_to(x, y, *ones)[0], evaluate.kid(x, y))
+    torch.testing.assert_close(metrics.kid_to(x, y, *ones)[0], metrics.kid(x, y))
 
 
 def test_style_lora_trains_and_adapters_are_plugged(tmp_path, umask):
@@ -146,7 +147,7 @@ def test_the_figure_alone(tmp_path, monkeypatch):
     columns, grid, asked, generate = [], style.grid, [], style.generate
     monkeypatch.setattr(style, "grid", lambda *given: columns.extend(given[0]) or grid(*given))
     monkeypatch.setattr(style, "generate", lambda *a: asked.append(a[1:4]) or generate(*a))
-    monkeypatch.setattr(evaluate, "Features", Features)
+    monkeypatch.setattr(evaluate_demo, "EfficientNetFeatures", Features)
     monkeypatch.setattr(style, "FIGURE_PROMPTS", 2)
     monkeypatch.setattr(style, "FIGURE_STEPS", 3)
     words = [word for name, path in folders.items() for word in (f"--{name}", str(path))]

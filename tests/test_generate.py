@@ -577,9 +577,13 @@ def test_first_call_is_not_timed(monkeypatch, tmp_path, capsys):
         jobs = [infer.Job("a", None, 0, 64, width) for width in sizes]
         return infer.generate(pipe, args, {}, jobs, 1, 1, set(seen))[1:]
 
-    pipe = type(
-        "Pipe", (), {"scheduler": None, "__call__": lambda self, prompts, **kwargs: Result(prompts)}
-    )()
+    parts = {
+        "scheduler": None,
+        "device": "cpu",
+        "encode_prompt": lambda self, prompts, **kwargs: [torch.zeros(len(prompts), 2, 1)],
+        "__call__": lambda self, prompt_embeds, **kwargs: Result(prompt_embeds),
+    }
+    pipe = type("Pipe", (), parts)()
     Result = type(
         "Result", (), {"__init__": lambda self, prompts: setattr(self, "images", prompts)}
     )
@@ -1189,9 +1193,12 @@ def test_mask_follows_its_image(kit):
     """A mask of another size is that of the whole image, and cropped with it."""
 
     class Pipe:
-        scheduler = None
+        scheduler, device = None, "cpu"
 
-        def __call__(self, prompts, **kwargs):
+        def encode_prompt(self, prompts, **kwargs):
+            return [torch.zeros(len(prompts), 2, 1)]
+
+        def __call__(self, **kwargs):
             self.given = kwargs
             return type("Result", (), {"images": kwargs["image"]})
 

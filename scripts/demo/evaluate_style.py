@@ -25,27 +25,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 from PIL import Image
 from safetensors import safe_open
-from torchmetrics.image.kid import poly_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 from compare import grid
-from evaluate import (
-    LORA_FILE,
-    ROOT,
-    TEACHER_STEPS,
-    Studio,
-    estimate,
-    frechet,
-    load_lora,
-    provenance,
-    quiet_libraries,
-    read_data,
-    resampling,
-    show,
-    stage,
-    table,
-)
+from evaluate_demo import LORA_FILE, TEACHER_STEPS, DemoStudio, load_lora
 from help_formatter import HelpFormatter
+from metrics import estimate, frechet, kid_to, resampling, show, table
+from studio import ROOT, provenance, quiet_libraries, read_data, stage
 
 BEST_STEPS = (4, 8)  # with the best guidance, which is found in 8
 DPM, BEST, LCM = "DPM-Solver++", "DPM-Solver++ (best guidance)", "LCM-LoRA"
@@ -89,25 +75,6 @@ def parse_args(argv=None):
     if 4 not in args.steps:
         parser.error("--steps: 4 must be among them, where the methods are judged")
     return args
-
-
-def kid_to(x, y, weights_x, weights_y):
-    """KID of images x [n,D] to y [m,D] for each row of resampling weights [R,n], [R,m]; [R].
-
-    KID(w, v) = sum_{i!=j} w_i w_j k(x_i,x_j) / sum_{i!=j} w_i w_j, the same of y and v, and
-                - 2 sum_ij w_i v_j k(x_i,y_j) / sum_ij w_i v_j
-    Copies of one image in a resample are not paired with each other: they would count as perfect
-    matches.
-    """
-
-    def within(f, w):
-        """The weighted mean kernel of distinct members of a set."""
-        kernel = poly_kernel(f, f).fill_diagonal_(0)
-        return ((w @ kernel) * w).sum(1) / (w.sum(1).square() - w.square().sum(1))
-
-    cross = ((weights_x @ poly_kernel(x, y)) * weights_y).sum(1)
-    cross = cross / (weights_x.sum(1) * weights_y.sum(1))
-    return within(x, weights_x) + within(y, weights_y) - 2 * cross
 
 
 def plug(unet, adapters):
@@ -192,7 +159,7 @@ def load_style(pipe, path):
 def open_subject(args, name, captions):
     """A studio with the LoRAs loaded, and {method: adapters to switch on}."""
     styled = name == STYLE
-    studio = Studio(args, args.model if styled else args.fine_tune, captions)
+    studio = DemoStudio(args, args.model if styled else args.fine_tune, captions)
     load_lora(studio.pipe, args.lora / LORA_FILE)
     if styled:
         load_style(studio.pipe, args.style_lora / LORA_FILE)

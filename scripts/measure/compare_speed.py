@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Steps per second of our trainer, with encoded data and without, and of another one, side by side.
+"""Steps per second of our trainer, on images, encoded data or trajectories, and of another one.
 
     python scripts/measure/compare_speed.py --family sd15 --lora_rank 8    # on the demo's data
+    python scripts/measure/compare_speed.py --trajectories                 # over encoded data
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py \\
         --teacher SDXL --dataset_name IMAGES --resolution 1024 --batch 1 4 12 \\
@@ -9,12 +10,13 @@
 
 The reference is a script with Hugging Face's flags. Each program is run as it is, on the same
 teacher, images, batch and rank, and its steps are read from its progress bar.
-scripts/encode_data.py encodes the images once. A round lets the reference, ours, and ours with
-encoded data run in turn for some seconds each, so that a machine whose speed changes from minute to
-minute changes it for all of them: between their turns they are stopped (SIGSTOP), or on a GPU,
-whose memory is for one at a time, ended. The gains of a round are over the first program. Peak GPU
-memory is the most that the driver reports while one runs. Exit code 0 if the median gains of the
-best batch are at least --least.
+scripts/encode_data.py encodes the images once; with --trajectories scripts/generate_data.py makes
+the teacher's paths of their captions. A round lets the programs run in turn for some seconds each,
+so that a machine whose speed changes from minute to minute changes it for all of them: between
+their turns they are stopped (SIGSTOP), or on a GPU, whose memory is for one at a time, ended. The
+gains of a round are over the first program: the reference, else with --trajectories ours on encoded
+data, else ours on images. Peak GPU memory is the most that the driver reports while one runs. Exit
+code 0 if the median gains of the best batch are at least --least.
 """
 
 import argparse
@@ -36,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 from help_formatter import HelpFormatter
 
 ROOT = Path(__file__).resolve().parents[2]
+PATHS = ["--num_ddim_timesteps", "10"]  # trajectories of so many steps
 TOTAL = 9999999  # steps that no run reaches; the progress bar is known by it
 
 
@@ -51,23 +54,27 @@ def parse_args(argv=None):
     add("--family", choices=["sd15", "sdxl"], default="sdxl", help="our trainer")
     add("--teacher", help="a model of its layout (default: the demo's)")
     add("--dataset_name", default=ROOT / "demo/data", help="images and captions")
-    add("--resolution", type=int, metavar="PIXELS", default=64, help="side of the images")
+    add("--resolution", type=int, metavar="PIXELS", default=128, help="side of the images")
     add("--batch", **count, nargs="+", default=[16], help="images in a batch")
     add("--lora_rank", **count, default=64, help="rank of the LoRA")
     precisions = ["no", "fp16", "bf16"]
     add("--mixed_precision", choices=precisions, default="no", help="precision of the base")
     add("--gradient_checkpointing", action="store_true", help="of all programs")
     add("--torch_compile", action="store_true", help="of ours")
+    add("--trajectories", action="store_true", help="ours on the teacher's paths too: 3 passes, 2")
     add("--rounds", **count, default=12, help="turns of each program")
     turn = "length of a turn, which has three steps at least"
     add("--seconds", type=float, metavar="S", default=5, help=turn)
-    least = "gains to reach (default: 1.25 1.6 beside a reference, else 1.3)"
+    least = "gains to reach (default: 1.25 1.6 beside a reference, else 1.3; trajectories 1.5 2.2)"
     add("--least", type=float, metavar="GAIN", nargs="+", help=least)
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
-    args.least = args.least or ([1.25, 1.6] if args.reference else [1.3])
-    if len(args.least) != 1 + bool(args.reference):
-        parser.error("--least: give a number for each gain, two beside a --reference, else one")
+    gains = [1.25, 1.6] if args.reference else [] if args.trajectories else [1.3]
+    gains += [2.0, 2.0] if args.reference and args.trajectories else []
+    gains += [1.5, 2.2] if args.trajectories and not args.reference else []
+    args.least = args.least or gains
+    if len(args.least) != len(gains):
+        parser.error(f"--least: give a number for each gain, here {len(gains)}")
     if args.reference and not args.reference.is_file():
         parser.error(f"--reference {args.reference}: no such file; give a trainer")
     return args
@@ -141,37 +148,41 @@ def data_flags(data, batch, args):
     return words + ["--mixed_precision", args.mixed_precision]
 
 
-def encode(args, folder):
-    """Let scripts/encode_data.py encode the data of all batches; the folder of encoded data."""
+def make_data(args, program, *more):
+    """Let a program of scripts/ make the data of all batches from the images or their captions."""
     words = data_flags(args.dataset_name, max(args.batch), args)
-    command = [sys.executable, ROOT / "scripts" / "encode_data.py", "--family", args.family]
-    command = [*map(str, [*command, *words, "--output", folder])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "scripts" / program, "--family", args.family, *words, *more]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    return folder
 
 
-def programs(batch, args, encoded, folder):
+def programs(batch, args, folder):
     """{name: command} of the programs to compare."""
     words = ["--train_batch_size", batch, "--lora_rank", args.lora_rank]
     words += ["--max_train_steps", TOTAL, "--validation_steps", TOTAL]
     words += ["--checkpointing_steps", TOTAL, "--report_to", "tensorboard"]
     words += ["--gradient_checkpointing"] * args.gradient_checkpointing
-    plain, encoded = (data_flags(data, batch, args) for data in (args.dataset_name, encoded))
+    sources = args.dataset_name, folder / "encoded", folder / "paths"
+    plain, encoded, paths = (data_flags(data, batch, args) for data in sources)
     found = {"reference": [args.reference, *plain, *words]} if args.reference else {}
     ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words]
     ours += ["--torch_compile"] * args.torch_compile
-    found |= {"ours": [*ours, *plain], "ours, encoded": [*ours, *encoded]}
+    if args.reference or not args.trajectories:
+        found["ours"] = [*ours, *plain]
+    found["ours, encoded"] = [*ours, *encoded]
+    if args.trajectories:
+        ours += [*paths, *PATHS]
+        found |= {"3 passes": ours, "2 passes": [*ours, "--target", "trajectory"]}
     return {
         name: [sys.executable, *map(str, [*program, "--output_dir", folder / f"{batch} {name}"])]
         for name, program in found.items()
     }
 
 
-def compare(batch, args, encoded, folder):
+def compare(batch, args, folder):
     """The rounds of one batch size, printed; the median gains over the first program."""
-    commands = programs(batch, args, encoded, folder)
+    commands = programs(batch, args, folder)
     first, *others = commands
     heads = ["batch", *(f"{name}, s a step" for name in commands)]
     heads += [*(f"gain: {name}" for name in others), "GPU GiB"]
@@ -206,8 +217,11 @@ def main(argv=None):
     machine, threads = platform.processor() or platform.machine(), os.environ.get("OMP_NUM_THREADS")
     print(f"{machine}, {os.cpu_count()} cores, {threads or 'all'} threads, {args.teacher}")
     with tempfile.TemporaryDirectory() as folder:
-        encoded = encode(args, Path(folder, "encoded"))
-        medians = [compare(batch, args, encoded, Path(folder)) for batch in args.batch]
+        make_data(args, "encode_data.py", "--output", Path(folder, "encoded"))
+        if args.trajectories:
+            more = ["--trajectories", "--no-contact_sheet", "--num_images", max(64, *args.batch)]
+            make_data(args, "generate_data.py", *more, *PATHS, "--output", Path(folder, "paths"))
+        medians = [compare(batch, args, Path(folder)) for batch in args.batch]
     best = [max(gains) for gains in zip(*medians, strict=True)]
     return 0 if all(gain >= least for gain, least in zip(best, args.least, strict=True)) else 1
 

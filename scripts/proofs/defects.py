@@ -102,7 +102,7 @@ DEFECTS = (
      {"width, top, left, h, w])": "width, 0, 0, h, w])"}),
     (15, "an endless search where no record is good", SD15,
      "tests/test_defects.py::test_defect_15_no_good_record_is_an_error",
-     {"for i in range(len(self.records)):": "for i in itertools.count():"}),
+     {"for i in range(2 * len(self.records)):": "for i in itertools.count():"}),
     (15, "an endless search in a stream where no record is good", SD15,
      "tests/test_defects.py::test_defect_15_no_good_record_is_an_error",
      {"if len(waiting) >= position - first:": "if False:"}),
