@@ -149,30 +149,17 @@ def read_captions(trainer, args):
     return captions, unusable
 
 
-def read_size(trainer, args):
-    """The size (height, width) that recipe.json of the teacher names, or None."""
-    file = Path(args.pretrained_teacher_model, "recipe.json")
-    recipe = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    size = recipe.get("height"), recipe.get("width")
-    if size == (None, None):
-        return None
-    for key, side in zip(("height", "width"), size, strict=True):
-        if type(side) is not int or side < 1:
-            trainer.fail(f"{file}: {key} is {side!r}; give height and width in pixels")
-    return size
-
-
 def find_sizes(trainer, args, resolution):
     """The sizes (height, width) of the images; `resolution` is what flag or recipe say."""
-    factor, square = args.factor, (args.resolution, args.resolution)
     if args.aspect_ratio_buckets is not None:
-        return encode_data.find_buckets(trainer, args, factor)
-    size = (not resolution and read_size(trainer, args)) or square
-    if size[0] % factor or size[1] % factor:
-        file = Path(args.pretrained_teacher_model, "recipe.json")
-        what = f"{file}: height {size[0]} and width {size[1]}"
-        trainer.fail(f"{what}: give multiples of the VAE's factor, {factor}")
-    return [size]
+        return encode_data.find_buckets(trainer, args, args.factor)
+    file = Path(args.pretrained_teacher_model, "recipe.json")
+    recipe = json.loads(file.read_text("utf-8")) if file.is_file() and not resolution else {}
+    height, width = (recipe.get(side, args.resolution) for side in ("height", "width"))
+    if height % args.factor or width % args.factor:
+        what = f"{file}: height {height} and width {width}"
+        trainer.fail(f"{what}: give multiples of the VAE's factor, {args.factor}")
+    return [(height, width)]
 
 
 def solver_times(trainer, args, total):

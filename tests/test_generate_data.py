@@ -360,8 +360,8 @@ def test_the_size_of_a_recipe(generate, train, base, tmp_path):
     assert stamp["buckets"] == [[40, 24]] and stamp["resolution"] == 32
     assert len(log(train(**flags, dataset_name=folder))) == 4
     assert "size" not in datasets.load_from_disk(generate(**flags | {"resolution": 16})).features
-    (teacher / "recipe.json").write_text("[]")
-    assert "size" not in datasets.load_from_disk(generate(**flags, num_images=1)).features
+    (teacher / "recipe.json").write_text('{"format": 1, "width": 24}')
+    assert datasets.load_from_disk(generate(**flags, num_images=1))["size"][0] == [8, 6]
     for wrong in 24.5, "24", 0, None, 22:
         (teacher / "recipe.json").write_text(json.dumps(recipe | {"width": wrong}))
         with refused("recipe.json", "width"):
