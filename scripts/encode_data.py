@@ -183,14 +183,16 @@ def load_encoders(trainer, args, accelerator):
         trainer.fail(f"{what}: give a multiple of the VAE's factor, {factor}")
     args.buckets = find_buckets(trainer, args, factor)
     pipe.unet = None
-    place_networks(trainer, pipe, accelerator.device)
+    place_networks(trainer, pipe, args, accelerator.device)
     return pipe
 
 
-def place_networks(trainer, pipe, device):
+def place_networks(trainer, pipe, args, device):
     """Put those that have weights on the device, as the trainers do."""
-    for _, part in trainer.networks(pipe):
+    for name, part in trainer.networks(pipe):
         part.requires_grad_(False).eval().to(memory_format=trainer.torch.channels_last)
+        if name == "unet" and args.quantize_base:
+            trainer.quantize_linears(part)
         if not next(part.parameters()).is_meta:
             part.to(device)
 

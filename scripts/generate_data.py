@@ -149,30 +149,17 @@ def read_captions(trainer, args):
     return captions, unusable
 
 
-def read_size(trainer, args):
-    """The size (height, width) that recipe.json of the teacher names, or None."""
-    file = Path(args.pretrained_teacher_model, "recipe.json")
-    recipe = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    size = recipe.get("height"), recipe.get("width")
-    if size == (None, None):
-        return None
-    for key, side in zip(("height", "width"), size, strict=True):
-        if type(side) is not int or side < 1:
-            trainer.fail(f"{file}: {key} is {side!r}; give height and width in pixels")
-    return size
-
-
 def find_sizes(trainer, args, resolution):
     """The sizes (height, width) of the images; `resolution` is what flag or recipe say."""
-    factor, square = args.factor, (args.resolution, args.resolution)
     if args.aspect_ratio_buckets is not None:
-        return encode_data.find_buckets(trainer, args, factor)
-    size = (not resolution and read_size(trainer, args)) or square
-    if size[0] % factor or size[1] % factor:
-        file = Path(args.pretrained_teacher_model, "recipe.json")
-        what = f"{file}: height {size[0]} and width {size[1]}"
-        trainer.fail(f"{what}: give multiples of the VAE's factor, {factor}")
-    return [size]
+        return encode_data.find_buckets(trainer, args, args.factor)
+    file = Path(args.pretrained_teacher_model, "recipe.json")
+    recipe = json.loads(file.read_text("utf-8")) if file.is_file() and not resolution else {}
+    height, width = (recipe.get(side, args.resolution) for side in ("height", "width"))
+    if height % args.factor or width % args.factor:
+        what = f"{file}: height {height} and width {width}"
+        trainer.fail(f"{what}: give multiples of the VAE's factor, {args.factor}")
+    return [(height, width)]
 
 
 def solver_times(trainer, args, total):
@@ -213,10 +200,8 @@ def load(trainer, args, accelerator):
     run.times = solver_times(trainer, args, len(run.schedule.alpha))
     betas = {name: pipe.scheduler.config[name] for name in BETAS}
     run.solver = trainer.diffusers.DPMSolverMultistepScheduler(**betas, final_sigmas_type="zero")
-    if args.quantize_base:
-        trainer.quantize_linears(pipe.unet)
     run.vae = open_tiny_vae(trainer, args, pipe) if args.tiny_vae else pipe.vae
-    encode_data.place_networks(trainer, pipe, device)
+    encode_data.place_networks(trainer, pipe, args, device)
     run.teacher = pipe.unet
     null = {"caption": [args.negative_prompt]}
     run.c_null = trainer.conditions(pipe, null, device, args.max_prompt_chunks)
@@ -233,6 +218,18 @@ def open_tiny_vae(trainer, args, pipe):
     if (has := vae.config.latent_channels) != (needed := pipe.unet.config.in_channels):
         trainer.fail(f"{what}: for latents of {has} channels; the teacher's have {needed}")
     return vae
+
+
+def warn_of_cut(trainer, run, prompts, args):
+    """Say how many prompts are longer than what is read of them."""
+    tokenizer, chunks = run.pipe.tokenizer, args.max_prompt_chunks
+    cut = [
+        text for text in prompts if "".join(trainer.split_prompt(text, tokenizer, chunks)) != text
+    ]
+    if cut:
+        room = chunks * (tokenizer.model_max_length - 2)
+        what = f"warning: {len(cut)} prompts are longer than {room} tokens and cut"
+        print(f"{what} (--max_prompt_chunks), the first: {cut[0]:.60}", file=sys.stderr)
 
 
 def make_stamp(trainer, args, prompts):
@@ -357,6 +354,7 @@ def generate(trainer, args, lock):
     encode_data.open_output(trainer, args, make_stamp(trainer, args, prompts), accelerator, lock)
     if accelerator.is_main_process:
         encode_data.write_prompts(trainer, run.pipe, args)
+        warn_of_cut(trainer, run, prompts, args)
     accelerator.wait_for_everyone()
     channels, side = run.teacher.config.in_channels, args.resolution // args.factor
     dtype = trainer.torch.float16 if args.mixed_precision == "fp16" else trainer.torch.float32

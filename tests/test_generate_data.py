@@ -360,6 +360,8 @@ def test_the_size_of_a_recipe(generate, train, base, tmp_path):
     assert stamp["buckets"] == [[40, 24]] and stamp["resolution"] == 32
     assert len(log(train(**flags, dataset_name=folder))) == 4
     assert "size" not in datasets.load_from_disk(generate(**flags | {"resolution": 16})).features
+    (teacher / "recipe.json").write_text('{"format": 1, "width": 24}')
+    assert datasets.load_from_disk(generate(**flags, num_images=1))["size"][0] == [8, 6]
     for wrong in 24.5, "24", 0, None, 22:
         (teacher / "recipe.json").write_text(json.dumps(recipe | {"width": wrong}))
         with refused("recipe.json", "width"):
@@ -399,6 +401,18 @@ def test_files_of_prompts(program, sd15, tmp_path, capsys):
     for args.prompts_file in tmp_path, tmp_path / "none.txt":
         with refused(f"--prompts_file {args.prompts_file}"):
             program.read_prompts(sd15, args)
+
+
+@pytest.mark.parametrize("layout", ["sd15"])
+def test_long_prompts(generate, tmp_path, capsys):
+    """They are read in chunks; those that are longer still are counted and named."""
+    (tmp_path / "prompts.txt").write_text("abcde fghij klmno pqrst\nshort\n")
+    flags = {"prompts_file": tmp_path / "prompts.txt", "num_images": 2, "solver_steps": 1}
+    warning = "warning: 1 prompts are longer than 14 tokens and cut"
+    for chunks, said in (1, True), (2, False):
+        data = datasets.load_from_disk(generate(**flags, max_prompt_chunks=chunks))
+        assert np.shape(data[0]["prompt"]) == (1, 16 * chunks, 32)
+        assert (warning in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("layout", ["sd15"])
@@ -597,11 +611,11 @@ def test_a_full_disk(generate):
 class Generations:
     """Runs of the program, by a forking driver."""
 
-    def __init__(self, tmp_path, teacher, prompts):
+    def __init__(self, tmp_path, teacher, prompts, count):
         driver = tmp_path / "driver.py"
         driver.write_text(DRIVER)
         flags = {"family": "sd15", "pretrained_teacher_model": teacher, "prompts_file": prompts}
-        flags |= {"resolution": 16, "num_images": 40, "batch_size": 1, "solver_steps": 2}
+        flags |= {"resolution": 16, "num_images": count, "batch_size": 1, "solver_steps": 2}
         command = [sys.executable, driver, ROOT / "scripts", *command_line(flags)]
         self.said = open(tmp_path / "stderr", "w+")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
@@ -629,11 +643,12 @@ def test_kills(teacher, prompts, train_by, sd15, tmp_path, kills):
     Every other kill is a Ctrl-C, which ends with one line.
     """
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    runs, random = Generations(tmp_path, teacher, prompts), np.random.default_rng(kills)
+    count, random = 20 + 10 * kills, np.random.default_rng(kills)
+    runs = Generations(tmp_path, teacher, prompts, count)
     runs.start(calm)
     assert runs.line() == "0"
     expected, counts = content(calm), []
-    assert len(expected) == 20 + 5
+    assert len(expected) == count // 2 + 5
     for i in range(kills):
         before = len([*killed.glob("*.arrow")])
         child, end = runs.start(killed), time.monotonic() + 60
@@ -648,7 +663,7 @@ def test_kills(teacher, prompts, train_by, sd15, tmp_path, kills):
         left = content(killed) if killed.exists() else {}
         counts.append(sum(name.endswith(".arrow") for name in left))
         assert all(name.endswith(".part") or expected[name] == left[name] for name in left)
-    assert counts == sorted(counts) and counts[-1] < 20
+    assert counts == sorted(counts) and counts[-1] < count // 2
     with refused("--dataset_name", "not finished"):
         train_by(sd15, teacher)(dataset_name=killed, resolution=16)
     runs.start(killed)
@@ -661,7 +676,7 @@ def test_kills(teacher, prompts, train_by, sd15, tmp_path, kills):
     left = content(killed)
     assert {name for name in left if name.endswith(".part")} <= {"dataset_info.json.part"}
     assert {name: left[name] for name in expected} == expected
-    assert len(datasets.load_from_disk(killed)) == 40
+    assert len(datasets.load_from_disk(killed)) == count
 
 
 @pytest.mark.slow
