@@ -207,7 +207,8 @@ def parse_args(argv=None):
     chunks = {"metavar": "N", "type": number(int, *LIMITS["max_prompt_chunks"])}
     add("--max_prompt_chunks", **chunks, help="CLIP reads a prompt in N pieces (default: 1)")
     add("--steps", **steps, help="UNet passes per image (default: 4); several: an image for each")
-    add("--scheduler", **names, help=f"{', '.join(SCHEDULERS)} (default: lcm); several in a grid")
+    known = f"{', '.join(SCHEDULERS)} (default: as the LoRA says)"
+    add("--scheduler", **names, help=f"{known}; several in a grid")
     add("--guidance_scale", **scale, default=1.0, help="1 to 2; above 1 a step is two UNet passes")
     add("--guidance_rescale", **share, help="of guided outputs, to the contrast of unguided ones")
     add("--seed", **seed, help="of image 0; image i has SEED + i; -1: random")
@@ -1220,8 +1221,8 @@ def generate_batch(pipe, args, images, jobs, steps, guidance):
                 width=width,
                 # Noise from the CPU, by a generator each: the same on all devices, in any batch.
                 generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
-                # TCD's default
-                eta=0.3 if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,
+                # TCD's default; a LoRA with phases was trained for no new noise
+                eta=args.eta if type(pipe.scheduler).__name__ == "TCDScheduler" else 0.0,
                 **more,
             ).images
         except FloatingPointError as error:
@@ -1365,7 +1366,10 @@ def read_inputs(args):
     files = [str(file) for file, _, _ in loras.values()]
     settings["style_lora"] = list(zip(files, weights))[bool(path) :]
     steps = header(path, metadata, "num_ddim_timesteps", "50", number(int, 1, 1000))
-    settings["original_inference_steps"] = steps if path else merged_steps(base)
+    sampler = header(path, metadata, "sampler", "lcm", DISTILLED.index)
+    trained = (steps, DISTILLED[sampler]) if path else merged(base)
+    settings["original_inference_steps"], settings["sampler"] = trained
+    settings["eta"] = args.eta = 0.0 if settings["sampler"] == "tcd" else 0.3
     omegas = [header(path, metadata, key, math.nan) for key in ("w_min", "w_max")]
     settings["keeps_guidance"] = omegas == [0, 0]  # it is not distilled into the LoRA
     settings["recipe_guidance"] = recipe.get("guidance_scale", 7.5)
@@ -1395,13 +1399,14 @@ def take_defaults(args, path, trained, base):
     return recipe
 
 
-def merged_steps(base):
-    """The DDIM steps of a base model with its LCM-LoRA inside, such as --fused_output writes."""
+def merged(base):
+    """(DDIM steps, sampler) of a base model with its LCM-LoRA inside, of --fused_output."""
     with or_fail(f"--base_model {base}: without --lora its scheduler is needed, and not found"):
         config = diffusers.LCMScheduler.load_config(local(base) or base, subfolder="scheduler")
-    if config.get("_class_name") not in ("LCMScheduler", "TCDScheduler"):
+    kinds = {SCHEDULERS[name][0]: name for name in DISTILLED}
+    if config.get("_class_name") not in kinds:
         fail(f"--base_model {base}: no LCM-LoRA is merged in, by its scheduler: give --lora")
-    return config.get("original_inference_steps", 50)
+    return config.get("original_inference_steps", 50), kinds[config["_class_name"]]
 
 
 def find_work(args, jobs, plan, settings):
@@ -1452,7 +1457,8 @@ def main(argv=None):
     if args.compare:
         return runpy.run_path(str(COMPARE))["compare"](args)
     jobs, images, loras, settings = read_inputs(args)
-    plan = [*itertools.product(args.scheduler or ["lcm"], dict.fromkeys(args.steps or [4]))]
+    names, steps = args.scheduler or [settings["sampler"]], args.steps or [4]
+    plan = [*itertools.product(names, dict.fromkeys(steps))]
     check_plan(args, plan, jobs, settings["original_inference_steps"], settings["keeps_guidance"])
     work = find_work(args, jobs, plan, settings)
     if not work and not args.fused_output:
@@ -1461,7 +1467,7 @@ def main(argv=None):
     if work:
         generate_all(task, args, images, jobs, work, schedulers, settings)
     if args.fused_output:
-        pipe.scheduler = schedulers["lcm"]
+        pipe.scheduler = schedulers[settings["sampler"]]
         runpy.run_path(str(FUSE))["save"](pipe, args.fused_output)
 
 

@@ -311,6 +311,8 @@ def read_recipe(teacher):
             if type(value) not in (int, type(low)) or not low <= value <= high:
                 raise ValueError(f"{key} is {value!r:.80}, not a number from {low} to {high}")
         (recipe["negative_prompt"] + "").encode()
+        if this_rank() == "0":
+            print(f"defaults are those of {file}")
     except Exception as error:  # a list of ten thousand lists too
         fail(f"{file}: it cannot be used ({error!r:.200}); mend or delete it")
     defaults = dict.fromkeys(("w_min", "w_max"), recipe.get("guidance_scale", 0) - 1)
@@ -1066,6 +1068,7 @@ ELSEWHERE = (
 LATENTS = ("path", "moments")
 ENCODED = (*LATENTS, "mirrored", "size", "prompt", "text_embeds", "time_ids")
 STAMP, PROMPTS = "encoded.json", "prompts.safetensors"
+AGAIN = "run scripts/encode_data.py or generate_data.py again with the flags of before"
 
 
 def load_records(args):
@@ -1242,8 +1245,8 @@ def encoded_folder(args):
     if not folder or not (folder / STAMP).exists():
         return None
     if not (folder / "state.json").exists():
-        how = "run scripts/encode_data.py again with the flags of before: it goes on where it was"
-        fail(f"--dataset_name {folder}: its encoding was not finished; {how}")
+        how = f"{AGAIN}: it goes on where it was"
+        fail(f"--dataset_name {folder}: it was not finished; {how}")
     return folder
 
 
@@ -1312,8 +1315,7 @@ def load_prompts(folder, columns):
     """The embeddings of prompts that encoded data have beside them: {prompt: {name: tensor}}."""
     if "prompt" not in columns:
         return {}
-    advice = "run scripts/encode_data.py again with the flags of before"
-    with or_fail(f"--dataset_name {folder}: {PROMPTS} is missing or broken", advice):
+    with or_fail(f"--dataset_name {folder}: {PROMPTS} is missing or broken", AGAIN):
         with safe_open(folder / PROMPTS, "pt") as file:
             texts = json.loads(file.metadata()["prompts"])
         tensors = load_file(folder / PROMPTS)
@@ -2218,6 +2220,8 @@ def write_card(run, args):
     usual = {"phases": [1], "negative_prompt": "", "guidance_rescale": 0, "max_prompt_chunks": 1}
     more = [f", {k} {vars(args)[k]!r}" for k, value in usual.items() if vars(args)[k] != value]
     grid = f"original_inference_steps={args.num_ddim_timesteps}"
+    unmarked = "; ModelSamplingDiscrete: v_prediction, if the checkpoint does not say so"
+    unmarked = unmarked if args.prediction_type == "v_prediction" else ""
     # Flags override configs, and a checkpoint in one file may not tell
     grid += f', prediction_type="{args.prediction_type}"'
     grid += f", rescale_betas_zero_snr={args.rescale_betas_zero_snr}"
@@ -2248,7 +2252,7 @@ pipe({prompts[0]!r}, **settings).images[0].save("lcm.png")
 ```
 
 - ComfyUI: {file} into models/loras, LoraLoaderModelOnly; KSampler: 4 steps, {sampler},
-  sgm_uniform, {guidance}
+  sgm_uniform, {guidance}{unmarked}
 - A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; sampler
   {sampler}, schedule type SGM Uniform, 4 steps, {guidance}
 - `{infer_command(place, prompts[0])}`

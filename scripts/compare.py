@@ -56,6 +56,9 @@ def compare(args):
     if len(jobs) > ROWS:
         infer.fail(f"--compare: {len(jobs)} prompts, a grid has at most {ROWS} rows")
     path, _, metadata = loras[infer.ADAPTER]
+    if not args.scheduler:  # the LoRA's columns are of its own sampler
+        own = {"lcm": settings["sampler"]}
+        plan = [(own.get(name, name), steps) for name, steps in plan]
     original_steps = settings["original_inference_steps"]
     # Columns that nobody asked for are left out where the LoRA has too few steps, not refused.
     if not (args.scheduler or args.steps):
@@ -98,7 +101,7 @@ def compare(args):
     infer.save(sheet, args.output, settings)
     print(f"{args.output} ({sum(column['seconds'] for column in columns):.3g} s a row)")
     if args.fused_output:
-        pipe.scheduler = schedulers["lcm"]
+        pipe.scheduler = schedulers[settings["sampler"]]
         runpy.run_path(str(infer.FUSE))["save"](pipe, args.fused_output)
 
 

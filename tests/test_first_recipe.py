@@ -20,7 +20,7 @@ MORE = {
     "train_lcm_lora_sd15.py": "--mixed_precision no --max_train_steps 4 --train_batch_size 2 "
     "--lora_rank 4 --report_to none".split(),
     "infer.py": "--scheduler dpm++ lcm --steps 2".split(),
-    "evaluate.py": "--steps 1 2 --reference_steps 4 --bootstrap 50 --grid_prompts 2".split(),
+    "evaluate.py": "--steps 1 2 --reference_steps 4 --bootstrap 100 --grid_prompts 2".split(),
 }
 THINGS = "apple dog house tree cup car horse rose fish moon".split()
 
