@@ -555,7 +555,7 @@ def test_help():
         "--height PIXELS",
         "--batch_size IMAGES",
         "(default: 4)",
-        "(default: lcm)",
+        "(default: as the LoRA says)",
         "(default: lcm.png)",
     ):
         assert part in page, part
