@@ -54,6 +54,8 @@ def parse_args(argv=None):
     add("--fine_tune", **folder, help="the base model, fine-tuned on the style")
     add("--output_dir", **folder, required=True, help="gets README.md and style.png")
     add("--only_figure", action="store_true", help="generate style.png, and measure nothing")
+    name = "that the style LoRA learned (of another than twemoji only the figure)"
+    add("--style", default="twemoji", metavar="NAME", help=name)
     add("--model", default="demo/teacher-sd15", help="base model of both LoRAs")
     data = "folder with twemoji.parquet: image, text"
     add("--data", **folder, default=ROOT / "demo" / "data", help=data)
@@ -143,7 +145,7 @@ def one_a_category(args):
     first = {}
     for place in np.random.default_rng([args.seed, 0]).permutation(len(rows)):
         first.setdefault(rows[int(place)]["category"], rows[int(place)]["text"])
-    return [*first.values()]
+    return [text.replace("twemoji style", f"{args.style} style") for text in first.values()]
 
 
 def load_style(pipe, path):
