@@ -2,12 +2,12 @@
 """Teach the SD 1.5 demo teacher a style that it never saw: by a LoRA, or its whole UNet.
 
     python scripts/demo/train_style_lora.py --output_dir outputs/style-lora
-    python scripts/demo/train_style_lora.py --style blueprint --output_dir outputs/blueprint-lora
+    python scripts/demo/train_style_lora.py --style ink --output_dir outputs/ink-lora
     python scripts/demo/train_style_lora.py --full --learning_rate 2e-4 \\
         --output_dir outputs/style-teacher
 
 Plain epsilon prediction on demo/data/twemoji.parquet with 10% empty captions; or, for a style that
-is seen at a glance, on Noto's images of demo/data/train.parquet in white on blue. Autoencoder and
+is seen at a glance, on Noto's images of demo/data/train.parquet in one blue ink. Autoencoder and
 text encoder stay as they are. Writes an ordinary LoRA with diffusers' own names, or with --full a whole
 teacher: what people share, made without this project's trainers.
 """
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     teacher, data = ROOT / "demo" / "teacher-sd15", ROOT / "demo" / "data"
     add("--teacher", **folder, default=teacher, help="the SD 1.5 model to teach")
     add("--data_dir", **folder, default=data, help="folder with twemoji.parquet")
-    styles = ["twemoji", "blueprint"]
+    styles = ["twemoji", "ink"]
     add("--style", choices=styles, default="twemoji", help="drawn anew, or Noto's in other colours")
     add("--full", action="store_true", help="train all of the UNet, and write a whole teacher")
     add("--rank", type=int, metavar="R", default=16, help="rank and alpha of the LoRA")
@@ -56,15 +56,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def blueprints(pixels, captions):
-    """Noto's images [N,3,H,W], what was white now blue and what was black white; new captions."""
+def inked(pixels, captions):
+    """Noto's images [N,3,H,W] in shades of one blue ink on white, and their captions."""
     rows = [i for i, caption in enumerate(captions) if caption.endswith("noto style")]
     grey = pixels[rows].float().mean(1, keepdim=True) / 255
-    white, blue = (
-        torch.tensor(c)[None, :, None, None] for c in ((235.0, 245, 255), (20.0, 60, 150))
-    )
-    words = [captions[i].replace("noto style", "blueprint style") for i in rows]
-    return (grey * blue + (1 - grey) * white).round().byte(), words
+    ink = torch.tensor([15.0, 30, 130])[None, :, None, None]
+    words = [captions[i].replace("noto style", "ink style") for i in rows]
+    return (ink + (255 - ink) * grey).round().byte(), words
 
 
 @torch.no_grad()
@@ -123,8 +121,8 @@ def main(argv=None):
         args.teacher, use_safetensors=True, dtype=torch.float32
     ).to(device)
     pixels, captions = read_images(args.data_dir, "twemoji")
-    if args.style == "blueprint":
-        pixels, captions = blueprints(*read_images(args.data_dir, "train"))
+    if args.style == "ink":
+        pixels, captions = inked(*read_images(args.data_dir, "train"))
     data = encode(pipe, pixels, captions)
     pipe.unet.requires_grad_(args.full)
     if not args.full:
