@@ -94,7 +94,14 @@ def compare(args):
     facts = [f"{' + '.join(names)} on {Path(base).name}", f"{jobs[0].width} x {jobs[0].height} px"]
     facts += [f"seed {args.seed}"] + ([f"strength {args.strength:g}"] if args.image else [])
     title = ", ".join(facts)
-    sheet = grid(sources + columns, [job.prompt for job in jobs], title)
+    differ = len({job.negative_prompt for job in jobs}) > 1  # else the settings tell it
+    texts = [
+        f"{job.prompt} (not: {job.negative_prompt})"
+        if differ and job.negative_prompt
+        else job.prompt
+        for job in jobs
+    ]
+    sheet = grid(sources + columns, texts, title)
     facts = [{key: column[key] for key in column if key != "images"} for column in columns]
     settings |= {"jobs": [job._asdict() for job in jobs], "columns": facts}
     settings |= {"compare_guidance": args.compare_guidance, "fingerprint": mark}
