@@ -8,8 +8,8 @@
 
 Plain epsilon prediction on demo/data/twemoji.parquet with 10% empty captions; or, for a style that
 is seen at a glance, on Noto's images of demo/data/train.parquet in one blue ink. Autoencoder and
-text encoder stay as they are. Writes an ordinary LoRA with diffusers' own names, or with --full a whole
-teacher: what people share, made without this project's trainers.
+text encoder stay as they are. Writes an ordinary LoRA with diffusers' own names, or with --full a
+whole teacher: what people share, made without this project's trainers.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add("--teacher", **folder, default=teacher, help="the SD 1.5 model to teach")
     add("--data_dir", **folder, default=data, help="folder with twemoji.parquet")
     styles = ["twemoji", "ink"]
-    add("--style", choices=styles, default="twemoji", help="drawn anew, or Noto's in other colours")
+    add("--style", choices=styles, default="twemoji", help="other images, or Noto's in one ink")
     add("--full", action="store_true", help="train all of the UNet, and write a whole teacher")
     add("--rank", type=int, metavar="R", default=16, help="rank and alpha of the LoRA")
     add("--steps", type=int, metavar="N", default=600, help="optimizer steps")
