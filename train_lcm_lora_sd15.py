@@ -75,6 +75,7 @@ def this_rank():
 
 def fail(message, rank="0"):
     """End with one line on stderr, from one process, and exit status 1."""
+    message = " ".join(message.splitlines())  # a prompt may have several
     raise SystemExit(f"{Path(__file__).name}: error: {message}" if this_rank() == rank else 1)
 
 
@@ -311,7 +312,7 @@ def read_recipe(teacher):
             if type(value) not in (int, type(low)) or not low <= value <= high:
                 raise ValueError(f"{key} is {value!r:.80}, not a number from {low} to {high}")
         (recipe["negative_prompt"] + "").encode()
-        if this_rank() == "0":
+        if this_rank() == "0" and "torch" in sys.modules:  # not where only the flags are checked
             print(f"defaults are those of {file}")
     except Exception as error:  # a list of ten thousand lists too
         fail(f"{file}: it cannot be used ({error!r:.200}); mend or delete it")
