@@ -2195,9 +2195,11 @@ def validate(run, args):
     return f"{path}: the validation prompts in 4 steps"
 
 
-def infer_command(lora, prompt="a red apple"):
+def infer_command(args, lora, prompt="a red apple"):
     """What to type to generate an image."""
     words = ["--lora", str(lora), "--prompt", prompt, "--output", "lcm.png"]
+    _, _, scale, _ = sampling(args, 1)
+    words += [] if scale == 1 else ["--guidance_scale", str(scale)]
     return f"python infer.py {shlex.join(words)}"
 
 
@@ -2256,7 +2258,7 @@ pipe({prompts[0]!r}, **settings).images[0].save("lcm.png")
   sgm_uniform, {guidance}{unmarked}
 - A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; sampler
   {sampler}, schedule type SGM Uniform, 4 steps, {guidance}
-- `{infer_command(place, prompts[0])}`
+- `{infer_command(args, place, prompts[0])}`
 """
     write_whole(folder / "README.md", text)
 
@@ -2476,7 +2478,7 @@ def distil(args):
             write_card(run, args)
         seconds = round(time.time() - psutil.Process().create_time())
         print(f"finished in {datetime.timedelta(seconds=seconds)}; generate an image with:")
-        print(infer_command(args.output_dir, *(args.validation_prompts or [])[:1]))
+        print(infer_command(args, args.output_dir, *(args.validation_prompts or [])[:1]))
     # Else a gloo thread with a tensor and a rank that exits may wait for each other for ever
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -261,7 +261,7 @@ def test_a_lora_that_keeps_guidance(train):
     assert "CFG scale and negative prompt of the base" in about["modelspec.usage_hint"]
     assert about["w_min"] == about["w_max"] == "0"
     assert card.count("CFG scale and negative prompt of the base") == 3
-    assert '"guidance_scale": 7.5' in card
+    assert '"guidance_scale": 7.5' in card and "lcm.png --guidance_scale 7.5`" in card
     assert series(train(negative_prompt="ugly", **kept)) == series(out)
     guided = train(**FEW)
     assert series(train(negative_prompt="ugly", **FEW)) != series(guided) != series(out)
