@@ -474,6 +474,7 @@ def test_flags_that_do_not_go_together(generate, images, prompts, tmp_path):
         (["--solver"], {"solver": "euler"}),
         (["--random_flip"], {"random_flip": True}),
         (["--proportion_empty_prompts"], path | {"proportion_empty_prompts": 0.1}),
+        (["--target trajectory", "--trajectories"], {"target": "trajectory"}),
         (["--solver_steps 12", "8, 40, 200"], path | {"solver_steps": 12}),
         (["--solver_steps 16", "8, 40, 200"], path | {"solver_steps": 16}),
         (
