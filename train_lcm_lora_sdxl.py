@@ -2441,6 +2441,9 @@ def set_up(args):
     samples = [{"caption": text} | known.get(text, {}) for text in texts]
     batches = [torch.utils.data.default_collate([sample]) for sample in samples]
     device, chunks = accelerator.device, args.max_prompt_chunks
+    for text in texts:
+        if "".join(split_prompt(text, pipe.tokenizer, chunks)) != text:
+            accelerator.print(f"warning: it is cut (--max_prompt_chunks): {text!r:.60}")
     run.c_null, *run.prompts = [conditions(pipe, batch, device, chunks) for batch in batches]
     for name in {*TEXT_ENCODERS} & pipe.components.keys() if "prompt" in columns else ():
         setattr(pipe, name, None)  # it has done its work

@@ -356,7 +356,7 @@ def generate(trainer, args, lock):
     encode_data.open_output(trainer, args, make_stamp(trainer, args, prompts), accelerator, lock)
     if accelerator.is_main_process:
         encode_data.write_prompts(trainer, run.pipe, args)
-        warn_of_cut(trainer, run, prompts, args)
+        warn_of_cut(trainer, run, [args.negative_prompt, *prompts], args)
     accelerator.wait_for_everyone()
     channels, side = run.teacher.config.in_channels, args.resolution // args.factor
     dtype = trainer.torch.float16 if args.mixed_precision == "fp16" else trainer.torch.float32

@@ -604,6 +604,14 @@ def test_prompts_of_several_lines_are_refused_in_one(sd15, own, tmp_path):
     assert "\n" not in str(end.value)
 
 
+def test_a_negative_prompt_that_is_cut(train, capsys):
+    """It is said, as of prompts: negative prompts tend to be long."""
+    for text, chunks, said in ("abcde fghij klmno", 1, 1), ("abcde fghij klmno", 2, 0), ("a", 1, 0):
+        train(negative_prompt=text, max_prompt_chunks=chunks, **FEW | {"max_train_steps": 1})
+        warning = f"warning: it is cut (--max_prompt_chunks): {text!r}"
+        assert capsys.readouterr().out.count(warning) == said
+
+
 def test_a_recipe_is_named_once(own, tmp_path):
     """Though the flags are read twice, before the libraries and after."""
     write_recipe(own, negative_prompt="ugly")

@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add("--teacher", **folder, default=teacher, help="the SD 1.5 model to teach")
     add("--data_dir", **folder, default=data, help="folder with twemoji.parquet")
     styles = ["twemoji", "blueprint"]
-    add("--style", choices=styles, default="twemoji", help="drawn anew, or Noto's in other colours")
+    add("--style", choices=styles, default="twemoji", help="made anew, or Noto's in other colours")
     add("--full", action="store_true", help="train all of the UNet, and write a whole teacher")
     add("--rank", type=int, metavar="R", default=16, help="rank and alpha of the LoRA")
     add("--steps", type=int, metavar="N", default=600, help="optimizer steps")
