@@ -75,6 +75,7 @@ def this_rank():
 
 def fail(message, rank="0"):
     """End with one line on stderr, from one process, and exit status 1."""
+    message = " ".join(message.splitlines())  # a prompt may have several
     raise SystemExit(f"{Path(__file__).name}: error: {message}" if this_rank() == rank else 1)
 
 
@@ -311,7 +312,7 @@ def read_recipe(teacher):
             if type(value) not in (int, type(low)) or not low <= value <= high:
                 raise ValueError(f"{key} is {value!r:.80}, not a number from {low} to {high}")
         (recipe["negative_prompt"] + "").encode()
-        if this_rank() == "0":
+        if this_rank() == "0" and "torch" in sys.modules:  # not where only the flags are checked
             print(f"defaults are those of {file}")
     except Exception as error:  # a list of ten thousand lists too
         fail(f"{file}: it cannot be used ({error!r:.200}); mend or delete it")
@@ -2194,9 +2195,11 @@ def validate(run, args):
     return f"{path}: the validation prompts in 4 steps"
 
 
-def infer_command(lora, prompt="a red apple"):
+def infer_command(args, lora, prompt="a red apple"):
     """What to type to generate an image."""
     words = ["--lora", str(lora), "--prompt", prompt, "--output", "lcm.png"]
+    _, _, scale, _ = sampling(args, 1)
+    words += [] if scale == 1 else ["--guidance_scale", str(scale)]
     return f"python infer.py {shlex.join(words)}"
 
 
@@ -2255,7 +2258,7 @@ pipe({prompts[0]!r}, **settings).images[0].save("lcm.png")
   sgm_uniform, {guidance}{unmarked}
 - A1111, Forge: the file into models/Lora, `<lora:{folder.name}:1>` in the prompt; sampler
   {sampler}, schedule type SGM Uniform, 4 steps, {guidance}
-- `{infer_command(place, prompts[0])}`
+- `{infer_command(args, place, prompts[0])}`
 """
     write_whole(folder / "README.md", text)
 
@@ -2397,6 +2400,9 @@ def set_up(args):
     samples = [{"caption": text} | known.get(text, {}) for text in texts]
     batches = [torch.utils.data.default_collate([sample]) for sample in samples]
     device, chunks = accelerator.device, args.max_prompt_chunks
+    for text in texts:
+        if "".join(split_prompt(text, pipe.tokenizer, chunks)) != text:
+            accelerator.print(f"warning: it is cut (--max_prompt_chunks): {text!r:.60}")
     run.c_null, *run.prompts = [conditions(pipe, batch, device, chunks) for batch in batches]
     for name in {*TEXT_ENCODERS} & pipe.components.keys() if "prompt" in columns else ():
         setattr(pipe, name, None)  # it has done its work
@@ -2475,7 +2481,7 @@ def distil(args):
             write_card(run, args)
         seconds = round(time.time() - psutil.Process().create_time())
         print(f"finished in {datetime.timedelta(seconds=seconds)}; generate an image with:")
-        print(infer_command(args.output_dir, *(args.validation_prompts or [])[:1]))
+        print(infer_command(args, args.output_dir, *(args.validation_prompts or [])[:1]))
     # Else a gloo thread with a tensor and a rank that exits may wait for each other for ever
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -20,6 +20,7 @@ import hashlib
 import heapq
 import importlib
 import itertools
+import json
 import math
 import sys
 import textwrap
@@ -267,6 +268,10 @@ def main(argv=None):
     trainer, args = parse_args(argv)
     trainer.datasets.disable_progress_bars()
     if folder := trainer.encoded_folder(args):
+        what = json.loads((folder / trainer.STAMP).read_text())["what"]
+        if {"generated", "trajectories"} & {*what}:
+            sheet = folder / "contact_sheet.png"
+            trainer.fail(f"{folder} holds data that the teacher generated: look at {sheet}")
         trainer.fail(f"{folder} holds encoded data: check the data that they were made from")
     tokenizers, origin = read_teacher(trainer, args)
     records, out = trainer.load_records(args), args.output_dir

@@ -120,7 +120,7 @@ def parse_args(argv=None):
     add("--prediction_type", choices=kinds, help="the same, or as the base says")
     switch = {"action": argparse.BooleanOptionalAction}
     add("--rescale_betas_zero_snr", **switch, help="the same, or as the base says")
-    size = "side in pixels, or height and width (default: the base's own)"
+    size = "side in pixels, or height and width (default: recipe.json's, or the base's own)"
     add("--size", type=infer.number(int, 8, 10**5), nargs="+", metavar="N", help=size)
 
     add = parser.add_argument_group("Prompts and reference").add_argument
@@ -238,6 +238,7 @@ def read_loras(args):
     if not given and "w_min" not in metadata:
         infer.warn(f"LoRA {path}: no w_min in the header; --guidance_scale {teacher:g} is assumed")
     flags = infer.header(path, metadata, "training_args", "{}", lambda x: dict(json.loads(x)))
+    args.height = args.width = None  # recipe.json may name them, and --size wins
     infer.take_defaults(args, path, flags, infer.local(base))
     if given or teacher == 1 and args.guidance_scale is not None:  # the teacher's recipe
         teacher = args.guidance_scale
@@ -549,10 +550,13 @@ def base_config(lora):
 
 
 def check_size(args, pipe):
-    """(height, width) of --size, None without it."""
-    if not args.size:
+    """(height, width) of --size, else of recipe.json; None without them."""
+    if not (args.size or args.height or args.width):
         return None
-    size = args.size * 2 if len(args.size) == 1 else args.size
+    sample, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    size = args.size or [args.height or height * factor, args.width or width * factor]
+    size = size * 2 if len(size) == 1 else size
     multiple = max(8, pipe.vae_scale_factor)
     for side in size:
         if side % multiple:

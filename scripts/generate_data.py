@@ -100,6 +100,8 @@ def check_args(trainer, args):
         trainer.fail("--random_flip: generated images are not mirrored; leave it out")
     if args.proportion_empty_prompts and not plain:
         trainer.fail("--proportion_empty_prompts: a path is that of its prompt; leave it out")
+    if args.target == "trajectory" and plain:  # else it is found out after all is made
+        trainer.fail("--target trajectory is for data with --trajectories; give both or neither")
     if args.tiny_vae and not args.contact_sheet:
         trainer.fail("--tiny_vae is for the contact sheet; leave it or --no-contact_sheet out")
 
@@ -354,7 +356,7 @@ def generate(trainer, args, lock):
     encode_data.open_output(trainer, args, make_stamp(trainer, args, prompts), accelerator, lock)
     if accelerator.is_main_process:
         encode_data.write_prompts(trainer, run.pipe, args)
-        warn_of_cut(trainer, run, prompts, args)
+        warn_of_cut(trainer, run, [args.negative_prompt, *prompts], args)
     accelerator.wait_for_everyone()
     channels, side = run.teacher.config.in_channels, args.resolution // args.factor
     dtype = trainer.torch.float16 if args.mixed_precision == "fp16" else trainer.torch.float32

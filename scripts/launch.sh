@@ -4,6 +4,7 @@ for name in DATA DATASET MODEL VAE OUTPUT; do # in quotes a shell leaves "~" as 
   case ${!name:-} in "~" | "~/"*) printf -v "$name" %s "$HOME${!name:1}" ;; esac
 done
 unset "${!ACCELERATE_@}" # what these launchers print is what is used
+export -n RANK # of the LoRA: PyTorch's number of a process has this name too
 
 # The flag for DATA: a folder of images, tar shards, else a dataset's folder or name.
 data() {
@@ -27,13 +28,16 @@ data() {
     esac
   fi
 }
-# How the images are cut; encoded data know how theirs were.
+# How the images are cut; encoded data know how theirs were, and what else a run must have too.
 crop() {
   local stamp="$1/encoded.json"
   [ -f "$stamp" ] || stamp=/dev/null
   ! grep -q '"center_crop": true' "$stamp" || echo --center_crop
-  grep -q '"random_flip": false' "$stamp" || echo --random_flip
+  grep -qE '"random_flip": false|"generated"|"trajectories"' "$stamp" || echo --random_flip
+  sed -nE 's/^ *"(resolution|num_ddim_timesteps)": ([0-9]+),?$/--\1 \2/p' "$stamp"
 }
+# Whether MODEL is a teacher folder of make_teacher.py, which has the VAE that its owner wants.
+own_vae() { [ -f "$1/recipe.json" ]; }
 # Whether a folder has a file with such a name, at any depth; small and capital letters alike.
 holds() { [ -n "$(find -L "$1" -type f 2>/dev/null | grep -Eix -m1 -- "$2")" ]; }
 

@@ -16,6 +16,7 @@ The folder is written as OUTPUT.part, read back by the trainer that will use it,
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import re
@@ -404,7 +405,8 @@ def read_back(part, xl):
         import train_lcm_lora_sd15 as trainer
     trainer.__file__ = __file__  # its messages name this program
     flags = ["--pretrained_teacher_model", str(part), "--dataset_name", "none"]
-    args = trainer.parse_args([*flags, "--output_dir", str(part), "--max_train_steps", "1"])
+    with contextlib.redirect_stdout(None):  # it says that it read recipe.json
+        args = trainer.parse_args([*flags, "--output_dir", str(part), "--max_train_steps", "1"])
     trainer.check_teacher(trainer.load_teacher(args, torch.float32), args)
 
 

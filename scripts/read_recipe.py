@@ -132,6 +132,8 @@ def from_infer(text):
     if args.get("lora"):
         notes.append(f"the LCM-LoRA {loras[0][0]}: a teacher is the model without it")
         loras = loras[1:]
+        if not args.get("keeps_guidance") and "guidance_scale" in settings:
+            notes.append(f"guidance_scale {settings.pop('guidance_scale')}: the LCM-LoRA's")
     files = [file for file, _ in args.get("style_lora") or []]
     settings["loras"] = []
     for file, (name, weight) in zip(files, loras, strict=True):

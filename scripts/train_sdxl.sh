@@ -5,13 +5,15 @@
 # batch, always 12 images a step, and what saves memory are those for your card
 # (docs/memory-and-speed.md). Rank, rate and loss are those of published LCM-LoRA recipes; nothing
 # here has been run on the real weights yet. Variables change the settings below; CARD=12 is a GPU
-# of 12 GB, VAE= the teacher's own VAE. DRY_RUN=1 prints the command.
+# of 12 GB, VAE= the teacher's own VAE, the default where make_teacher.py made the teacher.
+# DRY_RUN=1 prints the command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 : "${DATA:?give DATA=folder of images with captions, or a dataset\'s name}"
 family=${family:-sdxl} model=${MODEL:-stabilityai/stable-diffusion-xl-base-1.0}
 output=${OUTPUT:-outputs/lcm-lora-$family-$(model_name "$model")}
-vae=${VAE-madebyollin/sdxl-vae-fp16-fix}
+own_vae "$model" || VAE=${VAE-madebyollin/sdxl-vae-fp16-fix}
+vae=${VAE-}
 GC=--gradient_checkpointing
 if [ "$family" = ssd1b ]; then
   card 8 "1 $GC --use_8bit_adam" 12 "4 $GC" 16 "6 $GC" 24 "12 $GC" 48 "6"

@@ -383,3 +383,14 @@ def test_messages(check, xl_teacher, teacher, images, tmp_path):
             and "\n" not in message
         )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["latents", "generated", "trajectories"])
+def test_data_that_are_encoded(check, tmp_path, kind):
+    """Of generated data there are no others to check: their sheet is named."""
+    (tmp_path / "encoded.json").write_text(json.dumps({"what": ["captions", kind]}))
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(SystemExit) as end:
+        check.main(["--dataset_name", str(tmp_path)])
+    sheet, line = str(tmp_path / "contact_sheet.png"), str(end.value)
+    assert "\n" not in line and (sheet in line) == (kind != "latents")

@@ -16,7 +16,7 @@ PROGRAMS += ["evaluate.py"]
 # What makes them fit for a test: later flags win
 MORE = {
     "make_teacher.py": ["--base_config", ROOT / "demo/teacher-sd15"],
-    "generate_data.py": "--num_images 12 --solver_steps 4".split(),
+    "generate_data.py": "--num_images 12 --solver_steps 4 --mixed_precision no".split(),
     "train_lcm_lora_sd15.py": "--mixed_precision no --max_train_steps 4 --train_batch_size 2 "
     "--lora_rank 4 --report_to none".split(),
     "infer.py": "--scheduler dpm++ lcm --steps 2".split(),
@@ -42,6 +42,9 @@ def test_my_checkpoint_my_recipe_and_no_images(tmp_path, clip):
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:12]))
     commands = five_commands()
     assert [program for program, _ in commands] == PROGRAMS
+    flag = "--mixed_precision"  # the data's and the run's
+    given = [words[words.index(flag) + 1] for _, words in commands if flag in words]
+    assert len(given) == 2 and len({*given}) == 1
     for program, (_, path, *words) in commands:
         words += MORE[program] + (["--features", clip] if program == "evaluate.py" else [])
         done = run(sys.executable, ROOT / path, *words, cwd=tmp_path)

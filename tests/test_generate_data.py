@@ -413,6 +413,8 @@ def test_long_prompts(generate, tmp_path, capsys):
         data = datasets.load_from_disk(generate(**flags, max_prompt_chunks=chunks))
         assert np.shape(data[0]["prompt"]) == (1, 16 * chunks, 32)
         assert (warning in capsys.readouterr().err) == said
+    generate(**flags, max_prompt_chunks=2, negative_prompt="abcde fghij klmno pqrst uvwxy zabcd ef")
+    assert "longer than 28 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["sd15"])
@@ -474,6 +476,7 @@ def test_flags_that_do_not_go_together(generate, images, prompts, tmp_path):
         (["--solver"], {"solver": "euler"}),
         (["--random_flip"], {"random_flip": True}),
         (["--proportion_empty_prompts"], path | {"proportion_empty_prompts": 0.1}),
+        (["--target trajectory", "--trajectories"], {"target": "trajectory"}),
         (["--solver_steps 12", "8, 40, 200"], path | {"solver_steps": 12}),
         (["--solver_steps 16", "8, 40, 200"], path | {"solver_steps": 16}),
         (

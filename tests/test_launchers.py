@@ -155,6 +155,26 @@ def test_encoded_data_are_cut_as_they_were(tmp_path, stamp):
     assert (args.center_crop, args.random_flip) == (stamp or (False, True))
 
 
+@pytest.mark.parametrize("kind", ["generated", "trajectories"])
+def test_generated_data_are_taken_as_they_are(tmp_path, kind):
+    """Their size and steps, and no mirrored images; what is given on the command line wins."""
+    stamp = {"what": ["captions", kind], "resolution": 768, "buckets": [[40, 24]]}
+    stamp |= {"num_ddim_timesteps": 8} if kind == "trajectories" else {}
+    (tmp_path / "encoded.json").write_text(json.dumps(stamp, indent=2))
+    _, args, _ = printed("train_sdxl.sh", DATA=str(tmp_path))
+    steps = 8 if kind == "trajectories" else 50
+    assert (args.resolution, args.num_ddim_timesteps, args.random_flip) == (768, steps, False)
+    assert printed("train_sdxl.sh", "--resolution", "64", DATA=str(tmp_path))[1].resolution == 64
+
+
+def test_a_teacher_with_a_recipe_has_its_vae(tmp_path):
+    """The one that make_teacher.py put there, unless VAE names another."""
+    (tmp_path / "recipe.json").write_text('{"format": 1}')
+    own = {"MODEL": str(tmp_path)}
+    assert printed("train_sdxl.sh", **own)[1].pretrained_vae_model_name_or_path is None
+    assert printed("train_sdxl.sh", VAE="a/b", **own)[1].pretrained_vae_model_name_or_path == "a/b"
+
+
 def test_each_model_has_an_output_folder(tmp_path):
     """No two models share one, and a model keeps its own however it is written."""
     for name in ("a/model", "b/model", "a b", "a-b", "ab", "a\u00e4b"):
@@ -244,9 +264,13 @@ def test_what_accelerate_finds_in_the_environment_is_void(fake_python):
     set_there = {
         "ACCELERATE_MIXED_PRECISION": "bf16",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "RANK": "8",  # PyTorch's: messages are those of process 0
     }
     done = run("bash", ROOT / "scripts/train_sd15.sh", CARD="8", DATA="x", PATH=path, **set_there)
     assert done.returncode == 9 and "ACCELERATE" not in done.stdout and "PATH=" in done.stdout
+    assert "\nRANK=" not in done.stdout
+    command = printed("train_sd15.sh", RANK="8")[1]
+    assert command.lora_rank == 8
 
 
 def test_the_documented_settings():

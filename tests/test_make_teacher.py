@@ -188,7 +188,8 @@ def test_recipe_and_prediction(kit, tmp_path, capsys):
     second = make("--base", first, "--width", 64, "--output", tmp_path / "second")
     again = json.loads((second / "recipe.json").read_text())
     assert {key: again[key] for key in flags} == flags | {"width": 64}
-    assert "guidance_scale 6.5" in capsys.readouterr().out
+    out = capsys.readouterr().out  # no word of the folder that is renamed at the end
+    assert "guidance_scale 6.5" in out and ".part" not in out
     for text in ("[]", "{", '{"format": 2}', '{"format": 1, "width": "8"}'):
         (second / "recipe.json").write_text(text)
         with pytest.raises(SystemExit, match="^error: .*second/recipe.json"):
@@ -495,6 +496,13 @@ def test_infers_names_are_paths_or_hub_ids(tmp_path, capsys):
     make_teacher.take_image(args)
     assert args.base == "user/repo"
     assert args.loras == [(str(tmp_path / "ink.safetensors"), (0.5, 0.5))]
+    # Its guidance is not the teacher's, unless the LoRA keeps the teacher's
+    assert args.guidance_scale is None
+    assert "not mapped: guidance_scale 1.5: the LCM-LoRA's" in capsys.readouterr().out
+    image = write_image(tmp_path / "b.png", infer_args=said | {"keeps_guidance": True})
+    args = make_teacher.parse_args(["--from_image", str(image), "--output", str(tmp_path / "t")])
+    make_teacher.take_image(args)
+    assert args.guidance_scale == 1.5
     assert "guidance_scale 1.5 is of few steps" in capsys.readouterr().err
 
 
@@ -582,10 +590,13 @@ def test_images_of_infer(kit, tmp_path, capsys, ending):
     infer.main([*map(str, words)])
     settings, notes = read_recipe.read(tmp_path / f"x{ending}")
     assert settings == {
-        "prompt": "a", "negative_prompt": "dog", "guidance_scale": 1.5, "width": 24, "height": 32,
+        "prompt": "a", "negative_prompt": "dog", "width": 24, "height": 32,
         "base": str(base), "paths": True, "loras": [(str(one), 0.6, 0.6), (str(two), -0.2, -0.2)],
     }  # fmt: skip
-    assert notes == ["the LCM-LoRA lcm: a teacher is the model without it"]
+    assert notes == [
+        "the LCM-LoRA lcm: a teacher is the model without it",
+        "guidance_scale 1.5: the LCM-LoRA's",
+    ]
     make("--from_image", tmp_path / f"x{ending}", "--output", tmp_path / "t")
     with safe_open(tmp_path / "t" / "unet" / WEIGHTS, "pt") as file:
         assert len([*file.keys()]) > 10

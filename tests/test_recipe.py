@@ -5,12 +5,13 @@ import json
 import math
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
-from conftest import command_line, lora_file, series
+from conftest import ROOT, command_line, lora_file, run, series
 from safetensors.torch import load_file, save_file
 from single_file import as_single_file
 from transformers import CLIPTokenizer
@@ -260,7 +261,7 @@ def test_a_lora_that_keeps_guidance(train):
     assert "CFG scale and negative prompt of the base" in about["modelspec.usage_hint"]
     assert about["w_min"] == about["w_max"] == "0"
     assert card.count("CFG scale and negative prompt of the base") == 3
-    assert '"guidance_scale": 7.5' in card
+    assert '"guidance_scale": 7.5' in card and "lcm.png --guidance_scale 7.5`" in card
     assert series(train(negative_prompt="ugly", **kept)) == series(out)
     guided = train(**FEW)
     assert series(train(negative_prompt="ugly", **FEW)) != series(guided) != series(out)
@@ -589,6 +590,34 @@ def test_a_recipe_is_part_of_the_run(train_by, sd15, own):
     train(**FEW | more, **flags, negative_prompt="ugly")
     write_recipe(own, negative_prompt="ugly", guidance_scale=4, guidance_rescale=0.5)
     assert series(out) == series(train(**FEW | {"max_train_steps": 3}))
+
+
+def test_prompts_of_several_lines_are_refused_in_one(sd15, own, tmp_path):
+    """As UIs write negative prompts: a message that quotes one is a line all the same."""
+    args = sd15.parse_args(command_line({"pretrained_teacher_model": own, "dataset_name": "x"}))
+    what = ["trajectories"]
+    stamp = sd15.make_stamp(args, what) | {"what": what, "negative_prompt": "bad\nhands"}
+    (tmp_path / "encoded.json").write_text(json.dumps(stamp))
+    with pytest.raises(SystemExit) as end:
+        sd15.check_stamp(tmp_path, ["path"], args)
+    assert "negative_prompt bad hands, this run has" in str(end.value)
+    assert "\n" not in str(end.value)
+
+
+def test_a_negative_prompt_that_is_cut(train, capsys):
+    """It is said, as of prompts: negative prompts tend to be long."""
+    for text, chunks, said in ("abcde fghij klmno", 1, 1), ("abcde fghij klmno", 2, 0), ("a", 1, 0):
+        train(negative_prompt=text, max_prompt_chunks=chunks, **FEW | {"max_train_steps": 1})
+        warning = f"warning: it is cut (--max_prompt_chunks): {text!r}"
+        assert capsys.readouterr().out.count(warning) == said
+
+
+def test_a_recipe_is_named_once(own, tmp_path):
+    """Though the flags are read twice, before the libraries and after."""
+    write_recipe(own, negative_prompt="ugly")
+    words = ["--pretrained_teacher_model", own, "--dataset_name", tmp_path / "none"]
+    done = run(sys.executable, ROOT / "train_lcm_lora_sd15.py", *words, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and done.stdout.count(f"defaults are those of {own}") == 1
 
 
 def test_half_of_a_recipe_is_overridden(sd15, own):

@@ -1,8 +1,10 @@
 """scripts/evaluate.py, the ruler: its figures against other code, whole runs, and what is kept."""
 
 import csv
+import json
 import math
 import re
+import shutil
 
 import evaluate
 import metrics
@@ -184,6 +186,24 @@ def test_a_run_from_folders_without_a_network(tmp_path, ruler, teacher, clip):
     assert (lora / "README.md").read_text() == card + "\nThe end.\n"
     assert figures(out) == found
     assert {path: path.stat().st_mtime_ns for path in (out / "columns").iterdir()} == times
+
+
+def test_the_size_of_a_recipe(tmp_path, ruler, teacher):
+    """What recipe.json says of the images, unless --size does; a missing side is the base's own."""
+    base = shutil.copytree(teacher, tmp_path / "base")
+    both = {"format": 1, "width": 24, "height": 40}
+    for size, recipe, wanted in (
+        ((), both, (40, 24)),
+        (("--size", "16"), both, (16, 16)),
+        ((), {"format": 1, "width": 24}, (32, 24)),
+        ((), {"format": 1}, (32, 32)),
+    ):
+        (base / "recipe.json").write_text(json.dumps(recipe))
+        flags = [*ruler.quick, "--lora", new_lora(tmp_path / "lora", teacher), "--base", base]
+        args = evaluate.parse_args([*map(str, flags), *size])
+        loras, base_name, _, negative = evaluate.read_loras(args)
+        made = evaluate.Ruler(args, loras, base_name, negative, PROMPTS, [])
+        assert made.studio.size == wanted
 
 
 def test_another_lora_finds_the_teachers_columns(tmp_path, ruler, teacher):
