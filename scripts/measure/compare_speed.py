@@ -2,7 +2,7 @@
 """Steps per second of our trainer, on images, encoded data or trajectories, and of another one.
 
     python scripts/measure/compare_speed.py --family sd15 --lora_rank 8    # on the demo's data
-    python scripts/measure/compare_speed.py --trajectories                 # over encoded data
+    python scripts/measure/compare_speed.py --trajectories --lora_rank 8   # on the teacher's paths
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py \\
         --teacher SDXL --dataset_name IMAGES --resolution 1024 --batch 1 4 12 \\
@@ -14,9 +14,9 @@ scripts/encode_data.py encodes the images once; with --trajectories scripts/gene
 the teacher's paths of their captions. A round lets the programs run in turn for some seconds each,
 so that a machine whose speed changes from minute to minute changes it for all of them: between
 their turns they are stopped (SIGSTOP), or on a GPU, whose memory is for one at a time, ended. The
-gains of a round are over the first program: the reference, else with --trajectories ours on encoded
-data, else ours on images. Peak GPU memory is the most that the driver reports while one runs. Exit
-code 0 if the median gains of the best batch are at least --least.
+gains of a round are over the first program: the reference, else ours on images. Peak GPU memory is
+the most that the driver reports while one runs. Exit code 0 if the median gains of the best batch
+are at least --least.
 """
 
 import argparse
@@ -69,9 +69,9 @@ def parse_args(argv=None):
     add("--least", type=float, metavar="GAIN", nargs="+", help=least)
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
-    gains = [1.25, 1.6] if args.reference else [] if args.trajectories else [1.3]
-    gains += [2.0, 2.0] if args.reference and args.trajectories else []
-    gains += [1.5, 2.2] if args.trajectories and not args.reference else []
+    gains = [1.25, 1.6] if args.reference else [1.3]
+    paths = [2.0, 2.0] if args.reference else [1.5, 2.2]
+    gains += paths if args.trajectories else []
     args.least = args.least or gains
     if len(args.least) != len(gains):
         parser.error(f"--least: give a number for each gain, here {len(gains)}")
@@ -168,9 +168,7 @@ def programs(batch, args, folder):
     found = {"reference": [args.reference, *plain, *words]} if args.reference else {}
     ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words]
     ours += ["--torch_compile"] * args.torch_compile
-    if args.reference or not args.trajectories:
-        found["ours"] = [*ours, *plain]
-    found["ours, encoded"] = [*ours, *encoded]
+    found |= {"ours": [*ours, *plain], "ours, encoded": [*ours, *encoded]}
     if args.trajectories:
         ours += [*paths, *PATHS]
         found |= {"3 passes": ours, "2 passes": [*ours, "--target", "trajectory"]}
