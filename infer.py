@@ -772,7 +772,7 @@ def pick_device(args):
         others = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else others
     with or_fail(f"--device {device}: not usable", "valid are auto, cpu, cuda, cuda:N, mps"):
-        one = torch.ones(1, device=device)
+        (one := torch.ones(1, device=device)).cpu()  # "meta" holds no numbers
     if args.compile:
         # SD has three widths, each called for one image or more, with or without guidance and LoRA.
         torch._dynamo.config.recompile_limit = 64

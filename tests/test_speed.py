@@ -140,7 +140,7 @@ def test_use_8bit_adam_is_the_optimizer_of_that_name(sd15, sdxl):
 
 
 @pytest.mark.slow
-def test_compare_speed(xl_teacher, images, tmp_path):
+def test_compare_speed(xl_teacher, tmp_path):
     """Beside a reference that sleeps in each step ours is faster; nothing stays behind."""
     slow, ours = tmp_path / "slow.py", str(ROOT / "train_lcm_lora_sdxl.py")
     slow.write_text(
@@ -151,7 +151,7 @@ def test_compare_speed(xl_teacher, images, tmp_path):
         f"runpy.run_path({ours!r}, run_name='__main__')\n"
     )
     program = sys.executable, "scripts/measure/compare_speed.py"
-    data = ["--teacher", xl_teacher, "--dataset_name", images, "--resolution", 32, "--batch", 2]
+    data = ["--teacher", xl_teacher, "--resolution", 32, "--batch", 2]  # the demo's images
     turns = "--rounds 2 --seconds 1 --lora_rank 4".split()
     done = run(*program, "--reference", slow, *data, *turns)
     assert done.returncode == 0, done.stderr
