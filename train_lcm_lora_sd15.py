@@ -633,7 +633,7 @@ def distillation_loss(run, z, c, noise, t_nk, omega, args):
             # guide that, then step
             guided = guided_output(run, z_nk, t_nk, c, omega, args)
             z_hat_n = schedule.ddim_step(guided, z_nk, t_nk, t_n)
-        # f_theta^-(z_hat_n, t_n, c), no gradient; or what it is to learn, the end of the path
+        # f_theta^-(z_hat_n, t_n, c), no gradient; or the path's own point at s
         if args.target == "trajectory":
             f_target = z_s
         else:
