@@ -20,7 +20,7 @@ All of it stands in section 2, from NoiseSchedule to train. c is the prompt's tw
 pooled one, and the image's size and crop; null replaces the first three.
 
 Deliberate differences from the paper:
-1. t_nk is one of the N = 50 timesteps 19, 39, ... 999 that LCMScheduler visits; k = 1000 / N.
+1. t_nk is one of the N = 40 timesteps 24, 49, ... 999 that LCMScheduler visits; k = 1000 / N.
 2. No moving average of the LoRA for the target: theta^- is theta without gradient.
 3. omega is not an input of the network: the LoRA learns the mean over the range, so a narrow range
    is sharper.
@@ -29,9 +29,10 @@ Deliberate differences from the paper:
 5. omega is uniform in 3..15, the range of Hugging Face's example scripts. The report trained with a
    fixed omega of 7.5 (--w_min 7.5 --w_max 7.5), the LCM paper with a range.
 6. null is --negative_prompt, and the guided output can be rescaled, where the teacher is used so.
-7. --phases M, off by default: f maps to the lower edge of its phase, one of M, not to t = 0. From
-   Phased Consistency Models (arXiv 2405.18407); TCD (2402.19159) and Hyper-SD (2404.13686) map to
-   earlier timesteps too, the latter with a number of phases that falls to 1 in the run.
+7. f maps to the lower edge of its phase, one of M, not to t = 0; M falls from 8 to 1 in the course
+   of the run, so it ends as the algorithm. --phases 1 is the algorithm throughout. From Phased
+   Consistency Models (arXiv 2405.18407) and Hyper-SD (2404.13686); TCD (2402.19159) maps to random
+   earlier timesteps.
 8. On data with trajectories (scripts/generate_data.py) z_nk and z_hat_n are points of the teacher's
    own path from pure noise, computed ahead, in the place of a noised image and its step by Psi.
 """
@@ -229,8 +230,9 @@ def parse_args(argv=None):
     one("--w_max", omega, 15.0, "OMEGA", "largest guidance scale minus 1")
     one("--negative_prompt", str, "", "PROMPT", "that the teacher is guided away from")
     one("--guidance_rescale", share, 0.0, "0..1", "of the guided output, against over-exposure")
-    one("--num_ddim_timesteps", count, None, "N", "of the solver (default: 50, or what fits M)")
-    one("--phases", phases, [1], "M", "or M,M,...: phases in equal parts of the run; 1: LCM")
+    one("--num_ddim_timesteps", count, None, "N", "of the solver (default: 40, or what fits M)")
+    plan = "or M,M,...: phases, in equal parts of the run (default: those of 8,4,2,1 that fit N)"
+    one("--phases", phases, None, "M", plan)
     choice("--target", "network trajectory", "network", "f of the network, or data's trajectories")
     choice("--loss_type", "huber l2", "huber", "distance d of the loss")
     choice("--loss_units", "x0 output", "x0", "d between clean latents, or outputs of the network")
@@ -337,8 +339,10 @@ def check_args(args):
         fail("--hub_model_id: nothing is uploaded without --push_to_hub; give both or neither")
     if unknown := {*args.allow_changed} - {*vars(args), "processes"}:
         fail(f"--allow_changed {' '.join(unknown)}: no such flag; give names as learning_rate")
-    fits = [n for n in (50, 40, 25, 20, 10, 8, 5, 4, 2, 1) if all(n % m == 0 for m in args.phases)]
+    plan, usual = args.phases or [8, 4, 2, 1], (50, 40, 25, 20, 10, 8, 5, 4, 2, 1)
+    fits = [n for n in usual if all(n % m == 0 for m in plan)]
     args.num_ddim_timesteps = steps = args.num_ddim_timesteps or max(fits, default=0)
+    args.phases = args.phases or [m for m in plan if steps % m == 0]
     if not steps or any(steps % m for m in args.phases):
         some = f"give one of {', '.join(map(str, fits))}" if fits else "give 1, 2, 4, 5 or 8 phases"
         given = f"--num_ddim_timesteps {steps or '(not given)'}, --phases {args.phases}"

@@ -969,10 +969,11 @@ def run_parts(args, argv):
 
 
 @torch.no_grad()
-def measure_loras(args, argv):
-    """The ruler: read, generate what is missing, look, measure, write."""
-    if args.processes > 1:
-        run_parts(args, argv)
+def measured_columns(args):
+    """(Ruler, LoRAs, columns, looks, measured): read, generate what is missing, look, measure.
+
+    `looks` and `measured` are of each role of plan(); with --part nothing is measured: None.
+    """
     loras, base, guidance, negative = read_loras(args)
     prompts, count, gallery = read_prompts(args)
     ruler = Ruler(args, loras, base, negative, prompts, load_networks(args))
@@ -993,7 +994,7 @@ def measure_loras(args, argv):
         latents = ruler.latents(columns[role], n, progress)
         looks[role] = {"latents": latents, **ruler.look_at_column(columns[role], latents)}
     if args.part:
-        return 0
+        return ruler, loras, columns, looks, None
     if gallery:
         images, own = gallery
         facts = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
@@ -1002,7 +1003,16 @@ def measure_loras(args, argv):
         gallery = found, own[:count]
     kept_looks = {role: look for role, look in looks.items() if role not in ("twice", "ddim")}
     measured = measure(args, ruler, columns, kept_looks, real, gallery)
-    write_report(args, argv, ruler, loras, columns, looks, measured)
+    return ruler, loras, columns, looks, measured
+
+
+def measure_loras(args, argv):
+    """The ruler: generate, measure, write."""
+    if args.processes > 1:
+        run_parts(args, argv)
+    found = measured_columns(args)
+    if not args.part:
+        write_report(args, argv, *found)
     return 0
 
 

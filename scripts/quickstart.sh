@@ -11,7 +11,7 @@ out=${OUTPUT_DIR:-outputs/quickstart-$family}
 
 python "train_lcm_lora_$family.py" --mixed_precision no \
   --pretrained_teacher_model "demo/teacher-$family" --dataset_name demo/data \
-  --lora_rank 32 --learning_rate 1e-3 --lr_scheduler cosine --num_ddim_timesteps 10 \
+  --lora_rank 32 --learning_rate 1e-3 --lr_scheduler cosine \
   --w_min 3 --w_max 3 --loss_units output --train_batch_size 16 --max_train_steps 600 \
   --checkpointing_steps 300 --checkpoints_total_limit 1 \
   --validation_prompts "television, fluent 3D style" "horse, noto style" \

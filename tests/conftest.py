@@ -40,6 +40,7 @@ QUICK = {
     "learning_rate": 1e-2,
     "train_batch_size": 2,
     "max_train_steps": 4,
+    "phases": "1",  # a plan ties a run to its length, which tests change at a resume
     "report_to": "none",
 }
 # For runs that must agree but for rounding. A large epsilon makes Adam's step proportional to small

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import datasets
 import diffusers
+import infer
 import numpy as np
 import pytest
 import torch
@@ -364,7 +365,7 @@ def snippet(out, folder, **more):
 @pytest.mark.parametrize("phases", ["1", "4", "2,4"])
 @pytest.mark.parametrize("layout", FAMILIES)
 def test_the_cards_code(train_by, make_teacher, tmp_path, layout, phases):
-    """It makes the image of the last validation: the same scheduler, steps, guidance."""
+    """It makes the last validation's image, and infer.py's: the same scheduler, steps, guidance."""
     trainer = importlib.import_module(f"train_lcm_lora_{layout}")
     flags = FEW | {"phases": phases, "validation_prompts": ["two cats"], "seed": 7}
     out = train_by(trainer, make_teacher(layout, **ZERO))(**flags)
@@ -377,6 +378,10 @@ def test_the_cards_code(train_by, make_teacher, tmp_path, layout, phases):
     with Image.open(out / "validation" / "step-000002.png") as shown:
         assert f"Sampler: {sampler}," in shown.info["parameters"]
         assert np.abs(np.asarray(shown.convert("RGB"), np.int16) - image).max() <= 1
+    words = ["--prompt", "two cats", "--seed", 7, "--height", 32, "--width", 32, "--device", "cpu"]
+    infer.main([*map(str, ["--lora", out, *words, "--output", tmp_path / "infer.png"])])
+    made = np.asarray(Image.open(tmp_path / "infer.png"), np.int16)
+    assert made.std() > 1 and np.abs(made - image).max() <= 1
     assert (
         f"KSampler: 4 steps, {'lcm' if phases == '1' else 'euler'}"
         in (out / "README.md").read_text()
