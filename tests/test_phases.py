@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import datasets
 import diffusers
-import infer
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,8 @@ from conftest import command_line, log, lora_file, same, series
 from diffusers import LCMScheduler, TCDScheduler
 from PIL import Image
 from safetensors.torch import save_file
+
+import infer
 
 V = {"prediction_type": "v_prediction"}
 ZERO = V | {"rescale_betas_zero_snr": True}

@@ -4,13 +4,13 @@
     python scripts/demo/ablation.py phases-1 rank-8 --family sdxl
     python scripts/demo/ablation.py
 
-A row is the demo's quickstart but for the flags in QUESTIONS; without a row only those that are
-there are measured. Rows are trained one after the other on data that are encoded once, then all of
---output are measured by evaluate.py's ruler against the teacher's converged images, at the same
-prompts and noise, and each is compared with `default` of the same seeds. Figures of several seeds
-are their mean; brackets are 95% intervals over prompts. --output gets, for each family, README.md
-with the tables, figures.csv and plot.svg. The same command goes on where it was stopped; another
-thread's or machine's rows may be trained beside it into the same folder.
+A row is the demo's quickstart but for the flags in QUESTIONS. Rows are trained one after the other
+on data that are encoded once. Then they, or all in --output where none is named, are measured by
+evaluate.py's ruler against the teacher's converged images, at the same prompts and noise, and each
+is compared with `default` of the same seeds. Figures of several seeds are their mean; brackets are
+95% intervals over prompts. --output gets, for each family, README.md with the tables, figures.csv
+and plot.svg. The same command goes on where it was stopped; other rows may be trained beside it
+into the same folder.
 """
 
 import argparse
@@ -37,6 +37,8 @@ from matplotlib import pyplot
 RECIPE = """--mixed_precision no --lora_rank 32 --learning_rate 1e-3 --lr_scheduler cosine
     --w_min 3 --w_max 3 --loss_units output --train_batch_size 16 --max_train_steps 600""".split()
 GUIDANCE, STEPS = "4", (1, 2, 4, 8)  # 1 + omega
+REFERENCE = "40"  # steps, beyond which little changes
+FIGURES = ("kid", "features", "latents", "detail", "recognised")
 # {question: {setting: flags that differ from the recipe; none: the recipe's own setting}}
 QUESTIONS = {
     "phases": {
@@ -138,8 +140,8 @@ def data_of(args, kind):
             prompts = args.folder / "captions.txt"
             images = datasets.Dataset.from_parquet(str(ROOT / "demo/data/train.parquet"))
             prompts.write_text("\n".join(images.shuffle(seed=0)["text"]) + "\n")
-            flags += ["--prompts_file", prompts, "--w_min", 3, "--w_max", 3, "--batch_size", 32]
-            run("scripts/generate_data.py", *flags)
+            flags += ["--prompts_file", prompts, "--num_images", 1280, "--w_min", 3, "--w_max", 3]
+            run("scripts/generate_data.py", *flags, "--batch_size", 32)
     return folder
 
 
@@ -161,9 +163,11 @@ def train(args, row, seed):
 
 
 def trained(args):
-    """{row: {seed: folder}} of the LoRAs that are complete, in the order of QUESTIONS."""
+    """{row: {seed: folder}} of complete LoRAs, of the rows that are named or of all."""
     found = {}
     for row in FLAGS:
+        if args.rows and row not in [DEFAULT, *args.rows]:
+            continue
         for folder in sorted(args.folder.glob(f"{row}-seed*")):
             seed = re.fullmatch(rf"{re.escape(row)}-seed(\d+)", folder.name)
             if seed and (folder / evaluate.infer.WEIGHTS_NAME).is_file():
@@ -176,7 +180,7 @@ def measure(args, found):
     folders = [folder for seeds in found.values() for folder in seeds.values()]
     words = ["--base", teacher_of(args), "--data", ROOT / "demo/data", "--lora", *folders]
     words += ["--guidance_scale", GUIDANCE, "--steps", *STEPS, "--num_prompts", args.num_prompts]
-    words += ["--reference_steps", "40", "--check_prompts", "0", "--batch_size", "64"]
+    words += ["--reference_steps", REFERENCE, "--check_prompts", "0", "--batch_size", "64"]
     words += ["--output", args.folder]
     ruler_args = evaluate.parse_args([*map(str, words)])
     *_, columns, _, measured = evaluate.measured_columns(ruler_args)
@@ -202,56 +206,76 @@ def summarise(found, ours, solver):
     def add(what, seeds, steps, figure, values):
         lines.append([what, seeds, steps, figure, *estimate(values).values()])
 
-    for steps in solver:
-        for figure in "kid", "recognised":
-            add(evaluate.SOLVER, 0, steps, figure, solver[steps][figure])
+    for steps, figures in solver.items():
+        for figure in FIGURES:
+            add(evaluate.SOLVER, 0, steps, figure, figures[figure])
     for row, seeds in found.items():
         paired = sorted({*seeds} & {*found.get(DEFAULT, {})})
         for steps in STEPS:
-            for figure in "kid", "recognised":
+            for figure in FIGURES:
                 own = mean(ours, figure, row, steps, seeds)
                 add(row, len(seeds), steps, figure, own)
+                if steps in solver:
+                    other = solver[steps][figure]
+                    add(row, len(seeds), steps, f"{figure}, less {evaluate.SOLVER}'s", own - other)
                 if row != DEFAULT and paired:
                     own = mean(ours, figure, row, steps, paired)
                     other = mean(ours, figure, DEFAULT, steps, paired)
                     add(row, len(paired), steps, f"{figure}, less default's", own - other)
             kids = [ours[row, seed, steps]["kid"][0].item() for seed in seeds]
-            lines.append(
-                [row, len(seeds), steps, "kid, of the seeds", kids[0], min(kids), max(kids)]
-            )
+            spread = [sum(kids) / len(kids), min(kids), max(kids)]
+            lines.append([row, len(seeds), steps, "kid, of the seeds", *spread])
     return lines
 
 
 def report(args, argv, found, lines):
-    """README.md with a table of the figures and one of the differences; figures.csv; plot.svg."""
+    """README.md with a table of the figures and two of differences; figures.csv; plot.svg."""
     cells = {
         (what, steps, figure): dict(zip(("value", "low", "high"), values))
         for what, _, steps, figure, *values in lines
     }
-    seeds = {row: len(seeds) for row, seeds in found.items()}
 
-    def figures(what, figure, factor):
-        return [show(cells.get((what, steps, figure)), factor, 1) if (what, steps, figure) in cells
-                else "" for steps in STEPS]  # fmt: skip
+    def shown(what, figure, steps):
+        _, factor, digits = evaluate.FIGURES[figure.partition(",")[0]]
+        cell = cells.get((what, steps, figure))
+        return show(cell, factor, digits) if cell else ""
 
-    head = ["", "flags", "seeds", *(f"{steps} steps" for steps in STEPS), "recognised in 4, %"]
-    rows = [[evaluate.SOLVER, "twice the passes", "", *figures(evaluate.SOLVER, "kid", 1000),
-             show(cells[evaluate.SOLVER, 4, "recognised"], 100, 1)]]  # fmt: skip
-    for row in found:
-        recognised = show(cells[row, 4, "recognised"], 100, 1)
-        rows.append([row, f"`{FLAGS[row]}`" if FLAGS[row] else "", seeds[row],
-                     *figures(row, "kid", 1000), recognised])  # fmt: skip
-    paired = [[row, *figures(row, "kid, less default's", 1000)] for row in found if row != DEFAULT]
+    def at_all(what, figure):
+        return [shown(what, figure, steps) for steps in STEPS]
+
+    names = [evaluate.FIGURES[figure][0] for figure in FIGURES[1:]]
+    steps = [f"{steps} step{'s' * (steps > 1)}" for steps in STEPS]
+    rows = [
+        [
+            what,
+            f"`{FLAGS[what]}`" if FLAGS.get(what) else "",
+            len(found.get(what, "")) or "",
+            *at_all(what, "kid"),
+            *(shown(what, figure, 4) for figure in FIGURES[1:]),
+        ]
+        for what in [evaluate.SOLVER, *found]
+    ]
+    others = [row for row in found if row != DEFAULT]
+    from_default = [[row, *at_all(row, "kid, less default's")] for row in others]
+    from_solver = [[row, *at_all(row, f"kid, less {evaluate.SOLVER}'s")] for row in found]
+    seeds = [[row, *at_all(row, "kid, of the seeds")] for row in found if len(found[row]) > 1]
     text = f"""# Ablation on `demo/teacher-{args.family}`
 
 {provenance(argv, "scripts/demo/ablation.py")}
-KID x 1000 to the teacher's images (DPM-Solver++ in 40 steps, guidance {GUIDANCE}),
-{args.num_prompts} prompts, mean of the seeds; brackets are 95% intervals over prompts.
+KID x 1000 to the teacher's images (DPM-Solver++ in {REFERENCE} steps, guidance {GUIDANCE}),
+{args.num_prompts} prompts, mean of the seeds; other figures in 4 steps. Brackets are 95% intervals
+over prompts. {evaluate.SOLVER} takes two UNet passes a step, the LoRAs one.
 
-{table(head, rows)}
-## Differences from the default at the same prompts and seeds
+{table(["", "flags", "seeds", *steps, *names], rows)}
+KID x 1000 less the default's, at the same prompts, noise and seeds of training:
 
-{table(["", *(f"{steps} steps" for steps in STEPS)], paired)}"""
+{table(["", *steps], from_default)}
+KID x 1000 less {evaluate.SOLVER}'s in as many steps:
+
+{table(["", *steps], from_solver)}
+KID x 1000: mean of the seeds [least, most]:
+
+{table(["", *steps], seeds)}"""
     evaluate.write_whole(args.folder / "README.md", text)
     with open(args.folder / "figures.csv", "w", newline="") as file:
         csv.writer(file).writerows([["row", "seeds", "steps", "figure", "value", "low", "high"]])
