@@ -135,7 +135,8 @@ def data_of(args, kind):
     flags += ["--mixed_precision", "no", "--output", folder]
     if not (folder / "state.json").exists():
         if kind == "encoded":
-            run("scripts/encode_data.py", *flags, "--dataset_name", ROOT / "demo/data")
+            data = ["--dataset_name", ROOT / "demo/data", "--center_crop"]
+            run("scripts/encode_data.py", *flags, *data)
         else:
             prompts = args.folder / "captions.txt"
             images = datasets.Dataset.from_parquet(str(ROOT / "demo/data/train.parquet"))
@@ -157,7 +158,7 @@ def train(args, row, seed):
     flags = [flag.format(generated=data_of(args, kind)) for flag in flags]
     data = ["--dataset_name", data_of(args, kind)] if kind == "encoded" else []
     same = ["--pretrained_teacher_model", teacher_of(args), *data, *RECIPE]
-    same += ["--report_to", "none", "--resume_from_checkpoint", "latest"]
+    same += ["--center_crop", "--report_to", "none", "--resume_from_checkpoint", "latest"]
     own = ["--seed", seed, "--output_dir", args.folder / f"{row}-seed{seed}"]
     run(f"train_lcm_lora_{args.family}.py", *same, *flags, *own, *args.trainer_flags.split())
 
