@@ -22,7 +22,7 @@ run python "$trainers/train_lcm_lora_sdxl.py" --pretrained_teacher_model "$model
   ${precision:+--mixed_precision "$precision"} --lora_rank 8 --lora_alpha 8 \
   --learning_rate 1e-5 --use_8bit_adam --adam_weight_decay 0 --num_train_epochs 50 \
   --train_batch_size "$batch" --gradient_accumulation_steps "$accumulation" $saving \
-  --loss_type huber --w_min 3 --w_max 15 \
+  --loss_type huber --w_min 3 --w_max 15 --phases 1 \
   --checkpointing_steps 1000 --checkpoints_total_limit 2 --resume_from_checkpoint latest \
   --validation_prompts "yoda pokemon" "yoda pokemon" "yoda pokemon" "yoda pokemon" \
   --validation_steps 1000 --output_dir "$output" "$@"

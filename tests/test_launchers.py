@@ -162,7 +162,7 @@ def test_generated_data_are_taken_as_they_are(tmp_path, kind):
     stamp |= {"num_ddim_timesteps": 8} if kind == "trajectories" else {}
     (tmp_path / "encoded.json").write_text(json.dumps(stamp, indent=2))
     _, args, _ = printed("train_sdxl.sh", DATA=str(tmp_path))
-    steps = 8 if kind == "trajectories" else 50
+    steps = 8 if kind == "trajectories" else 40
     assert (args.resolution, args.num_ddim_timesteps, args.random_flip) == (768, steps, False)
     assert printed("train_sdxl.sh", "--resolution", "64", DATA=str(tmp_path))[1].resolution == 64
 
@@ -342,6 +342,7 @@ def test_the_source_pages_recipe():
         "w_min": 3,
         "w_max": 15,
         "num_ddim_timesteps": 50,
+        "phases": [1],
         "validation_prompts": ["yoda pokemon"] * 4,
     }
     assert {name: getattr(args, name) for name in recipe} == recipe

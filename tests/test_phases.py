@@ -281,6 +281,18 @@ def test_n_that_does_not_fit(trainer, phases, n, line):
     assert "\n" not in str(end.value) and "--phases" in str(end.value)
 
 
+@pytest.mark.parametrize("n", [None, 8, 10, 20, 25, 40, 50, 80])
+def test_phases_where_they_are_not_given(trainer, n):
+    """8, 4, 2 and 1 in turn, less those that do not divide N; N is then 40."""
+    args = parsed(trainer, **{"num_ddim_timesteps": n} if n else {})
+    assert args.num_ddim_timesteps == (n or 40)
+    fit = [m for m in (8, 4, 2, 1) if (n or 40) / m == (n or 40) // m]
+    assert args.phases == fit and args.phases[-1] == 1
+    args.max_train_steps = 1000
+    plan = [trainer.phases_at(step, args) for step in range(1000)]
+    assert sorted({*plan}, reverse=True) == fit and plan == sorted(plan, reverse=True)
+
+
 def test_n_beyond_the_list(trainer):
     """Any N that the phases divide is taken where it is given."""
     for phases, n in (("3", 48), ("16", 64), ("1", 33), ("7", 28), ("3,6", 30)):

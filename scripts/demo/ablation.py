@@ -109,7 +109,9 @@ def parse_args(argv=None):
     add("--family", choices=["sd15", "sdxl"], default="sd15", help="of the demo teacher")
     add("--seed", type=int, nargs="+", default=[0], metavar="N", help="of training")
     add("--num_prompts", **count, default=500, metavar="N", help="to measure with")
-    add("--only_train", action="store_true", help="and measure nothing yet")
+    only = parser.add_mutually_exclusive_group().add_argument
+    only("--only_train", action="store_true", help="and measure nothing yet")
+    only("--only_measure", action="store_true", help="what was trained of the rows")
     more = "more of the trainer's flags, for all rows that are trained"
     add("--trainer_flags", default="", metavar="FLAGS", help=more)
     folder = {"type": given_path, "metavar": "FOLDER"}
@@ -325,7 +327,7 @@ def main(argv=None):
     quiet_libraries()
     args = parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    for row in args.rows:
+    for row in () if args.only_measure else args.rows:
         for seed in args.seed:
             train(args, row, seed)
     if args.only_train:
