@@ -539,7 +539,7 @@ def test_defect_05_two_processes_are_one(train, teacher, images, tmp_path):
 
     The checkpoint of the two continues in one (12).
     """
-    flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4}
+    flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 4, "phases": 1}
     flags |= {"lr_scheduler": "linear", "checkpointing_steps": 2}
     one, two = train(**flags), tmp_path / "out"
     where = {

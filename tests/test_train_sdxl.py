@@ -359,7 +359,7 @@ def test_defect_05_two_processes_are_one(train_xl, xl_teacher, images, tmp_path)
     flags = {
         "pretrained_teacher_model": xl_teacher, "train_data_dir": images,
         "output_dir": tmp_path / "two", "resolution": 32, "lora_rank": 4, "max_train_steps": 3,
-        "report_to": "none",
+        "report_to": "none", "phases": 1,
     }  # fmt: skip
     done = launch(
         ROOT / SCRIPT,
