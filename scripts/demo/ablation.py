@@ -112,8 +112,6 @@ def parse_args(argv=None):
     only = parser.add_mutually_exclusive_group().add_argument
     only("--only_train", action="store_true", help="and measure nothing yet")
     only("--only_measure", action="store_true", help="what was trained of the rows")
-    more = "more of the trainer's flags, for all rows that are trained"
-    add("--trainer_flags", default="", metavar="FLAGS", help=more)
     folder = {"type": given_path, "metavar": "FOLDER"}
     add("--output", **folder, default=Path("outputs/ablation"), help="gets LoRAs and reports")
     args = parser.parse_args(command_line(argv))
@@ -162,7 +160,7 @@ def train(args, row, seed):
     same = ["--pretrained_teacher_model", teacher_of(args), *data, *RECIPE]
     same += ["--center_crop", "--report_to", "none", "--resume_from_checkpoint", "latest"]
     own = ["--seed", seed, "--output_dir", args.folder / f"{row}-seed{seed}"]
-    run(f"train_lcm_lora_{args.family}.py", *same, *flags, *own, *args.trainer_flags.split())
+    run(f"train_lcm_lora_{args.family}.py", *same, *flags, *own)
 
 
 def trained(args):
