@@ -20,6 +20,7 @@ fuse, workspaces of libraries, and the 4 bits of a quantized base.
 
 import argparse
 import contextlib
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -52,8 +53,9 @@ def kind_of(name):
 
 
 def size_of(tensor):
-    """The bytes of a tensor that an operation reads or writes; of an expanded one its storage's."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    """The bytes of a tensor that an operation reads or writes, those of an expanded one once."""
+    sizes = [size for size, step in zip(tensor.shape, tensor.stride()) if step]
+    return math.prod(sizes) * tensor.element_size()
 
 
 def tensors(tree):
