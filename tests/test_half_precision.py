@@ -1,4 +1,4 @@
-"""A step in half precision: no autocast, LoRA layers that cast only A and B; and what that moves."""
+"""A step in half precision: no autocast, LoRA layers that cast A and B only; what that moves."""
 
 import contextlib
 from unittest import mock
