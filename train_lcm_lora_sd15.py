@@ -553,8 +553,7 @@ def predict(unet, z_t, t, c):
     torch.manual_seed(torch.initial_seed())  # target and student drop the same with --lora_dropout
     dtype = next(unet.parameters()).dtype
     added = {name: value for name, value in c.items() if name != "prompt"}
-    with torch.autocast(z_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return unet(z_t.to(dtype), t, c["prompt"], added_cond_kwargs=added).sample.float()
+    return unet(z_t.to(dtype), t, c["prompt"], added_cond_kwargs=added).sample.float()
 
 
 @torch.no_grad()
@@ -967,6 +966,33 @@ def share_weights(unet):
     return copy.deepcopy(unet, {id(thing): thing for thing in shared})
 
 
+class HalfLinear(peft.tuners.lora.Linear):
+    """A linear layer of a half-precision base with its float32 LoRA, computed in half precision.
+
+    base(x) + scaling B A dropout(x); x [..., C]. PEFT's own layer would cast x, not A and B, and
+    add up in three operations more.
+    """
+
+    def forward(self, x):
+        (name,) = self.lora_A
+        a, b = (part[name].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
+        rows = x.flatten(0, -2)  # the product of two matrices is no view, so can be added to
+        h = torch.nn.functional.linear(self.lora_dropout[name](rows), a)
+        y = self.base_layer(rows).addmm_(h, b.T, alpha=self.scaling[name])
+        return y.unflatten(0, x.shape[:-1])
+
+
+class HalfConv2d(peft.tuners.lora.Conv2d):
+    """The same of a convolution; x [B,C,h,w]."""
+
+    def forward(self, x):
+        (name,) = self.lora_A
+        a, b = (part[name].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
+        how, conv2d = self.lora_A[name], torch.nn.functional.conv2d
+        h = conv2d(self.lora_dropout[name](x), a, None, how.stride, how.padding, how.dilation)
+        return self.base_layer(x).add_(conv2d(h, b), alpha=self.scaling[name])
+
+
 def attach_lora(unet, args):
     """Add LoRA layers to the UNet, float32 whatever the base is; only they are trained."""
     targets, rank = args.lora_target_modules.replace(",", " ").split(), args.lora_rank
@@ -974,7 +1000,11 @@ def attach_lora(unet, args):
     torch.manual_seed(args.seed)
     advice = "give endings of the names of linear and conv layers"
     with or_fail("--lora_target_modules: no such layers", advice):
-        unet.add_adapter(peft.LoraConfig(r=rank, target_modules=targets, **strength))
+        config = peft.LoraConfig(r=rank, target_modules=targets, **strength)
+        if unet.dtype != torch.float32:
+            halves = {torch.nn.Linear: HalfLinear, torch.nn.Conv2d: HalfConv2d}
+            config._register_custom_module(halves)
+        unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
     return unet
 
@@ -2415,7 +2445,10 @@ def set_up(args):
     run.trained = [p for p in run.target.parameters() if p.requires_grad]
     optimizer, run.lr_scheduler = make_optimizer(run.trained, args)
     run.student, run.optimizer = accelerator.prepare(run.target, optimizer)
-    run.ema = None if args.ema_decay is None else EMAModel(run.trained, decay=args.ema_decay)
+    # The autocast that `prepare` adds would compute each normalisation in float32 and cast the rest
+    accelerator.unwrap_model(run.student, keep_fp32_wrapper=False)
+    ema = {"decay": args.ema_decay, "foreach": accelerator.device.type == "cuda"}
+    run.ema = None if args.ema_decay is None else EMAModel(run.trained, **ema)
     if run.resumed:
         load_state(run)
     base, lora = pipe.unet.num_parameters() / 1e6, sum(p.numel() for p in run.trained) / 1e6

@@ -448,6 +448,24 @@ def train_xl(train_by, sdxl, xl_teacher):
     return train_by(sdxl, xl_teacher)
 
 
+@pytest.fixture
+def fp16_on_the_cpu(sd15, sdxl, monkeypatch):
+    """--mixed_precision fp16 where accelerate wants a GPU for it: with its autocast and scaler."""
+    import torch
+
+    real = sd15.Accelerator
+
+    def make(mixed_precision, **settings):
+        accelerator = real(mixed_precision="no", **settings)
+        if mixed_precision == "fp16":
+            accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        return accelerator
+
+    for trainer in (sd15, sdxl):
+        monkeypatch.setattr(trainer, "Accelerator", make)
+
+
 SEPARATORS = set(";&|()<>")
 BEFORE_A_COMMAND = {"exec", "time", "if", "then", "do", "else", "while", "until", "!"}
 

@@ -422,21 +422,6 @@ def test_defect_08_lora_is_float32_under_bf16(train, nets, monkeypatch, capsys, 
     assert all(np.isfinite(row).all() for row in series(out, "loss", "grad_norm"))
 
 
-@pytest.fixture
-def fp16_on_the_cpu(sd15, monkeypatch):
-    """--mixed_precision fp16 where accelerate wants a GPU for it: with its autocast and scaler."""
-    real = sd15.Accelerator
-
-    def make(mixed_precision, **settings):
-        accelerator = real(mixed_precision="no", **settings)
-        if mixed_precision == "fp16":
-            accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-        return accelerator
-
-    monkeypatch.setattr(sd15, "Accelerator", make)
-
-
 @pytest.mark.parametrize("quantized", [None, "nf4"])
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_every_base_saves_resumes_and_is_started_from(request, train, nets, precision, quantized):

@@ -165,6 +165,7 @@ class Training:
         self.batch, self.c_null = self.random_batch(batch, dtype)
         optimizer, self.lr_scheduler = trainer.make_optimizer(self.trained, args)
         self.student, self.optimizer = self.accelerator.prepare(self.target, optimizer)
+        self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
         self.ema, self.step = None, 0
 
     def random_batch(self, size, dtype):

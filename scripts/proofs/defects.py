@@ -67,8 +67,9 @@ DEFECTS = (
       'cast_training_params(unet, '
       'dtype=DTYPES[os.environ.get("ACCELERATE_MIXED_PRECISION", "no")])'}),
     (9, "autocast without a dtype", SD15,
-     "tests/test_maths.py::test_defect_09_autocast_names_its_dtype",
-     {"dtype=dtype, enabled=": "enabled="}),
+     "tests/test_maths.py::test_defect_09_no_autocast",
+     {"    return unet(z_t.to(dtype)":
+      "    with torch.autocast(z_t.device.type):\n        return unet(z_t.to(dtype)"}),
     (10, "sigma in bf16", SD15,
      "tests/test_maths.py::test_defect_10_noising_is_float32",
      {"(1 - alpha_bar).sqrt()": "(1 - alpha_bar.bfloat16()).sqrt()"}),
