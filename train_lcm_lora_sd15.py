@@ -1626,7 +1626,7 @@ def make_loader(records, empty, args, first_step, rank, world):
     Ranks and micro-steps take contiguous parts of the global batch.
     """
     size, parts = args.train_batch_size, args.gradient_accumulation_steps
-    workers, steps = args.dataloader_num_workers, range(first_step, args.max_train_steps)
+    workers, steps = args.dataloader_num_workers or 0, range(first_step, args.max_train_steps)
     options = {"collate_fn": collate, "worker_init_fn": start_reader}
     options["pin_memory"] = torch.cuda.is_available()  # for `to_device`, beside the training
     if not args.streaming:
