@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import encode_data
 import generate_data
-import infer
 import memory
 import pytest
 import torch
@@ -17,6 +16,8 @@ from accelerate.state import AcceleratorState
 from conftest import command_line
 from diffusers import AutoencoderKL, LCMScheduler
 from diffusers.optimization import get_scheduler
+
+import infer
 
 CUDA = torch.device("cuda", 0)
 NEEDED = {"pretrained_teacher_model": "m", "train_data_dir": "d", "max_train_steps": 9}

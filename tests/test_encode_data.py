@@ -640,7 +640,7 @@ def test_out_of_memory(trainer, encode, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer, "encode_images", fill)
-    with refused("out of memory", "--vae_encode_batch_size"):
+    with refused("out of memory", "--vae_encode_batch_size 1"):
         encode(output=tmp_path / "out")
     monkeypatch.undo()
     assert len(datasets.load_from_disk(encode(output=tmp_path / "out"))) == 12
