@@ -143,13 +143,15 @@ def test_choice_for_a_card():
     gb, batches = 10**9, memory.COMPUTED_BATCHES
     curves = {
         options: {b: gb * (4 + slope * b) for b in batches}
-        for options, slope in zip(memory.LADDER, (5, 2, 1.9, 0.5))
+        for options, slope in zip(memory.LADDER, (2, 1.9, 0.5))
     }
-    assert memory.choose(curves, 80) == (memory.LADDER[0], 12)
-    assert memory.choose(curves, 24) == (memory.LADDER[1], 8)
-    assert memory.choose(curves, 8) == (memory.LADDER[3], 4)
+    assert memory.choose(curves, 24) == (memory.LADDER[0], 8)
+    assert memory.choose(curves, 24, 12) == (memory.LADDER[2], 32)  # a smaller card has 12
+    assert memory.choose(curves, 8) == (memory.LADDER[2], 4)
     assert memory.choose(curves, 5)[1] == 0 and memory.cell(*memory.choose(curves, 5)) == "no"
-    assert memory.cell(*memory.choose(curves, 8)) == "4 gc 8bit nf4 (c)"
+    assert memory.cell(*memory.choose(curves, 8)) == "4 8bit nf4 (c)"
+    few = {memory.LADDER[2]: {1: gb, 8: 2 * gb}}  # not computed for more than 8
+    assert memory.choose(few, 80) == (memory.LADDER[2], 8)
 
 
 def test_the_table_of_cards():

@@ -136,8 +136,8 @@ def test_out_of_memory_names_flags_of_the_program(sd15, program, work, tmp_path,
     with pytest.raises(SystemExit) as end:
         program.main(words)
     advice = re.search(r"out of memory \(.*2 GiB.\); (.*)", str(end.value))[1]
-    named = re.findall(r"(--\w+)(?: ([\w/-]*[\d/]+[\w/-]*))?", advice)
-    named = [[flag, value or "1"][: 1 if "--no" in flag else 2] for flag, value in named]
+    named = re.findall(r"(--[\w-]+)(?: ([\w/-]*[\d/]+[\w/-]*))?", advice)
+    named = [[flag, value or "1"][: 1 if flag.startswith("--no-") else 2] for flag, value in named]
     _, args = program.parse_args([*words, *(word for pair in named for word in pair)])
     assert args.mixed_precision == "fp16" and len(named) == (3 if work == "encode" else 4)
     assert (args.vae_encode_batch_size if work == "encode" else args.batch_size) == 1
