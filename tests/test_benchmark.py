@@ -1,6 +1,7 @@
 """benchmark.py and memory.py of scripts/measure/: their counts are those of independent counts."""
 
 import csv
+import re
 
 import benchmark
 import memory
@@ -155,21 +156,25 @@ def test_choice_for_a_card():
 
 
 def test_the_table_of_cards():
-    """A cell for each card; one of the cells computed anew: it fits and leaves little."""
+    """A cell for each card, none below that of a smaller one; one of them computed anew."""
     rows, _ = memory_table()
     names = {f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()}
     assert {*rows} <= names  # the slow test wants all
     short = memory.SHORT
     ladder = [tuple(short[o] for o in options if o in short) for options in memory.LADDER]
-    for cells in rows.values():
+    for *cells, without in rows.values():
         assert len(cells) == len(memory.CARDS)
         for cell in cells:
             words = cell.split()
             assert cell == "no" or words[-1] in ("(c)", "(m)")
             assert cell == "no" or int(words[0]) in memory.BATCHES and tuple(words[1:-1]) in ladder
+        sizes = [int(cell.replace("no", "0").split()[0]) for cell in cells]
+        assert sizes == sorted(sizes)
+        assert without == "no" or re.fullmatch(r"\d+ GB: \d+ \(c\)", without)
     batch, *short, _ = rows["SD 1.5, 512 px"][0].split()
     options = memory.LADDER[ladder.index(tuple(short))]
-    size = memory.step_memory("sd15", 512, int(batch), "bf16", options)["total"]
+    step = memory.step_memory("sd15", 512, int(batch), "fp16", options)
+    size = memory.needed(step, memory.vae_memory("sd15", 512, "fp16"))
     assert 0.7 * 8e9 < size + memory.ALLOWANCE <= 8e9
 
 
