@@ -362,7 +362,7 @@ def test_what_a_run_takes_beside_its_step(xl_teacher, capsys):
     memory.main(flags)
     lines = capsys.readouterr().out.splitlines()
     found = {line[:26].strip(): float(line[26:34]) for line in lines if " GiB" in line}
-    assert {"encode_data.py with it", "validation with it", "with --ema_decay, more",
+    assert {"total of encode_data.py", "total of validation", "with --ema_decay, more",
             "on several GPUs, more"} <= found.keys()  # fmt: skip
     vae = memory.vae_memory(str(xl_teacher), 64, "no")
     teacher = AutoencoderKL.from_pretrained(xl_teacher, subfolder="vae")

@@ -276,17 +276,14 @@ def fits(size):
 
 
 def report(parts, beside):
-    """The parts as lines, and what else there is to make room for."""
+    """The parts as lines, and what else there is to make room for; totals with the allowance."""
     total = parts["total"] + ALLOWANCE
-    parts = parts | {"allowance": ALLOWANCE, "total with the allowance": total}
-    beside = {
-        name if name.endswith("more") else f"{name} with it": size
-        + ALLOWANCE * (not name.endswith("more"))
-        for name, size in beside.items()
-    }
+    lines = parts | {"allowance": ALLOWANCE, "total with the allowance": total}
+    for name, size in beside.items():
+        more = name.endswith("more")  # on top of the others
+        lines[name if more else f"total of {name}"] = size if more else size + ALLOWANCE
     return "\n".join(
-        f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB"
-        for name, size in (parts | beside).items()
+        f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB" for name, size in lines.items()
     )
 
 
