@@ -376,8 +376,9 @@ def test_what_a_run_takes_beside_its_step(xl_teacher, capsys):
     assert memory.needed(parts, few) == 61  # encode_data.py
     assert memory.needed(parts, few | {"encoding": 7, "decoding": 40}) == 67  # validation
     assert memory.needed(parts, few | {"encoding": 7}) == 30  # the step
-    raw = memory.others(parts | {"VAE and text encoders": 9}, few)  # where it is there anyway
-    assert raw["validation"] == 10 + 4 + 8 + 9 + 1
+    raw, few = parts | {"VAE and text encoders": 9}, few | {"encoding": 3}
+    assert memory.others(raw, few)["validation"] == 10 + 4 + 8 + 5 + 6 + 3
+    assert memory.needed(raw, few) == 36 and memory.needed(raw | {"total": 40}, few) == 42
 
 
 def test_the_vae_takes_as_much_as_its_images(xl_teacher):

@@ -14,8 +14,8 @@ as that of bf16, which has as many bytes; SDXL's own VAE is float32 in a run in 
 
 Beside the step it counts what else a run and its preparation take:
     encode_data.py   the VAE at its batch, beside the text encoders
-    validation       the VAE decodes an image beside base, LoRA and optimizer state; with encoded
-                     data it is moved to the GPU for that
+    validation       the VAE decodes an image beside base, LoRA and optimizer state (encoded data:
+                     it is moved to the GPU for that), or encodes, where data are not encoded
     --ema_decay      another copy of the LoRA, in addition
     several GPUs     gradients that stay in DDP's buckets, in addition
 A card is large enough where the step, encode_data.py and validation fit.
@@ -220,8 +220,9 @@ def step_memory(model, resolution, batch, precision, options, more=(), real=Fals
 
 
 def vae_memory(model, resolution, precision, batch=None):
-    """{part: bytes} of the VAE's work: its weights and those of the text encoders, and the most
-    that encoding `batch` images (default: the trainers') and decoding one take beside them.
+    """{part: bytes}: weights of VAE and text encoders; the most that the VAE's work takes beside.
+
+    That is encoding `batch` images, by default as many as the trainers encode, and decoding one.
     """
     family, _, unet, config, encoders = describe(model)
     trainer = importlib.import_module(f"train_lcm_lora_{family}")
@@ -253,11 +254,14 @@ def vae_memory(model, resolution, precision, batch=None):
 
 def others(step, vae):
     """{what: bytes} that a run and its preparation take beside the step; of the last two, more."""
-    resident = step["VAE and text encoders"] or vae["VAE"]  # encoded data leave the VAE elsewhere
-    kept = step["base"] + step["LoRA"] + step["optimizer state"] + resident
+    raw = (
+        step["VAE and text encoders"] > 0
+    )  # encoded data leave the VAE on the host till it decodes
+    kept = step["base"] + step["LoRA"] + step["optimizer state"]
+    kept += vae["VAE"] + raw * vae["text encoders"]
     return {
         "encode_data.py": vae["VAE"] + vae["text encoders"] + vae["encoding"],
-        "validation": kept + vae["decoding"],
+        "validation": kept + max(vae["decoding"], raw * vae["encoding"]),
         "with --ema_decay, more": step["LoRA"],
         "on several GPUs, more": step["LoRA"] - step["gradients at the peak"],
     }
@@ -265,8 +269,11 @@ def others(step, vae):
 
 def needed(step, vae):
     """Bytes that a card must have room for: the most of the step, encode_data.py, validation."""
-    beside = others(step, vae)
-    return max(step["total"], beside["encode_data.py"], beside["validation"])
+    beside, resident = others(step, vae), step["VAE and text encoders"]
+    total = step["total"]
+    if resident:  # an SDXL's own VAE is float32 where the step was computed with half of that
+        total += vae["VAE"] + vae["text encoders"] - resident
+    return max(total, beside["encode_data.py"], beside["validation"])
 
 
 def fits(size):
