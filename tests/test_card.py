@@ -220,7 +220,7 @@ def test_the_share_of_waiting_for_data(request, family, monkeypatch):
     assert "data wait 75%" in shown[0]
 
 
-# ------------------------------------------------------------------------------- the GPU never waits
+# -------------------------------------------------------------------------- the GPU never waits
 
 
 class Moved:
@@ -276,7 +276,7 @@ def test_batches_are_pinned_for_a_gpu(request, family, monkeypatch, cuda):
     assert loader.pin_memory == cuda and loader.num_workers == 0
 
 
-# ------------------------------------------------------------------------ gradients, optimizer state
+# ------------------------------------------------------------------- gradients, optimizer state
 
 
 @BOTH
