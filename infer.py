@@ -1029,10 +1029,10 @@ def guard(vae):
         way = "--vae names another, SDXL's for fp16 is madebyollin/sdxl-vae-fp16-fix"
         return check(image, f"from the VAE, not from the latents: {way}")
 
+    vae.enable_slicing()  # one image at a time: of 1024 px each takes over a GiB
     encode, decode = vae.encoder.forward, vae.decode
     vae.encoder.forward = lambda x: checked(vae.encoder, encode, x)
-    # As the pipelines ask for it: a tuple.
-    vae.decode = lambda x, **more: (checked(vae, lambda y: decode(y, **more)[0], x),)
+    vae.decode = lambda x, **more: (checked(vae, lambda y: decode(y, **more)[0], x),)  # a tuple
 
 
 def load_controlnet(name, pipe):

@@ -222,7 +222,8 @@ def parse_args(argv=None):
     switch("--use_fix_crop_and_size", "condition on size --resolution and no crop")
     one("--proportion_empty_prompts", share, 0.0, "0..1", "share of captions that are emptied")
     one("--max_prompt_chunks", number(int, 1, 100), 1, "PIECES", "of 75 tokens read of a caption")
-    one("--dataloader_num_workers", whole, 0, "PROCESSES", "that read images beside the training")
+    text = "that read images (default: 4 on CUDA, else none)"
+    one("--dataloader_num_workers", whole, None, "PROCESSES", text)
     name("--cache_dir", "FOLDER", "where downloads are kept")
 
     group = parser.add_argument_group("Distillation")
@@ -237,7 +238,8 @@ def parse_args(argv=None):
     choice("--loss_type", "huber l2", "huber", "distance d of the loss")
     choice("--loss_units", "x0 output", "x0", "d between clean latents, or outputs of the network")
     one("--huber_c", positive, 0.001, "C", "of the pseudo-Huber distance, in units of the loss")
-    one("--vae_encode_batch_size", count, 8, "IMAGES", "that the VAE encodes at once")
+    text = "that the VAE encodes at once (default: 8, above 512 x 512 px 1)"
+    one("--vae_encode_batch_size", count, None, "IMAGES", text)
 
     group = parser.add_argument_group("Optimisation")
     one("--train_batch_size", count, 16, "IMAGES", "for each process")
@@ -390,6 +392,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -573,23 +576,25 @@ def sample_batch(run, batch, args):
     c = conditions(run.pipe, batch, device, args.max_prompt_chunks)
     vae, noise = run.pipe.vae, None
     if "path" in batch:
-        z = batch["path"].to(device).float().unflatten(1, (args.num_ddim_timesteps + 1, -1))
+        z = to_device(batch["path"], device).float().unflatten(1, (args.num_ddim_timesteps + 1, -1))
     else:
-        moments = batch.get("moments")
-        if moments is None:
+        if "moments" in batch:
+            moments = to_device(batch["moments"], device)
+        else:
             moments = encode_images(vae, batch["pixels"], args.vae_encode_batch_size)
         shape = (vae.config.latent_channels, *moments.shape[2:])
-        posterior_noise = normal(args.seed, step, places, "posterior", shape).to(device)
-        z = sample_posterior(moments.to(device), posterior_noise, vae.config.scaling_factor)
+        posterior_noise = to_device(normal(args.seed, step, places, "posterior", shape), device)
+        z = sample_posterior(moments, posterior_noise, vae.config.scaling_factor)
         # noise ~ N(0, I)
-        noise = normal(args.seed, step, places, "noise", shape).to(device)
+        noise = to_device(normal(args.seed, step, places, "noise", shape), device)
     # t_nk ~ the solver's timesteps
     chosen = [rng(args.seed, step, place, "timestep") for place in places]
-    t_nk = run.timesteps[[int(one.integers(len(run.timesteps))) for one in chosen]]
+    t_nk = torch.tensor([int(one.integers(len(run.timesteps))) for one in chosen])
+    t_nk = run.timesteps[to_device(t_nk, device)]
     # omega ~ U[w_min, w_max]
     chosen = [rng(args.seed, step, place, "guidance") for place in places]
     omega = [one.uniform(args.w_min, args.w_max) for one in chosen]
-    omega = torch.tensor(omega, dtype=torch.float32, device=device)[:, None, None, None]
+    omega = to_device(torch.tensor(omega, dtype=torch.float32), device)[:, None, None, None]
     return z, c, noise, t_nk, omega
 
 
@@ -1069,11 +1074,21 @@ def encode_captions(pipe, captions, chunks=1):
     return {"prompt": prompt, "text_embeds": pooled}
 
 
+def to_device(tensor, device):
+    """A tensor of the host on the device; a GPU takes it while the host goes on."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def encode_images(vae, pixels, batch_size):
-    """Pixels [B,3,H,W] in -1..1 -> mean and log variance of the latents' posteriors, [B,8,h,w]."""
-    parts = [vae.encode(part.to(vae.device, vae.dtype)) for part in pixels.split(batch_size)]
-    return torch.cat([part.latent_dist.parameters for part in parts])
+    """Pixels [B,3,H,W] in -1..1 -> mean and log variance of the latents' posteriors, [B,8,h,w].
+
+    By default one at a time above 512 x 512 pixels: of 1024 x 1024 each takes over a GiB.
+    """
+    batch_size = batch_size or (8 if math.prod(pixels.shape[2:]) <= 512**2 else 1)
+    parts = [to_device(part, vae.device).to(vae.dtype) for part in pixels.split(batch_size)]
+    return torch.cat([vae.encode(part).latent_dist.parameters for part in parts])
 
 
 def sample_posterior(moments, noise, scaling_factor):
@@ -1086,8 +1101,8 @@ def conditions(pipe, batch, device, chunks):
     """All that the UNet gets beside z and t, {name: [B,...]}: embeddings, for SDXL sizes too."""
     c = {} if "prompt" in batch else encode_captions(pipe, batch["caption"], chunks)
     for name in {"prompt", "text_embeds"} & batch.keys():
-        c[name] = batch[name].to(device, pipe.unet.dtype)  # encoded data are float32
-    return c | ({"time_ids": batch["time_ids"].to(device)} if "time_ids" in batch else {})
+        c[name] = to_device(batch[name], device).to(pipe.unet.dtype)  # encoded data are float32
+    return c | ({"time_ids": to_device(batch["time_ids"], device)} if "time_ids" in batch else {})
 
 
 # ----------------------------------------------------------------------------------------- 4. Data
@@ -1658,8 +1673,9 @@ def make_loader(records, empty, args, first_step, rank, world):
     Ranks and micro-steps take contiguous parts of the global batch.
     """
     size, parts = args.train_batch_size, args.gradient_accumulation_steps
-    workers, steps = args.dataloader_num_workers, range(first_step, args.max_train_steps)
+    workers, steps = args.dataloader_num_workers or 0, range(first_step, args.max_train_steps)
     options = {"collate_fn": collate, "worker_init_fn": start_reader}
+    options["pin_memory"] = torch.cuda.is_available()  # for `to_device`, beside the training
     if not args.streaming:
         places = np.arange(parts * size).reshape(parts, size) + rank * parts * size
         batches = ([(step, place) for place in some] for step in steps for some in places.tolist())
@@ -2060,12 +2076,22 @@ def load_state(run):
         for name, kept in run.state().items():
             if kept and state.get(name):
                 kept.load_state_dict(state[name])
+    keep_paged(run.optimizer.optimizer)  # within accelerate's wrapper
     # Allowed changes count: the learning rate is what these flags give at the checkpoint's step
     schedule.base_lrs = rates
     settings["lr"] = rates[0] * schedule.lr_lambdas[0](schedule.last_epoch)
     run.optimizer.param_groups[0].update(settings)
     if run.ema:
         run.ema.to(run.accelerator.device)
+
+
+def keep_paged(optimizer):
+    """Put a loaded state into paged memory: bitsandbytes loads it as plain tensors of the GPU."""
+    for p, state in optimizer.state.items() if getattr(optimizer, "is_paged", False) else ():
+        for name in {"state1", "state2"} & state.keys():
+            kept = optimizer.get_state_buffer(p, dtype=state[name].dtype)
+            if getattr(kept, "is_paged", False):  # a small one is not
+                state[name] = kept.copy_(state[name])
 
 
 def is_done(run, args):
@@ -2164,6 +2190,8 @@ class Log:
         plain = {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
         for tracker in run.accelerator.trackers:
             tracker.store_init_configuration(plain)
+        if run.accelerator.device.type == "cuda":  # the peak of loading is not the training's
+            torch.cuda.reset_peak_memory_stats(run.accelerator.device)
         steps = {"total": args.max_train_steps, "initial": run.step, "unit": "step"}
         self.bar = tqdm(**steps, disable=self.file is None, dynamic_ncols=True)
         self.restart_clock()
@@ -2190,7 +2218,18 @@ class Log:
 
     def restart_clock(self):
         """Measure the speed from here on: a save before it does not count."""
-        self.clock, self.clock_step = time.perf_counter(), self.run.step
+        self.clock, self.clock_step, self.waited = time.perf_counter(), self.run.step, 0.0
+
+    def timed(self, batches):
+        """The batches; the time in which the training waits for them is added up."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def warn_of(self, unusable):
         """Count the records that are replaced, each once; name ten, the 100th, the 1000th ..."""
@@ -2210,16 +2249,18 @@ class Log:
         if accelerator.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(accelerator.device)
         self.memory, steps = max(self.memory, memory / 2**30), self.run.step - self.clock_step
-        rate = self.run.global_batch * steps / (time.perf_counter() - self.clock)
+        seconds = time.perf_counter() - self.clock
+        rate, wait = self.run.global_batch * steps / seconds, self.waited / seconds
         row |= {"skipped": self.skipped, "overflows": self.overflows}
-        row |= {"images_per_s": rate, "memory_gib": self.memory}
+        row |= {"images_per_s": rate, "data_wait": wait, "memory_gib": self.memory}
         accelerator.log(row, step=self.run.step)
         valid = {k: v if math.isfinite(v) else None for k, v in row.items()}  # NaN is not JSON
         if self.file:
             with or_fail(f"{self.file.name}: it cannot be written", "free some space and resume"):
                 self.file.write(json.dumps({"step": self.run.step} | valid) + "\n")
         shown = f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.1e}"
-        self.bar.set_postfix_str(f"{shown} {rate:.1f} img/s {self.memory:.1f} GiB", False)
+        shown += f" {rate:.1f} img/s data wait {wait:.0%} {self.memory:.1f} GiB"
+        self.bar.set_postfix_str(shown, False)
         self.bar.update()
         if not finite:
             what = f"step {self.run.step} is skipped: loss {row['loss']:g}, gradient norm "
@@ -2245,6 +2286,7 @@ def validate(run, args):
     kind, _, scale, _ = sampling(args, phases_at(run.step - 1, args))
     sampler.scheduler = getattr(diffusers, kind).from_config(run.pipe.scheduler.config, **grid)
     sampler.set_progress_bar_config(disable=True)
+    home = vae.device
     embeddings = {"prompt": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
     null = {f"negative_{embeddings[key]}": value for key, value in run.c_null.items()}
     settings = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "latent"}
@@ -2253,7 +2295,9 @@ def validate(run, args):
         noise = torch.Generator().manual_seed(args.seed + i)
         given = {name: c[key] for key, name in embeddings.items() if key in c}
         z = sampler(**given, **null, **settings, generator=noise).images
-        pixels = vae.decode(z.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        vae.to(z.device)  # encoded data leave it on the host
+        pixels = vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample
+        vae.to(home)
         images += VaeImageProcessor().postprocess(pixels)
     path = Path(args.output_dir, "validation", f"step-{run.step:06d}.png")
     path.parent.mkdir(exist_ok=True)
@@ -2377,7 +2421,11 @@ def make_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, logs),
             # Where one process validates or reads its data, the others wait for it
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+                # The gradients lie in what is exchanged, not twice in memory
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
         )
     if accelerator.mixed_precision not in DTYPES:
         what = f"mixed precision {accelerator.mixed_precision} is not supported"
@@ -2389,6 +2437,8 @@ def make_accelerator(args):
     if (backend := accelerator.state.dynamo_plugin.backend.value) != "NO":
         fail(f"accelerate's dynamo backend {backend}: set it to no, and give --torch_compile")
     args.mixed_precision = accelerator.mixed_precision  # perhaps the launcher's
+    if args.dataloader_num_workers is None:  # a GPU must not wait, a CPU is busy as it is
+        args.dataloader_num_workers = 4 if accelerator.device.type == "cuda" else 0
     return accelerator
 
 
@@ -2481,6 +2531,8 @@ def set_up(args):
     run.c_null, *run.prompts = [conditions(pipe, batch, device, chunks) for batch in batches]
     for name in {*TEXT_ENCODERS} & pipe.components.keys() if "prompt" in columns else ():
         setattr(pipe, name, None)  # it has done its work
+    if {*LATENTS} & {*columns} and "vae" not in skip:
+        pipe.vae.to("cpu")  # only validation needs it
 
     # The optimizer; the model is wrapped for many processes, the target is the bare module
     run.trained = [p for p in run.target.parameters() if p.requires_grad]
@@ -2535,7 +2587,7 @@ def distil(args):
     first = list(itertools.islice(batches, 1))  # nothing is written where nothing can be read
     log = Log(run, args)
     try:
-        number = train(run, itertools.chain(first, batches), log, stop, args)
+        number = train(run, log.timed(itertools.chain(first, batches)), log, stop, args)
     finally:  # a message stands on a line of its own
         log.bar.close()
     if number:
@@ -2571,6 +2623,19 @@ def distil(args):
             run.hub.upload_folder(**place, allow_patterns=files)
 
 
+def less_memory(args):
+    """What saves memory and is not done yet."""
+    encoded = encoded_folder(args)
+    ways = {
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--use_8bit_adam": args.optimizer != "adamw",
+        "--quantize_base nf4": args.quantize_base,
+        "--vae_encode_batch_size 1": encoded or args.vae_encode_batch_size == 1,
+        "encoded data (scripts/encode_data.py)": encoded,
+    }
+    return " or ".join(["lower --train_batch_size", *(way for way in ways if not ways[way])])
+
+
 def main(argv=None):
     """The run, and how it ends where it cannot go on."""
     args = parse_args(argv)
@@ -2584,9 +2649,7 @@ def main(argv=None):
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and "can't allocate memory" not in str(error):  # as on a CPU
             raise
-        flags = "--gradient_checkpointing or --use_8bit_adam, or train on encoded data"
-        what = f"out of memory ({reason(error)}): lower --train_batch_size, or add {flags}"
-        fail(f"{what} (scripts/encode_data.py)", this_rank())
+        fail(f"out of memory ({reason(error)}): {less_memory(args)}", this_rank())
     except KeyboardInterrupt:  # before the first step; later ones are kept for the end of the step
         raise SystemExit(128 + signal.SIGINT) from None
     finally:  # readers of a loader that an error leaves behind

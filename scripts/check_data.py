@@ -160,7 +160,7 @@ class Reader(torch.utils.data.IterableDataset):
 def read_all(records, tokenizers, args):
     """Figures of the records: (counts, sizes, longest captions, copies, unusable records)."""
     counts, sizes, longest, first, copies, unusable = Counter(), [], [], {}, [], []
-    workers, total = args.dataloader_num_workers, args.limit
+    workers, total = args.dataloader_num_workers or 0, args.limit
     if args.streaming:
         workers = min(workers, records.num_shards)
     else:

@@ -46,6 +46,10 @@ from help_formatter import command_line, given_path
 
 ROWS = 1000  # in a file
 AGAIN = "mend that and run the same command again: whole files are kept"
+LESS_MEMORY = (
+    "give --vae_encode_batch_size 1 or --mixed_precision fp16, for SDXL with a VAE that is stable "
+    "in it (--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix)"
+)
 
 
 def make_parser(program, about, usage):
@@ -373,7 +377,8 @@ def to_row(trainer, sample, features):
 
 def encode_rows(trainer, pipe, records, rows, features, args):
     """Some rows of the data, read and encoded."""
-    options = {"batch_size": args.vae_encode_batch_size, "collate_fn": list, "sampler": rows}
+    size = args.vae_encode_batch_size or 8  # that are read at once; the VAE may take fewer
+    options = {"batch_size": size, "collate_fn": list, "sampler": rows}
     options |= {"num_workers": args.dataloader_num_workers}
     options |= {"worker_init_fn": trainer.start_reader}
     batches = trainer.torch.utils.data.DataLoader(Images(records, args), **options)
@@ -467,7 +472,7 @@ def make_files(trainer, args, accelerator, records, size, features, make, done):
 
 
 @contextlib.contextmanager
-def locked(trainer, args, flag):
+def locked(trainer, args, less_memory):
     """A block with the lock of the output folder, and how it ends where it cannot go on."""
     lock = trainer.filelock.FileLock(args.output / ".lock")  # one process at a time has it
     try:
@@ -475,7 +480,7 @@ def locked(trainer, args, flag):
         yield lock
     except trainer.torch.OutOfMemoryError as error:
         what = f"out of memory ({trainer.reason(error)})"
-        trainer.fail(f"{what}; lower {flag}", trainer.this_rank())
+        trainer.fail(f"{what}; {less_memory}", trainer.this_rank())
     except KeyboardInterrupt:
         if trainer.this_rank() == "0":
             print("stopped: the same command goes on, whole files are kept", file=sys.stderr)
@@ -487,7 +492,7 @@ def locked(trainer, args, flag):
 def main(argv=None):
     """The encoding, and how it ends where it cannot go on."""
     trainer, args = parse_args(argv)
-    with locked(trainer, args, "--vae_encode_batch_size") as lock:
+    with locked(trainer, args, LESS_MEMORY) as lock:
         encode(trainer, args, lock)
 
 

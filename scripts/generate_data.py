@@ -46,6 +46,9 @@ STEP = 2**32  # of random numbers: no training has as many, and shares none
 CACHED = 4096  # prompts whose embeddings are kept in memory
 SHOWN, COLUMNS, CELL = 32, 8, 256  # images of the contact sheet, in a row; pixels
 DATA = ("train_data_dir", "dataset_name", "train_shards_path_or_url")
+LESS_MEMORY = (
+    "lower --batch_size, or give --mixed_precision fp16, --quantize_base nf4 or --no-contact_sheet"
+)
 BETAS = (
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
     "rescale_betas_zero_snr"
@@ -396,7 +399,7 @@ def generate(trainer, args, lock):
 def main(argv=None):
     """The generation, and how it ends where it cannot go on."""
     trainer, args = parse_args(argv)
-    with encode_data.locked(trainer, args, "--batch_size") as lock:
+    with encode_data.locked(trainer, args, LESS_MEMORY) as lock:
         generate(trainer, args, lock)
 
 

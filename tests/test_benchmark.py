@@ -1,6 +1,7 @@
 """benchmark.py and memory.py of scripts/measure/: their counts are those of independent counts."""
 
 import csv
+import re
 
 import benchmark
 import memory
@@ -143,31 +144,37 @@ def test_choice_for_a_card():
     gb, batches = 10**9, memory.COMPUTED_BATCHES
     curves = {
         options: {b: gb * (4 + slope * b) for b in batches}
-        for options, slope in zip(memory.LADDER, (5, 2, 1.9, 0.5))
+        for options, slope in zip(memory.LADDER, (2, 1.9, 0.5))
     }
-    assert memory.choose(curves, 80) == (memory.LADDER[0], 12)
-    assert memory.choose(curves, 24) == (memory.LADDER[1], 8)
-    assert memory.choose(curves, 8) == (memory.LADDER[3], 4)
+    assert memory.choose(curves, 24) == (memory.LADDER[0], 8)
+    assert memory.choose(curves, 24, 12) == (memory.LADDER[2], 32)  # a smaller card has 12
+    assert memory.choose(curves, 8) == (memory.LADDER[2], 4)
     assert memory.choose(curves, 5)[1] == 0 and memory.cell(*memory.choose(curves, 5)) == "no"
-    assert memory.cell(*memory.choose(curves, 8)) == "4 gc 8bit nf4 (c)"
+    assert memory.cell(*memory.choose(curves, 8)) == "4 8bit nf4 (c)"
+    few = {memory.LADDER[2]: {1: gb, 8: 2 * gb}}  # not computed for more than 8
+    assert memory.choose(few, 80) == (memory.LADDER[2], 8)
 
 
 def test_the_table_of_cards():
-    """A cell for each card; one of the cells computed anew: it fits and leaves little."""
+    """A cell for each card, none below that of a smaller one; one of them computed anew."""
     rows, _ = memory_table()
     names = {f"{name}, {side} px" for name, (_, side) in memory.TABLE.items()}
     assert {*rows} <= names  # the slow test wants all
     short = memory.SHORT
     ladder = [tuple(short[o] for o in options if o in short) for options in memory.LADDER]
-    for cells in rows.values():
+    for *cells, without in rows.values():
         assert len(cells) == len(memory.CARDS)
         for cell in cells:
             words = cell.split()
             assert cell == "no" or words[-1] in ("(c)", "(m)")
             assert cell == "no" or int(words[0]) in memory.BATCHES and tuple(words[1:-1]) in ladder
+        sizes = [int(cell.replace("no", "0").split()[0]) for cell in cells]
+        assert sizes == sorted(sizes)
+        assert without == "no" or re.fullmatch(r"\d+ GB: \d+ \(c\)", without)
     batch, *short, _ = rows["SD 1.5, 512 px"][0].split()
     options = memory.LADDER[ladder.index(tuple(short))]
-    size = memory.step_memory("sd15", 512, int(batch), "bf16", options)["total"]
+    step = memory.step_memory("sd15", 512, int(batch), "fp16", options)
+    size = memory.needed(step, memory.vae_memory("sd15", 512, "fp16"))
     assert 0.7 * 8e9 < size + memory.ALLOWANCE <= 8e9
 
 

@@ -308,6 +308,23 @@ def test_a_run_loads_no_encoder(run, encoded, work):
         assert abs(plain - ours).max() <= 1 and plain.std() > 5
 
 
+@pytest.mark.parametrize("layout", ["sd15"])
+def test_the_vae_waits_on_the_host(run, encoded, monkeypatch):
+    """With encoded latents only validation needs it: the memory of a GPU is the training's."""
+    move, moved = diffusers.AutoencoderKL.to, []
+
+    def to(vae, *where, **how):
+        moved.extend("GPU" if isinstance(place, torch.device) else place for place in where)
+        return move(vae, *where, **how)
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "to", to)
+    flags = {"validation_prompts": PROMPTS[:1], "max_train_steps": 1}
+    for data, places in ({"dataset_name": encoded}, ["GPU", "cpu"]), ({}, ["GPU"]):
+        moved.clear()
+        run(**flags, **data)
+        assert moved[: len(places)] == places and moved[len(places) :] == ["GPU", "GPU"]
+
+
 def test_the_format(encoded, base, images, layout):
     """Columns, types and numbers of an image and its caption, computed here in another way."""
     data = datasets.load_from_disk(encoded)
@@ -640,7 +657,7 @@ def test_out_of_memory(trainer, encode, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer, "encode_images", fill)
-    with refused("out of memory", "--vae_encode_batch_size"):
+    with refused("out of memory", "--vae_encode_batch_size 1"):
         encode(output=tmp_path / "out")
     monkeypatch.undo()
     assert len(datasets.load_from_disk(encode(output=tmp_path / "out"))) == 12

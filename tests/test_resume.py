@@ -842,10 +842,11 @@ def test_out_of_memory_names_flags(sd15, train, monkeypatch):
     monkeypatch.setattr(sd15, "distillation_loss", on_steps(sd15, {2}, fault))
     message = refused(train, **RUN)
     flags = re.search(r"out of memory \(OutOfMemoryError: CUDA .* 2 GiB.\): (.*)", message)[1]
-    batch, *named = re.findall(r"--\w+", flags)
-    needed = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", batch, "1", *named]
-    args = sd15.parse_args(needed)
+    batch, *named = re.findall(r"(--\w+(?: (?:nf4|1))?)", flags)
+    needed = ["--pretrained_teacher_model", "x", "--train_data_dir", "y", batch, "1"]
+    args = sd15.parse_args([*needed, *" ".join(named).split()])
     assert args.gradient_checkpointing and args.optimizer == "adamw8bit"
+    assert args.quantize_base == "nf4" and args.vae_encode_batch_size == 1
     (program,) = re.findall(r"\S+\.py\b", flags)
     assert (ROOT / program.strip("()")).is_file()
 

@@ -261,6 +261,7 @@ def test_two_processes_are_one(encode, shapes, teacher, train, tmp_path):
     folder = encode("sd15", shapes, aspect_ratio_buckets="32,32;48,24;24,48")
     flags = SMOOTH | {"resolution": 32, "lora_rank": 4, "max_train_steps": 5, "center_crop": True}
     flags |= {"dataset_name": folder, "pretrained_teacher_model": teacher, "report_to": "none"}
+    flags |= {"phases": 1}
     one = train(**flags)
     words = command_line(flags | {"output_dir": tmp_path / "out", "train_batch_size": 2})
     both = ("--multi_gpu", "--num_processes", "2")

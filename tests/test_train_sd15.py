@@ -49,7 +49,8 @@ TARGETS = (
     "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
 ).split()
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROW = {"step", "loss", "grad_norm", "lr", "skipped", "overflows", "images_per_s", "memory_gib"}
+ROW = {"step", "loss", "grad_norm", "lr", "skipped", "overflows", "images_per_s", "data_wait"}
+ROW |= {"memory_gib"}
 
 
 def target_modules(teacher):

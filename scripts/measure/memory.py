@@ -9,7 +9,16 @@
 The trainer's own step runs on tensors that have shapes but no memory, and the bytes of all that are
 alive are added up at every operation; the largest sum counts. They are a CPU's tensors with two
 rules of CUDA's: autocast normalises in float32, and attention is a kernel that never stores the
-L x L matrix, as on a CPU. The host's copy of the batch is counted too.
+L x L matrix, as on a CPU. The host's copy of the batch is counted too. The step of fp16 is computed
+as that of bf16, which has as many bytes; SDXL's own VAE is float32 in a run in fp16.
+
+Beside the step it counts what else a run and its preparation take:
+    encode_data.py   the VAE at its batch, beside the text encoders
+    validation       the VAE decodes an image beside base, LoRA and optimizer state (encoded data:
+                     it is moved to the GPU for that), or encodes, where data are not encoded
+    --ema_decay      another copy of the LoRA, in addition
+    several GPUs     gradients that stay in DDP's buckets, in addition
+A card is large enough where the step, encode_data.py and validation fit.
 
 bitsandbytes does not run on such tensors: its layers and optimizer have stand-ins that hold as many
 bytes (NF4: half a byte a weight, a byte for 64 of them, 4 for 16,384; 8-bit Adam: 2 bytes a
@@ -22,6 +31,7 @@ fragmentation.
 
 import argparse
 import contextlib
+import importlib
 import math
 import sys
 import weakref
@@ -29,10 +39,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from random_training import OPTIONS, Training, add_model_flags, fail, fake_tensors
+from diffusers import AutoencoderKL
+from official_unets import random_module
+from random_training import OPTIONS, Training, add_model_flags, describe, fail, fake_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
 from help_formatter import HelpFormatter
@@ -50,13 +63,13 @@ TABLE = {
     "SSD-1B": ("ssd1b", 1024),
     "SDXL": ("sdxl", 1024),
 }
+FASTEST = ("encoded",)
 LADDER = [
-    ("encoded",),
     ("encoded", "gradient_checkpointing"),
     ("encoded", "gradient_checkpointing", "use_8bit_adam"),
     ("encoded", "gradient_checkpointing", "use_8bit_adam", "nf4"),
 ]
-SHORT = {"gradient_checkpointing": "gc", "use_8bit_adam": "8bit", "nf4": "nf4"}
+SHORT = {"use_8bit_adam": "8bit", "nf4": "nf4"}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -184,8 +197,9 @@ def size_of(tensors):
 
 def step_memory(model, resolution, batch, precision, options, more=(), real=False, cuda_rules=True):
     """{part: bytes} at the peak of a step that is not the first; "total" is their sum."""
+    step = "bf16" if precision == "fp16" else precision
     with contextlib.nullcontext() if real else stand_ins(cuda_rules), LiveBytes() as counter:
-        training = Training(model, resolution, batch, precision, options, more)
+        training = Training(model, resolution, batch, step, options, more)
         for p in training.trained:  # the first step makes the optimizer's state
             p.grad = torch.zeros_like(p)
         training.optimizer.step()
@@ -205,33 +219,94 @@ def step_memory(model, resolution, batch, precision, options, more=(), real=Fals
         return parts | {"total": counter.peak}
 
 
+def vae_memory(model, resolution, precision, batch=None):
+    """{part: bytes}: weights of VAE and text encoders; the most that the VAE's work takes beside.
+
+    That is encoding `batch` images, by default as many as the trainers encode, and decoding one.
+    """
+    family, _, unet, config, encoders = describe(model)
+    trainer = importlib.import_module(f"train_lcm_lora_{family}")
+    dtype = trainer.DTYPES[precision]
+    exact = precision == "fp16" and family == "sdxl" and config["force_upcast"]
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    side = resolution or unet["sample_size"] * factor
+    kinds = CLIPTextModel, CLIPTextModelWithProjection
+    with stand_ins(cuda_rules=False), LiveBytes() as counter, torch.no_grad():
+        makers = [lambda c=c, kind=kind: kind(c) for c, kind in zip(encoders, kinds)]
+        texts = [random_module(make, dtype, "cpu") for make in makers]
+        precise = torch.float32 if exact else dtype
+        vae = random_module(lambda: AutoencoderKL.from_config(config), precise, "cpu")
+        vae.to(memory_format=torch.channels_last)
+        weights = size_of(vae.parameters())
+        parts = {"VAE": weights, "text encoders": size_of(t for m in texts for t in m.parameters())}
+        pixels = torch.empty(batch or (8 if side <= 512 else 1), 3, side, side)
+        z = torch.empty(1, config["latent_channels"], side // factor, side // factor, dtype=precise)
+        for name, work in (
+            ("encoding", lambda: trainer.encode_images(vae, pixels, batch)),
+            ("decoding", lambda: vae.decode(z).sample),
+        ):
+            before = counter.live
+            counter.peak = before
+            work()
+            parts[name] = counter.peak - before
+    return parts
+
+
+def others(step, vae):
+    """{what: bytes} that a run and its preparation take beside the step; of the last two, more."""
+    raw = (
+        step["VAE and text encoders"] > 0
+    )  # encoded data leave the VAE on the host till it decodes
+    kept = step["base"] + step["LoRA"] + step["optimizer state"]
+    kept += vae["VAE"] + raw * vae["text encoders"]
+    return {
+        "encode_data.py": vae["VAE"] + vae["text encoders"] + vae["encoding"],
+        "validation": kept + max(vae["decoding"], raw * vae["encoding"]),
+        "with --ema_decay, more": step["LoRA"],
+        "on several GPUs, more": step["LoRA"] - step["gradients at the peak"],
+    }
+
+
+def needed(step, vae):
+    """Bytes that a card must have room for: the most of the step, encode_data.py, validation."""
+    beside, resident = others(step, vae), step["VAE and text encoders"]
+    total = step["total"]
+    if resident:  # an SDXL's own VAE is float32 where the step was computed with half of that
+        total += vae["VAE"] + vae["text encoders"] - resident
+    return max(total, beside["encode_data.py"], beside["validation"])
+
+
 def fits(size):
     """Bytes with the allowance as the smallest card they fit on, in words."""
     card = next((f"{card} GB" for card in CARDS if size + ALLOWANCE <= card * 1e9), "none")
     return f"smallest card of {', '.join(map(str, CARDS))} GB: {card}"
 
 
-def report(parts):
-    """The parts as lines."""
+def report(parts, beside):
+    """The parts as lines, and what else there is to make room for; totals with the allowance."""
     total = parts["total"] + ALLOWANCE
-    parts = parts | {"allowance": ALLOWANCE, "total with the allowance": total}
+    lines = parts | {"allowance": ALLOWANCE, "total with the allowance": total}
+    for name, size in beside.items():
+        more = name.endswith("more")  # on top of the others
+        lines[name if more else f"total of {name}"] = size if more else size + ALLOWANCE
     return "\n".join(
-        f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB" for name, size in parts.items()
+        f"{name:26}{size / 2**30:8.2f} GiB {size / 1e9:8.2f} GB" for name, size in lines.items()
     )
 
 
-def choose(curves, card):
+def choose(curves, card, least=1):
     """(Options, largest batch) for a card of `card` GB, from {options: {batch: bytes}}.
 
-    The fastest options that leave room for a batch of 4; where none do, those with the largest
-    batch, the fastest first. The batch is 0 where nothing fits.
+    The fastest options that leave room for a batch of 4 and of `least`, that of a smaller card;
+    where none do, those with the largest batch, the fastest first. It is 0 where nothing fits.
     """
     room, best = card * 1e9 - ALLOWANCE, []
     for options, sizes in curves.items():
-        fitting = [batch for batch in BATCHES if interpolate(sizes, batch) <= room]
+        known = [batch for batch in BATCHES if batch <= max(sizes)]
+        fitting = [batch for batch in known if interpolate(sizes, batch) <= room]
         best.append((options, max([0, *fitting])))
     largest = max(best, key=lambda found: found[1])
-    return next((found for found in best if found[1] >= ENOUGH), largest)
+    return next((found for found in best if found[1] >= max(ENOUGH, least)), largest)
 
 
 def interpolate(sizes, batch):
@@ -242,25 +317,36 @@ def interpolate(sizes, batch):
 
 
 def cell(options, batch):
-    """A cell of the table, such as `4 gc nf4 (c)`."""
+    """A cell of the table, such as `4 nf4 (c)`."""
     if not batch:
         return "no"
     return " ".join([str(batch), *(SHORT[option] for option in options if option in SHORT), "(c)"])
 
 
+def row(curves, fastest):
+    """A model's cells: the largest batch of each card, and the first one without checkpointing."""
+    cells, least = [], 1
+    for card in CARDS:
+        options, least = choose(curves, card, least)
+        cells.append(cell(options, least))
+    without = [(card, choose({FASTEST: fastest}, card)[1]) for card in CARDS]
+    first = next((f"{card} GB: {batch} (c)" for card, batch in without if batch >= ENOUGH), "no")
+    return [*cells, first]
+
+
 def table():
     """The table of what fits on which card, in Markdown."""
-    yield "| model | " + " | ".join(f"{card} GB" for card in CARDS) + " |"
-    yield "|---" * (1 + len(CARDS)) + "|"
+    yield "| model | " + " | ".join(f"{card} GB" for card in CARDS) + " | no `gc` from |"
+    yield "|---" * (2 + len(CARDS)) + "|"
     for name, (model, side) in TABLE.items():
-        curves = {
-            options: {
-                b: step_memory(model, side, b, "bf16", options)["total"] for b in COMPUTED_BATCHES
-            }
-            for options in LADDER
-        }
-        cells = " | ".join(cell(*choose(curves, card)) for card in CARDS)
-        yield f"| {name}, {side} px | {cells} |"
+        vae, curves = vae_memory(model, side, "fp16"), {}
+        for options in (FASTEST, *LADDER):
+            # 8 bits and NF4 are for small cards, and so for small batches
+            batches = COMPUTED_BATCHES[: 2 if {*SHORT} & {*options} else None]
+            steps = {b: step_memory(model, side, b, "fp16", options) for b in batches}
+            curves[options] = {b: needed(step, vae) for b, step in steps.items()}
+        cells = row({options: curves[options] for options in LADDER}, curves[FASTEST])
+        yield f"| {name}, {side} px | {' | '.join(cells)} |"
 
 
 def main(argv=None):
@@ -273,18 +359,18 @@ def main(argv=None):
     parser.error, add, count = fail, parser.add_argument, {"type": int, "metavar": "N"}
     add_model_flags(add)
     add("--batch", **count, default=1, help="images in a batch")
-    precision = "fp16 takes what bf16 takes, but for SDXL's VAE"
-    add("--precision", choices=["no", "bf16"], default="bf16", help=precision)
+    precision = "fp16 takes what bf16 takes, but for SDXL's own VAE"
+    add("--precision", choices=["no", "fp16", "bf16"], default="fp16", help=precision)
     add("--quantize_base", choices=["nf4"], help="the base's linear layers in 4 bits")
     add("--encoded", action="store_true", help="data of encode_data.py: no VAE, no text encoders")
     for option in ("gradient_checkpointing", "use_8bit_adam"):
         add(f"--{option}", action="store_true", help="as for the trainers")
     add("--lora_rank", **count, default=64, help="rank of the LoRA")
-    add("--vae_encode_batch_size", **count, default=8, help="images that the VAE encodes at once")
+    add("--vae_encode_batch_size", **count, help="images that the VAE encodes at once")
     add("--table", action="store_true", help="print the table of cards instead")
     add("--real", action="store_true", help="take the step on a CPU too, and compare")
     args = parser.parse_args(argv)
-    if min(args.batch, args.lora_rank, args.vae_encode_batch_size, args.resolution or 1) < 1:
+    if min(args.batch, args.lora_rank, args.vae_encode_batch_size or 1, args.resolution or 1) < 1:
         flags = "--batch, --resolution, --lora_rank and --vae_encode_batch_size"
         fail(f"{flags} must be 1 or more")
     if args.table:
@@ -293,7 +379,8 @@ def main(argv=None):
         return
     options = [name for name in OPTIONS if vars(args).get(name) or name == args.quantize_base]
     more = ["--lora_rank", str(args.lora_rank)]
-    more += ["--vae_encode_batch_size", str(args.vae_encode_batch_size)]
+    if args.vae_encode_batch_size:
+        more += ["--vae_encode_batch_size", str(args.vae_encode_batch_size)]
     cell = args.model, args.resolution, args.batch, args.precision, options, more
     if args.real:
         with mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"):
@@ -305,7 +392,8 @@ def main(argv=None):
         )
         print(f"by a CPU's rules: {both}, {computed / real:.3f} of it")
     parts = step_memory(*cell)
-    print(report(parts), fits(parts["total"]), sep="\n")
+    vae = vae_memory(args.model, args.resolution, args.precision, args.vae_encode_batch_size)
+    print(report(parts, others(parts, vae)), fits(needed(parts, vae)), sep="\n")
 
 
 if __name__ == "__main__":
