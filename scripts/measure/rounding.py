@@ -57,9 +57,10 @@ def differences(model, flags, timesteps=None):
             batch = next(iter(trainer.make_loader(trainer.load_records(args), {}, args, 0, 0, 1)))
             z, c, noise, _, omega = trainer.sample_batch(run, batch, args)
             null = trainer.encode_captions(run.pipe, [args.negative_prompt], args.max_prompt_chunks)
-            timesteps = timesteps or run.timesteps.tolist()
-            if unknown := {*timesteps} - {*run.timesteps.tolist()}:
-                fail(f"--timesteps {unknown}: the solver's are {run.timesteps.tolist()}")
+            known = run.timesteps.tolist()
+            if unknown := {*(timesteps or [])} - {*known}:
+                fail(f"--timesteps {min(unknown)}: give some of {', '.join(map(str, known))}")
+            timesteps = timesteps or known
         # in the precision of the UNet, as embeddings of encoded data are
         given, run.c_null = (trainer.conditions(run.pipe, some, device, 1) for some in (c, null))
         for t in timesteps:
