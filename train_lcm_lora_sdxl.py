@@ -261,7 +261,8 @@ def parse_args(argv=None):
     one("--ema_decay", beta, None, "DECAY", "the final LoRA is the moving average")
 
     group = parser.add_argument_group("Runtime")
-    choice("--mixed_precision", "no fp16 bf16", None, "(default: as `accelerate` is configured)")
+    text = "fp16 rounds less than bf16 (default: as `accelerate` is configured)"
+    choice("--mixed_precision", "no fp16 bf16", None, text)
     switch("--allow_tf32", "TF32 matrix products on Ampere and newer GPUs")
     switch("--torch_compile", "compile the transformer blocks; the first steps are slow")
     one("--max_train_hours", positive, None, "HOURS", "of this process, then save and stop")

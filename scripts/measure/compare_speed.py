@@ -6,7 +6,7 @@
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py \\
         --teacher SDXL --dataset_name IMAGES --resolution 1024 --batch 1 4 12 \\
-        --mixed_precision bf16 --gradient_checkpointing --least 2 2    # on a GPU
+        --mixed_precision fp16 --gradient_checkpointing --least 2 2    # on a GPU
 
 The reference is a script with Hugging Face's flags. Each program is run as it is, on the same
 teacher, images, batch and rank, and its steps are read from its progress bar.
