@@ -125,6 +125,7 @@ def test_base_in_8_bits_is_refused(request, family):
         request.getfixturevalue(family).parse_args(words)
 
 
+@pytest.mark.cpu("a GPU is not refused")
 def test_paged_adam_needs_a_gpu(train):
     with pytest.raises(SystemExit, match="error: --optimizer paged_adamw8bit .*GPU"):
         train(optimizer="paged_adamw8bit")
