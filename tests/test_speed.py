@@ -143,7 +143,8 @@ def test_use_8bit_adam_is_the_optimizer_of_that_name(sd15, sdxl):
 
 BAR = """
 import sys, time
-print("started", sys.argv[sys.argv.index("--output_dir") + 1].split("/")[-1], file=open({log!r}, "a"))
+name = sys.argv[sys.argv.index("--output_dir") + 1].split("/")[-1]
+print("started", name, file=open({log!r}, "a"))
 for step in range(1, 10**6):
     time.sleep({seconds})
     print(f"{{step}}/9999999 [", flush=True)
