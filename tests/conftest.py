@@ -40,7 +40,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Hide the GPU, or see that one is there: before a test module imports PyTorch."""
+    """Hide the GPU, or see that one is there: before a test module imports PyTorch.
+
+    Equalities to the bit are asserted on a GPU too, where sums in changing order may break them.
+    """
     global GPUS
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
