@@ -261,7 +261,8 @@ def parse_args(argv=None):
     one("--ema_decay", beta, None, "DECAY", "the final LoRA is the moving average")
 
     group = parser.add_argument_group("Runtime")
-    choice("--mixed_precision", "no fp16 bf16", None, "(default: as `accelerate` is configured)")
+    text = "fp16 rounds less than bf16 (default: as `accelerate` is configured)"
+    choice("--mixed_precision", "no fp16 bf16", None, text)
     switch("--allow_tf32", "TF32 matrix products on Ampere and newer GPUs")
     switch("--torch_compile", "compile the transformer blocks; the first steps are slow")
     one("--max_train_hours", positive, None, "HOURS", "of this process, then save and stop")
@@ -553,6 +554,14 @@ def normal(seed, step, places, purpose, shape):
     return torch.from_numpy(np.stack(samples))
 
 
+def rounded(z_t, unet):
+    """z_t in the base's precision, as the UNet gets it, and float32 again; [B,4,h,w].
+
+    x0 = (z_t - sigma eps) / alpha needs the very z_t of eps: at t = 999 1 / alpha is 15.
+    """
+    return z_t.to(next(unet.parameters()).dtype).float()
+
+
 def predict(unet, z_t, t, c):
     """The UNet's output at (z_t, t) under c, [B,4,h,w] float32, in the base's precision."""
     torch.manual_seed(torch.initial_seed())  # target and student drop the same with --lora_dropout
@@ -636,13 +645,15 @@ def distillation_loss(run, z, c, noise, t_nk, omega, args):
         if noise is None:
             # a path of the teacher: z_{t_{n+k}}, z_hat_n and the point at s are on it
             z_nk, z_hat_n, z_s = (z[range(len(z)), (t + 1) // skip_k] for t in (t_nk, t_n, edge))
+            z_nk = rounded(z_nk, run.target)
         else:
             # z_{t_{n+k}} ~ N(alpha z, sigma^2 I)
-            z_nk = schedule.add_noise(z, noise, t_nk)
+            z_nk = rounded(schedule.add_noise(z, noise, t_nk), run.target)
             # z_hat_n = z_nk + (1 + omega) Psi(c) - omega Psi(null): Psi is affine in the output, so
             # guide that, then step
             guided = guided_output(run, z_nk, t_nk, c, omega, args)
             z_hat_n = schedule.ddim_step(guided, z_nk, t_nk, t_n)
+        z_hat_n = rounded(z_hat_n, run.target)
         # f_theta^-(z_hat_n, t_n, c), no gradient; or the path's own point at s
         if args.target == "trajectory":
             f_target = z_s
@@ -967,6 +978,12 @@ def quantize_linears(unet):
         unet.set_submodule(path, new)
 
 
+def output_in_float32(unet):
+    """Compute the UNet's last layers in float32: what they round, x0 has sigma / alpha times."""
+    for layer in filter(None, (unet.conv_norm_out, unet.conv_out)):
+        layer.float().register_forward_pre_hook(lambda _, given: given[0].float())
+
+
 def share_weights(unet):
     """Another UNet object over the very same parameters: a LoRA in one is not in the other."""
     shared = [*unet.parameters(), *unet.buffers()]
@@ -1026,6 +1043,7 @@ def make_student(pipe, args, device):
             quantize_linears(part)
         if not next(part.parameters()).is_meta:  # a VAE without weights
             part.to(device)
+    output_in_float32(pipe.unet)
     student = attach_lora(share_weights(pipe.unet), args).to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -2281,7 +2299,7 @@ def validate(run, args):
     sampler, vae, images = copy.copy(run.pipe), run.pipe.vae, []
     for name, _ in networks(run.pipe):
         setattr(sampler, name, None)
-    sampler.unet = run.target
+    sampler.unet, dtype = run.target, run.pipe.unet.dtype
     grid = {"original_inference_steps": args.num_ddim_timesteps, "clip_sample": False}
     kind, _, scale, _ = sampling(args, phases_at(run.step - 1, args))
     sampler.scheduler = getattr(diffusers, kind).from_config(run.pipe.scheduler.config, **grid)
@@ -2291,6 +2309,8 @@ def validate(run, args):
     null = {f"negative_{embeddings[key]}": value for key, value in run.c_null.items()}
     settings = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "latent"}
     settings |= {"height": args.resolution, "width": args.resolution}
+    # a step's latents are float32, as the UNet's output, but it takes its base's precision
+    settings["callback_on_step_end"] = lambda *of: {"latents": of[-1]["latents"].to(dtype)}
     for i, c in enumerate(run.prompts):
         noise = torch.Generator().manual_seed(args.seed + i)
         given = {name: c[key] for key, name in embeddings.items() if key in c}

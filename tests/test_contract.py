@@ -17,7 +17,7 @@ LIMIT_KIB, COLUMNS, LIMIT_FUNCTION = 136, 100, 125
 LIMIT_ALGORITHM, LIMIT_LOSS, LIMIT_LOOP = 370, 45, 45
 ALGORITHM = (
     "NoiseSchedule ddim_timesteps boundary_scalings phases_at rescale_guidance "
-    "consistency_function distance rng normal predict sample_batch guided_output "
+    "consistency_function distance rng normal rounded predict sample_batch guided_output "
     "distillation_loss optimizer_step train"
 ).split()
 POSIX_ONLY = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}

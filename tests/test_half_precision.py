@@ -19,8 +19,8 @@ STEPS = SMOOTH | {"max_train_steps": 20, "lora_rank": 32, "center_crop": True}
 def as_before(sdxl):
     """as_before(part, ...): these parts of the step as they were, by CUDA's rules, for a block.
 
-    "teacher", "student" (and the target): under autocast, which normalises in float32; "layers":
-    PEFT's own, which cast their input to float32.
+    "teacher", "student" (and the target): under autocast, which normalises in float32, and x0 of
+    latents that are not rounded; "layers": PEFT's own, which cast their input to float32.
     """
 
     @contextlib.contextmanager
@@ -37,6 +37,8 @@ def as_before(sdxl):
         fakes = [(sdxl, "predict", under_autocast)]
         for name in ("group_norm", "layer_norm"):
             fakes.append((functional, name, memory.in_float32(getattr(functional, name))))
+        if "student" in parts:
+            fakes.append((sdxl, "rounded", lambda z_t, unet: z_t))
         if "layers" in parts:
             ours = sdxl.HalfLinear, sdxl.HalfConv2d
             fakes += [(own, "forward", kind.forward) for own, kind in zip(ours, PEFTS)]

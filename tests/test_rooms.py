@@ -17,7 +17,7 @@ ROOMS = {
     "requirements.txt style.sh train_style_lora.py train_teacher.py",
     "measure/": "benchmark.py check_card.py compare_speed.py count_bytes.py decode_speed.py "
     "full_size.py gpu.sh memory.py official_unets.py random_teacher.py random_training.py "
-    "stream_memory.py",
+    "rounding.py stream_memory.py",
     "proofs/": "chaos.py defects.py drift.py odd_inputs.py odd_kinds.py",
 }
 WIDTH = 100

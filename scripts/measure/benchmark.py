@@ -2,7 +2,7 @@
 """Time the trainer's own training step, on a GPU or a CPU, with random weights: no downloads.
 
     python scripts/measure/benchmark.py    # the demo's SDXL layout
-    python scripts/measure/benchmark.py --model sdxl --resolution 1024 --precision bf16 \\
+    python scripts/measure/benchmark.py --model sdxl --resolution 1024 --precision fp16 \\
         --batch 1 4 12    # for a GPU
 
 --model is an official shape (sd15, sd21, ssd1b, sdxl) or a teacher folder, of which only the

@@ -6,7 +6,7 @@
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py \\
         --teacher SDXL --dataset_name IMAGES --resolution 1024 --batch 1 4 12 \\
-        --mixed_precision bf16 --gradient_checkpointing --least 2 2    # on a GPU
+        --mixed_precision fp16 --gradient_checkpointing --least 2 2    # on a GPU
     python scripts/measure/compare_speed.py --reference before/train_lcm_lora_sdxl.py \\
         train_lcm_distill_lora_sdxl.py --least 0 1 1    # not slower than the first?
 
