@@ -4,9 +4,9 @@
     python scripts/measure/rounding.py --model demo/teacher-sd15 --dataset_name demo/data --phases 1
 
 The loss is a distance of two outputs, f_student - f_target, that are nearly the same: a step apart
-on one path. Rounding is that of the large numbers they are made from, and does not shrink with
-their difference while the LoRA learns. A row has the root mean square of the difference at a
-timestep, in float32, and that of the change which half precision makes to it.
+on one path. Rounding is that of the large numbers they are made from, however small their
+difference is. A row has the root mean square of the difference at a timestep, in float32, and that
+of the change which half precision makes to it.
 
 All of it is the trainer's own: images, latents, noise, guidance scales, the three passes of the
 UNet and the loss, of which only the distance is left out. The LoRA is that of step 0: the student
