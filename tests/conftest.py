@@ -1,6 +1,6 @@
 """Small random models and images made on the spot, and helpers that run the programs on them.
 
-Nothing is downloaded.
+Nothing is downloaded. The GPU is hidden from all tests; with --gpu it is seen by all of them.
 """
 
 import atexit
@@ -30,7 +30,38 @@ os.environ |= {
     "WANDB_SILENT": "true",
     "HF_HOME": HF_HOME,
 }
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact equalities are those of the CPU
+GPUS = 0  # that the tests may use: with --gpu those of this machine
+DEVICE = ["--device", "cpu"]  # flags of infer.py
+
+
+def pytest_addoption(parser):
+    """--gpu; pytest-xdist hands it on to its workers."""
+    parser.addoption("--gpu", action="store_true", help="do not hide the GPU from the tests")
+
+
+def pytest_configure(config):
+    """Hide the GPU, or see that one is there: before a test module imports PyTorch.
+
+    Equalities to the bit are asserted on a GPU too, where sums in changing order may break them.
+    """
+    global GPUS
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # tolerances are those of float32
+    import torch
+
+    GPUS = torch.cuda.device_count()
+    if not GPUS:
+        raise pytest.UsageError("--gpu: PyTorch finds no GPU here; leave it out to test on the CPU")
+    DEVICE[:] = "--device", "cuda", "--dtype", "fp32"
+
+
+def pytest_runtest_setup(item):
+    """With --gpu a test with @pytest.mark.cpu(reason) is skipped."""
+    if GPUS and (mark := item.get_closest_marker("cpu")):
+        pytest.skip(f"for a CPU alone: {mark.args[0]}")
+
 
 # A run of seconds: what `train` gives where a test says nothing else. The learning rate is high so
 # that a few steps show.
@@ -82,12 +113,23 @@ def run(*command, cwd=ROOT, **environment):
     )
 
 
-def launch(*command, flags=("--cpu", "--num_processes", "1"), **kwargs):
-    """`accelerate launch` of a program."""
+def devices(count):
+    """(flags of `accelerate launch`, environment) for so many processes.
+
+    With --gpu each has its GPU; where there are too few, all are on the CPU.
+    """
+    one = [] if GPUS else ["--cpu"]
+    kind = one if count == 1 else ["--multi_gpu"]
+    hidden = {} if count <= GPUS else {"CUDA_VISIBLE_DEVICES": ""}
+    return [*kind, "--num_processes", str(count)], hidden
+
+
+def launch(*command, count=1, flags=(), **kwargs):
+    """`accelerate launch` of a program in `count` processes."""
     machine = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    return run(
-        sys.executable, "-m", "accelerate.commands.launch", *machine, *flags, *command, **kwargs
-    )
+    kind, environment = devices(count)
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", *machine, *kind, *flags)
+    return run(*launcher, *command, **environment, **kwargs)
 
 
 def log(folder):
@@ -451,6 +493,8 @@ def train_xl(train_by, sdxl, xl_teacher):
 @pytest.fixture
 def fp16_on_the_cpu(sd15, sdxl, monkeypatch):
     """--mixed_precision fp16 where accelerate wants a GPU for it: with its autocast and scaler."""
+    if GPUS:
+        return
     import torch
 
     real = sd15.Accelerator

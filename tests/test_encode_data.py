@@ -899,8 +899,7 @@ def two_processes(teacher, images, tmp_path):
     def start(output):
         flags = {"family": "sd15", "pretrained_teacher_model": teacher, "train_data_dir": images}
         words = command_line(flags | {"output": output, "resolution": 32, "center_crop": True})
-        both = ("--multi_gpu", "--num_processes", "2")
-        return launch(driver, ROOT / PROGRAM, *words, flags=both)
+        return launch(driver, ROOT / PROGRAM, *words, count=2)
 
     return start
 

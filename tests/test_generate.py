@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEVICE, ROOT
 from conftest import run as run_program
 from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 from test_infer import compare, difference, infer, make_lora, make_tiny_vae, start
@@ -43,14 +43,13 @@ def kit(tmp_path_factory):
 
 
 def run(kit, output, *flags, family="sd15", prompt=("a cat",)):
-    """Generate on the CPU; the path of the image."""
+    """Generate in float32; the path of the image."""
     prompt = ["--prompt", *prompt] if prompt else []
     output_flag = ["--output", output] if output else []
     words = [
         "--lora",
         kit / f"{family}.safetensors",
-        "--device",
-        "cpu",
+        *DEVICE,
         *prompt,
         *output_flag,
         *flags,
@@ -353,7 +352,7 @@ def test_merged_loras_leave_the_weights_of_the_base_alone(kit, tmp_path, monkeyp
         return {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in tensors
-            if t.device.type == "cpu"
+            if t.device.type == DEVICE[1]
         }
 
     def parts(pipe):
@@ -917,7 +916,7 @@ def test_bad_flag(kit, tmp_path, monkeypatch, flags, message):
     (tmp_path / "cut.png").write_bytes((kit / "apple.png").read_bytes()[:120])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
-        infer.main(["--lora", str(kit / "sd15.safetensors"), "--device", "cpu", *flags.split()])
+        infer.main(["--lora", str(kit / "sd15.safetensors"), *DEVICE, *flags.split()])
     assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == before
 
 
@@ -1047,7 +1046,7 @@ def generated(monkeypatch):
 
 def again(kit, output, *flags, prompt="abcde"):
     """infer.main as a user repeats it."""
-    words = ["--lora", kit / "sd15.safetensors", "--device", "cpu", "--prompt", *prompt]
+    words = ["--lora", kit / "sd15.safetensors", *DEVICE, "--prompt", *prompt]
     infer.main([*map(str, [*words, "--steps", 1, "--batch_size", 2, "--output", output, *flags])])
 
 
@@ -1284,7 +1283,7 @@ def test_fused_folder_generates_alone(kit, tmp_path):
     save_file(load_file(kit / "sd15.safetensors"), tmp_path / "sd15.safetensors", header)
     run(tmp_path, None, "--fused_output", tmp_path / "fused", prompt=())
     ours = run(tmp_path, tmp_path / "ours.png", "--steps", 3)
-    flags = ["--prompt", "a cat", "--device", "cpu", "--base_model"]
+    flags = ["--prompt", "a cat", *DEVICE, "--base_model"]
     output = ["--steps", 3, "--output", tmp_path / "x.png"]
     start(*flags, tmp_path / "fused", *output)
     assert difference(ours, tmp_path / "x.png") <= 3
@@ -1357,8 +1356,8 @@ def test_out_of_memory_names_the_flags(kit, tmp_path, monkeypatch):
 
 def test_closed_pipe_and_narrow_terminal(kit, tmp_path):
     """`| head` and a stdout of ASCII: no traceback, and the images are whole."""
-    program = f"{sys.executable} infer.py --device cpu --lora {kit / 'sd15.safetensors'} --steps 1"
-    program += f" --prompt a b c --batch_size 1 --output {tmp_path}/cät.png"
+    program = f"{sys.executable} infer.py --lora {kit / 'sd15.safetensors'} --steps 1"
+    program += f" {' '.join(DEVICE)} --prompt a b c --batch_size 1 --output {tmp_path}/cät.png"
     done = run_program("bash", "-c", f"{program} | head -n 1", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines() == ["stopped: nothing reads the output any more"]
@@ -1379,8 +1378,9 @@ def test_closed_pipe_and_narrow_terminal(kit, tmp_path):
 )
 def test_stdout_that_takes_nothing(kit, tmp_path, stdout, message):
     """From the first line on, which comes while it loads: one line, whole images or none."""
-    program = f"{sys.executable} infer.py --device cpu --lora {kit / 'sd15.safetensors'} --steps 1"
-    program += f" --prompt a --output {tmp_path}/x.png {stdout}; exit ${{PIPESTATUS[0]}}"
+    program = f"{sys.executable} infer.py --lora {kit / 'sd15.safetensors'} --steps 1"
+    program += f" {' '.join(DEVICE)} --prompt a --output {tmp_path}/x.png {stdout}"
+    program += "; exit ${PIPESTATUS[0]}"
     done = run_program("bash", "-c", program)
     assert re.fullmatch(message, done.stderr), done.stderr
     assert done.returncode == bool(message) and done.stdout == ""

@@ -691,7 +691,7 @@ def test_two_processes(generate, program, prompts, teacher, monkeypatch, tmp_pat
     flags = {"family": "sd15", "pretrained_teacher_model": teacher, "prompts_file": prompts}
     flags |= {"resolution": 32, "num_images": 5, "batch_size": 2, "solver_steps": 3}
     words = [ROOT / "scripts", *command_line(flags | {"output": folder})]
-    done = launch(driver, *words, flags=("--multi_gpu", "--num_processes", "2"))
+    done = launch(driver, *words, count=2)
     assert done.returncode == 0, done.stderr
     told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     assert told == ["rank 0: batch 0", "rank 0: batch 2", "rank 1: batch 1"]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import DEVICE, ROOT, load_script
 from conftest import run as run_program
 from PIL import Image, ImageChops
 from safetensors import safe_open
@@ -173,8 +173,8 @@ def start(*words):
 
 
 def run(folder, *flags, lora="run"):
-    """Generate on the CPU."""
-    start("--lora", folder / lora, "--device", "cpu", *flags)
+    """Generate, in float32."""
+    start("--lora", folder / lora, *DEVICE, *flags)
 
 
 def difference(a, b):
@@ -506,9 +506,11 @@ def test_compare(tiny, tmp_path, capsys, monkeypatch):
 def test_the_programs_that_make_grids(tiny, tmp_path, program):
     """Both, started by a user, are the compare module's grid: the same columns and cells."""
     words = ["--lora", tiny[0] / "run", "--prompt", "a", "--steps", 2, "--output"]
-    start(*words, tmp_path / "here.png", "--compare", "--device", "cpu")
+    start(*words, tmp_path / "here.png", "--compare", *DEVICE)
     name, *flag = program.split()
-    done = run_program(sys.executable, ROOT / name, *words, tmp_path / "there.png", *flag)
+    done = run_program(
+        sys.executable, ROOT / name, *words, tmp_path / "there.png", *flag, *DEVICE[2:]
+    )
     assert done.returncode == 0 and "LCM-LoRA, 2 steps: 2 UNet passes, " in done.stdout, done.stderr
     here, there = (Image.open(tmp_path / f"{name}.png") for name in ("here", "there"))
     ours, theirs = (json.loads(image.text["infer_args"]) for image in (here, there))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import DEVICE, ROOT, load_script
 from diffusers import ControlNetModel, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
@@ -62,8 +62,8 @@ def lora(kit, family, **header):
 
 
 def run(output, *flags, lora):
-    """Generate one image on the CPU in two steps."""
-    words = ("--device", "cpu", "--prompt", "a cat", "--steps", 2, "--output", output)
+    """Generate one image in two steps, in float32."""
+    words = (*DEVICE, "--prompt", "a cat", "--steps", 2, "--output", output)
     start("--lora", lora, *words, *flags)
     return output
 
@@ -121,7 +121,7 @@ def test_flag_header_and_config(kit, tmp_path, capsys, base, flags, header, is_v
     path = lora(kit, "sd15", training_args=header)
     flags = ["--base_model", kit / base, "--prompt", "a", *flags]
     flags += ["--base_config", kit / "sd15"] * base.endswith("s")
-    args = infer.parse_args([*map(str, ["--lora", path, "--device", "cpu", *flags])])
+    args = infer.parse_args([*map(str, ["--lora", path, *DEVICE, *flags])])
     jobs, images, loras, settings = infer.read_inputs(args)
     pipe, _, _, schedulers = infer.load(args, jobs, images, {}, settings)
     usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
@@ -136,7 +136,7 @@ def test_flag_header_and_config(kit, tmp_path, capsys, base, flags, header, is_v
 def test_another_prediction_is_another_image(kit, tmp_path):
     """The same command with the flag does not take the image that is there for its own."""
     words = ["--lora", kit / "sd15-lora.safetensors", "--prompt", "a", "--output"]
-    words = [*map(str, [*words, tmp_path / "x.png", "--steps", 1, "--device", "cpu"])]
+    words = [*map(str, [*words, tmp_path / "x.png", "--steps", 1, *DEVICE])]
     infer.main(words)
     with pytest.raises(SystemExit, match="exists, of other settings"):
         infer.main([*words, "--prediction_type", "v_prediction"])
@@ -261,7 +261,7 @@ def test_fused_folder_tells_what_it_predicts(kit, tmp_path):
     """diffusers alone generates from the folder what infer.py generates from the marked file."""
     plain = kit / "sd15-lora.safetensors"
     flags = ("--base_model", kit / "sd15-marked.safetensors", "--base_config", kit / "sd15-v")
-    start("--lora", plain, "--device", "cpu", *flags, "--fused_output", tmp_path / "fused")
+    start("--lora", plain, *DEVICE, *flags, "--fused_output", tmp_path / "fused")
     config = json.loads((tmp_path / "fused/scheduler/scheduler_config.json").read_text())
     assert ZERO_SNR.items() <= config.items()
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "fused")
@@ -426,13 +426,13 @@ def test_long_prompts_reach_the_network(kit, tmp_path, monkeypatch, capsys, fami
     flags = [word for name in given.split() for word in files[name]]
     flags += ["--max_prompt_chunks", 3, "--negative_prompt", "ugly " * 8, "--guidance_scale", 1.5]
     flags += ["--prompt", *PROMPTS[1:]]
-    start("--lora", kit / f"{family}-lora.safetensors", "--device", "cpu", "--steps", 2, *flags,
+    start("--lora", kit / f"{family}-lora.safetensors", *DEVICE, "--steps", 2, *flags,
           "--output", tmp_path / "x.png")  # fmt: skip
     pipe = DiffusionPipeline.from_pretrained(kit / family)
     with torch.no_grad():
         texts = ["ugly " * 8] * 2 + [*PROMPTS[1:]]
         expected = torch.stack([embeddings(pipe, text, 3)[0] for text in texts])
-    assert seen and all(torch.allclose(x, expected, rtol=0, atol=1e-5) for x in seen)
+    assert seen and all(torch.allclose(x.cpu(), expected, rtol=0, atol=1e-5) for x in seen)
     assert "warning:" not in capsys.readouterr().err
 
 
@@ -545,7 +545,7 @@ def test_recipe_gives_defaults(kit, tmp_path, calls, capsys):
 def test_another_recipe_is_another_image(kit, tmp_path):
     """An image that is there was made by the recipe that was there."""
     base = recipe(kit, tmp_path, **RECIPE)
-    words = ["--lora", kit / "sd15-lora.safetensors", "--prompt", "a", "--device", "cpu", "--steps"]
+    words = ["--lora", kit / "sd15-lora.safetensors", "--prompt", "a", *DEVICE, "--steps"]
     words += [1, "--output", tmp_path / "x.png", "--base_model", base, "--guidance_scale", 2]
     infer.main([*map(str, words)])
     (base / "recipe.json").write_text(json.dumps({"format": 1} | RECIPE | {"negative_prompt": "b"}))

@@ -228,7 +228,8 @@ def test_the_card_is_asked(fake_python, gb, batch):
 def test_no_gpu_is_seen_here():
     """By PyTorch, as the trainer will see it; and CARD and BATCH_SIZE are numbers."""
     python = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    assert "no GPU" in printed("train_sdxl.sh", CARD="", PATH=python)[2]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert "no GPU" in printed("train_sdxl.sh", CARD="", PATH=python, **hidden)[2]
     for name in ("CARD", "BATCH_SIZE", "ACCUMULATION"):
         done = run("bash", ROOT / "scripts/train_sd15.sh", DATA="x", **{"CARD": "8", name: "8GB"})
         assert done.returncode == 1 and done.stderr.startswith(f"{name}=8GB: "), done.stderr

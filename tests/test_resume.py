@@ -28,11 +28,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import (
+    GPUS,
     LORA,
     QUICK,
     ROOT,
     SMOOTH,
     command_line,
+    devices,
     difference,
     log,
     near,
@@ -127,6 +129,8 @@ def start(sd15, teacher, images):
 
     before(trainer) or, of many processes, before(trainer, rank).
     """
+    if GPUS:
+        pytest.skip("for a CPU alone: CUDA does not work in a fork of a process that has used it")
     started = []
 
     def start(out, before=lambda *_: None, processes=1, environment=None, words=(), **flags):
@@ -641,11 +645,7 @@ def launched(teacher, images, tmp_path_factory):
     launchers = []
 
     def launched(out, processes, **flags):
-        kind = (
-            ["--multi_gpu", "--num_processes", processes]
-            if processes > 1
-            else ["--cpu", "--num_processes", 1]
-        )
+        kind, environment = devices(processes)
         machine = [
             "--num_machines",
             1,
@@ -668,7 +668,8 @@ def launched(teacher, images, tmp_path_factory):
             out.with_suffix(".txt"),
         )
         with text.open("ab") as file:
-            options = {"stdout": file, "stderr": file, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+            env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+            options = {"stdout": file, "stderr": file, "env": env}
             launchers.append(subprocess.Popen(command, start_new_session=True, **options))
         launcher = psutil.Process(launchers[-1].pid)
         while not (out / "log.jsonl").exists() or not log(out):
@@ -1062,9 +1063,8 @@ def test_two_machines(train, teacher, images, tmp_path):
             words += command_line(QUICK | flags | data | more)
             command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)]
             options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            ended.append(
-                subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
-            )
+            options["env"] = os.environ | {"OMP_NUM_THREADS": "1"} | devices(2)[1]
+            ended.append(subprocess.Popen(command, **options))
         texts = [process.communicate(timeout=300)[0] for process in ended]
         assert [process.returncode for process in ended] == [0, 0], texts
 

@@ -15,8 +15,9 @@ ROOMS = {
     "accelerate/": "eight_gpus.yaml one_gpu.yaml slurm.sh two_nodes.yaml",
     "demo/": "ablation.py build_dataset.py concepts.txt evaluate_demo.py evaluate_style.py "
     "requirements.txt style.sh train_style_lora.py train_teacher.py",
-    "measure/": "benchmark.py compare_speed.py count_bytes.py decode_speed.py "
-    "full_size.py memory.py official_unets.py random_training.py rounding.py stream_memory.py",
+    "measure/": "benchmark.py check_card.py compare_speed.py count_bytes.py decode_speed.py "
+    "full_size.py gpu.sh memory.py official_unets.py random_teacher.py random_training.py "
+    "rounding.py stream_memory.py",
     "proofs/": "chaos.py defects.py drift.py odd_inputs.py odd_kinds.py",
 }
 WIDTH = 100

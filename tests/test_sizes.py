@@ -264,8 +264,7 @@ def test_two_processes_are_one(encode, shapes, teacher, train, tmp_path):
     flags |= {"phases": 1}
     one = train(**flags)
     words = command_line(flags | {"output_dir": tmp_path / "out", "train_batch_size": 2})
-    both = ("--multi_gpu", "--num_processes", "2")
-    done = launch(ROOT / "train_lcm_lora_sd15.py", *words, flags=both)
+    done = launch(ROOT / "train_lcm_lora_sd15.py", *words, count=2)
     assert done.returncode == 0, done.stderr
     assert near(one, tmp_path / "out") and difference(one, tmp_path / "out") < 1e-5
 

@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 
+import compare_speed
 import decode_speed
 import numpy as np
 import pytest
@@ -125,6 +126,7 @@ def test_base_in_8_bits_is_refused(request, family):
         request.getfixturevalue(family).parse_args(words)
 
 
+@pytest.mark.cpu("a GPU is not refused")
 def test_paged_adam_needs_a_gpu(train):
     with pytest.raises(SystemExit, match="error: --optimizer paged_adamw8bit .*GPU"):
         train(optimizer="paged_adamw8bit")
@@ -137,6 +139,70 @@ def test_use_8bit_adam_is_the_optimizer_of_that_name(sd15, sdxl):
             trainer.parse_args([*words, *more]).optimizer for more in ([], ["--use_8bit_adam"])
         ]
         assert kinds == ["adamw", "adamw8bit"]
+
+
+BAR = """
+import sys, time
+name = sys.argv[sys.argv.index("--output_dir") + 1].split("/")[-1]
+print("started", name, file=open({log!r}, "a"))
+for step in range(1, 10**6):
+    time.sleep({seconds})
+    print(f"{{step}}/9999999 [", flush=True)
+"""
+
+
+@pytest.fixture
+def bars(tmp_path, monkeypatch):
+    """bars(gpu, *flags) -> (exit code, names of what was started) of compare_speed.py.
+
+    Its trainers only show steps, every 60 ms, the references a.py and b.py every 120 and 30 ms.
+    `gpu` is what nvidia-smi does, None without one.
+    """
+    log = tmp_path / "log"
+    for name, seconds in ("train_lcm_lora_sdxl.py", 0.06), ("a.py", 0.12), ("b.py", 0.03):
+        (tmp_path / name).write_text(BAR.format(log=str(log), seconds=seconds))
+    monkeypatch.setattr(compare_speed, "ROOT", tmp_path)
+    monkeypatch.setattr(compare_speed, "make_data", lambda *_: None)
+
+    def start(gpu, *flags):
+        place = tmp_path / "bin"
+        place.mkdir(exist_ok=True)
+        monkeypatch.setenv("PATH", str(place))
+        if gpu is not None:
+            (place / "nvidia-smi").write_text(f"#!/bin/sh\n{gpu}\n")
+            (place / "nvidia-smi").chmod(0o755)
+        log.write_text("")
+        code = compare_speed.main(["--seconds", "0.3", *map(str, flags)])
+        return code, log.read_text().replace("started 16 ", "").splitlines()
+
+    return start
+
+
+@pytest.mark.parametrize("gpu", [None, "echo No devices were found", "echo 0"])
+def test_an_idle_card_is_a_card(bars, capsys, gpu):
+    """On it each round starts each program anew, and its memory has a column."""
+    code, started = bars(gpu, "--rounds", 2, "--least", 0)
+    card = gpu == "echo 0"
+    assert (code, started) == (0, ["ours", "ours, encoded"] * (1 + card))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| 16 |" in line]
+    assert [row[-1] for row in rows] == ["0.0, 0.0 |" if card else " |"] * 2
+    rounds = compare_speed.parse_args([]).rounds
+    assert rounds == (3 if card else 12)
+
+
+def test_several_references_run_beside_ours(bars, tmp_path, capsys):
+    """Gains are over the first, and --least has a number for each."""
+    both = ("--rounds", 2, "--reference", tmp_path / "a.py", tmp_path / "b.py")
+    code, started = bars(None, *both, "--least", 2.8, 1.2, 1.2)
+    assert (code, started) == (0, ["reference", "reference 2", "ours", "ours, encoded"])
+    said = capsys.readouterr().out
+    assert f"reference: {tmp_path}/a.py\nreference 2: {tmp_path}/b.py\n" in said
+    named = ", ".join(f"{name} (.*?) times.*?" for name in started[1:])
+    gains = map(float, re.search(f"median of 2, over reference: {named}\n", said).groups())
+    assert all(abs(gain / want - 1) < 0.4 for gain, want in zip(gains, (4, 2, 2)))
+    with pytest.raises(SystemExit):
+        bars(None, *both, "--least", 1, 1)
+    assert "--least: give a number for each gain, here 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LORA, QUICK, ROOT, command_line, load_script, log, lora_file, run, same
+from conftest import GPUS, LORA, QUICK, ROOT, command_line, load_script, log, lora_file, run, same
 from PIL import Image
 from test_resume import contents, refused
 
@@ -367,7 +367,7 @@ def test_the_start_says_what_will_be_done(train, capsys):
     train(**SHORT, validation_prompts=["rain"], validation_steps=7, checkpointing_steps=30)
     said = capsys.readouterr().out
     for words in (
-        "device: 1 x cpu, mixed precision no",
+        "device: 1 x " if GPUS else "device: 1 x cpu, mixed precision no",
         "epsilon; 50 DDIM timesteps",
         "checkpoint every 30 steps",
         "images every 7",

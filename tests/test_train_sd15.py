@@ -537,7 +537,7 @@ def test_defect_05_two_processes_are_one(train, teacher, images, tmp_path):
     done = launch(
         ROOT / SCRIPT,
         *command_line(flags | where | {"train_batch_size": 2}),
-        flags=("--multi_gpu", "--num_processes", "2"),
+        count=2,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((two / "args.json").read_text())["processes"] == 2
@@ -921,7 +921,7 @@ def as_python(*words):
 
 def as_launched(*words):
     """accelerate launch --quiet SCRIPT ..."""
-    return launch(*words, flags=("--quiet", "--cpu", "--num_processes", "1"))
+    return launch(*words, flags=["--quiet"])
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_defect_05_two_processes_are_one(train_xl, xl_teacher, images, tmp_path)
     done = launch(
         ROOT / SCRIPT,
         *command_line(flags | SMOOTH | {"train_batch_size": 2}),
-        flags=("--multi_gpu", "--num_processes", "2"),
+        count=2,
     )
     assert done.returncode == 0, done.stderr
     assert "in a step 2 x 1 accumulated x 2 processes" in done.stdout

@@ -12,10 +12,10 @@ timed in turn: what the option buys is the median of the rounds' ratios.
 
 images/s and seconds are of whole optimizer steps without the reading of data. TFLOP are counted,
 not timed: the matrix products, convolutions and attention of one step (teacher 2, target 1, student
-forward and backward; VAE and text encoders unless the data are encoded), 2 for a multiplication and
-its addition; what checkpointing computes again is not counted. The share is of the rate of a large
-square matrix product in the same precision, timed here. Memory is CUDA's peak of allocated tensors,
-on a CPU the peak of the whole process.
+forward and backward, fewer with trajectories; VAE and text encoders unless the data are encoded), 2
+for a multiplication and its addition; what checkpointing computes again is not counted. The share
+is of the rate of a large square matrix product in the same precision, timed here. Memory is CUDA's
+peak of allocated tensors in the steps, on a CPU the peak of the whole process.
 
 Writes benchmark.csv, benchmark.md and benchmark.png into --output_dir. The exit code is 1 if a cell
 failed for another reason than memory.
@@ -39,7 +39,7 @@ from pathlib import Path
 import diffusers
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from random_training import OPTIONS, ROOT, Training, add_model_flags, fail, fake_tensors
+from random_training import DATA, OPTIONS, ROOT, Training, add_model_flags, fail, fake_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,11 +49,16 @@ from help_formatter import HelpFormatter
 WARM_UP = 3  # steps
 
 
-def count_flops(model, resolution, encoded):
+def data_of(options):
+    """The kind of data of a cell: those of its options that leave out some of the work."""
+    return tuple(option for option in options if option in DATA)
+
+
+def count_flops(model, resolution, data):
     """Floating-point operations of a step for each image of its batch; nothing is computed."""
     # The matrix products of this kernel are those of attention, none made twice.
     with fake_tensors(), sdpa_kernel(SDPBackend.MATH):
-        training = Training(model, resolution, 1, "no", ["encoded"] * encoded)
+        training = Training(model, resolution, 1, "no", data)
         with FlopCounterMode(display=False) as counter:
             training.take_step()
     return counter.get_total_flops()
@@ -83,6 +88,8 @@ def serve(model, resolution, cell):
     """The process of a cell: for each line, a number of steps, it prints their time and memory."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     training, number = Training(model, resolution, *cell), 0
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # loading is no part of a step
     for line in sys.stdin:
         synchronize()
         start = time.perf_counter()
@@ -183,7 +190,8 @@ def measure(args, cells):
                 ratios = [before["seconds"] / after["seconds"] for before, after in rounds]
                 result["gains"][option] = ratios, result["memory"] / rounds[-1][0]["memory"]
         found = result.get("error") or f"{statistics.median(result['seconds']):.3f} s a step"
-        print(f"batch {cell[0]}, {cell[1]}, {'+'.join(cell[2]) or 'plain'}: {found}", flush=True)
+        name = f"batch {cell[0]}, {cell[1]}, {'+'.join(cell[2]) or 'plain'}"
+        print(f"{name}: {found}", file=sys.stderr, flush=True)
     while running:
         running.popitem()[1].close()
     return results
@@ -213,7 +221,7 @@ def table_rows(results, flops, rates):
             yield dict.fromkeys(COLUMNS, "") | row | {"gains": result["error"]}
             continue
         seconds = statistics.median(result["seconds"])
-        work = batch * flops["encoded" in options]
+        work = batch * flops[data_of(options)]
         rate = work / seconds
         gains = []
         for option, (ratios, memory) in result["gains"].items():
@@ -326,8 +334,8 @@ def main(argv=None):
         resolution, cell = json.loads(args.serve)
         return serve(args.model, resolution, cell)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    kinds = {"encoded" in options for options in args.sets}
-    flops = {encoded: count_flops(args.model, args.resolution, encoded) for encoded in kinds}
+    kinds = {data_of(options) for options in args.sets}
+    flops = {data: count_flops(args.model, args.resolution, data) for data in kinds}
     results = measure(args, [*itertools.product(args.batch, args.precision, args.sets)])
     # Others may be no precision of this machine.
     measured = dict.fromkeys(cell[1] for cell, result in results.items() if "error" not in result)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Steps per second of our trainer, on images, encoded data or trajectories, and of another one.
+"""Steps per second of our trainer, on images, encoded data or trajectories, and of others.
 
     python scripts/measure/compare_speed.py --family sd15 --lora_rank 8    # on the demo's data
     python scripts/measure/compare_speed.py --trajectories --lora_rank 8   # on the teacher's paths
@@ -7,16 +7,19 @@
     python scripts/measure/compare_speed.py --reference train_lcm_distill_lora_sdxl.py \\
         --teacher SDXL --dataset_name IMAGES --resolution 1024 --batch 1 4 12 \\
         --mixed_precision fp16 --gradient_checkpointing --least 2 2    # on a GPU
+    python scripts/measure/compare_speed.py --reference before/train_lcm_lora_sdxl.py \\
+        train_lcm_distill_lora_sdxl.py --least 0 1 1    # not slower than the first?
 
-The reference is a script with Hugging Face's flags. Each program is run as it is, on the same
+A reference is a script with Hugging Face's flags. Each program is run as it is, on the same
 teacher, images, batch and rank, and its steps are read from its progress bar.
 scripts/encode_data.py encodes the images once; with --trajectories scripts/generate_data.py makes
 the teacher's paths of their captions. A round lets the programs run in turn for some seconds each,
 so that a machine whose speed changes from minute to minute changes it for all of them: between
-their turns they are stopped (SIGSTOP), or on a GPU, whose memory is for one at a time, ended. The
-gains of a round are over the first program: the reference, else ours on images. Peak GPU memory is
-the most that the driver reports while one runs. Exit code 0 if the median gains of the best batch
-are at least --least.
+their turns they are stopped (SIGSTOP), or on a GPU, whose memory is for one at a time, ended: as
+each then starts anew in each round, and a card's speed does not wander, its rounds are few. The
+gains of a round are over the first program: the first reference, else ours on images. Peak GPU
+memory is the most that the driver reports while one runs. Exit code 0 if the median gains of the
+best batch are at least --least.
 """
 
 import argparse
@@ -50,7 +53,7 @@ def parse_args(argv=None):
         formatter_class=HelpFormatter,
     )
     add, count = parser.add_argument, {"type": int, "metavar": "N"}
-    add("--reference", type=Path, metavar="TRAINER", help="the other trainer")
+    add("--reference", type=Path, metavar="TRAINER", nargs="+", default=[], help="other trainers")
     add("--family", choices=["sd15", "sdxl"], default="sdxl", help="our trainer")
     add("--teacher", help="a model of its layout (default: the demo's)")
     add("--dataset_name", default=ROOT / "demo/data", help="images and captions")
@@ -62,33 +65,35 @@ def parse_args(argv=None):
     add("--gradient_checkpointing", action="store_true", help="of all programs")
     add("--torch_compile", action="store_true", help="of ours")
     add("--trajectories", action="store_true", help="ours on the teacher's paths too: 3 passes, 2")
-    add("--rounds", **count, default=12, help="turns of each program")
+    add("--rounds", **count, help="turns of each program (default: 12, on a GPU 3)")
     turn = "length of a turn, which has three steps at least"
     add("--seconds", type=float, metavar="S", default=5, help=turn)
-    least = "gains to reach (default: 1.25 1.6 beside a reference, else 1.3; trajectories 1.5 2.2)"
+    least = "gains to reach, in the table's order (default: 1.25 1.6 over a reference, else 1.3; "
+    least += "trajectories 2 2, else 1.5 2.2; further references 0)"
     add("--least", type=float, metavar="GAIN", nargs="+", help=least)
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ROOT / f"demo/teacher-{args.family}"
     gains = [1.25, 1.6] if args.reference else [1.3]
     paths = [2.0, 2.0] if args.reference else [1.5, 2.2]
-    gains += paths if args.trajectories else []
+    gains = [0.0] * len(args.reference[1:]) + gains + paths * args.trajectories
+    args.rounds = args.rounds or (12 if gpu_memory() is None else 3)
     args.least = args.least or gains
     if len(args.least) != len(gains):
         parser.error(f"--least: give a number for each gain, here {len(gains)}")
-    if args.reference and not args.reference.is_file():
-        parser.error(f"--reference {args.reference}: no such file; give a trainer")
+    for reference in args.reference:
+        if not reference.is_file():
+            parser.error(f"--reference {reference}: no such file; give a trainer")
     return args
 
 
 def gpu_memory():
-    """GiB of GPU memory in use as the driver says, 0 without a GPU."""
+    """GiB of the first GPU's memory in use as the driver says; None without a GPU."""
     if not shutil.which("nvidia-smi"):
-        return 0.0
+        return None
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return (
-        int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
-        / 1024
-    )
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    first = re.match(r"(\d+)|\[", said)  # [N/A]: a GPU that does not tell
+    return int(first[1] or 0) / 1024 if first else None
 
 
 class Run:
@@ -118,7 +123,7 @@ class Run:
         os.killpg(self.process.pid, signal.SIGCONT)
         while not enough():
             time.sleep(0.1)
-            self.peak = max(self.peak, gpu_memory())
+            self.peak = max(self.peak, gpu_memory() or 0.0)
             if self.process.poll() is not None:
                 self.reader.join()
                 ended = f"{' '.join(self.command)}\nended with {self.process.returncode}"
@@ -157,6 +162,11 @@ def make_data(args, program, *more):
         raise SystemExit(done.stderr[-3000:])
 
 
+def references(args):
+    """{name in the table: path}."""
+    return {f"reference {i}".removesuffix(" 1"): path for i, path in enumerate(args.reference, 1)}
+
+
 def programs(batch, args, folder):
     """{name: command} of the programs to compare."""
     words = ["--train_batch_size", batch, "--lora_rank", args.lora_rank]
@@ -165,7 +175,7 @@ def programs(batch, args, folder):
     words += ["--gradient_checkpointing"] * args.gradient_checkpointing
     sources = args.dataset_name, folder / "encoded", folder / "paths"
     plain, encoded, paths = (data_flags(data, batch, args) for data in sources)
-    found = {"reference": [args.reference, *plain, *words]} if args.reference else {}
+    found = {name: [path, *plain, *words] for name, path in references(args).items()}
     ours = [ROOT / f"train_lcm_lora_{args.family}.py", *words]
     ours += ["--torch_compile"] * args.torch_compile
     found |= {"ours": [*ours, *plain], "ours, encoded": [*ours, *encoded]}
@@ -185,7 +195,7 @@ def compare(batch, args, folder):
     heads = ["batch", *(f"{name}, s a step" for name in commands)]
     heads += [*(f"gain: {name}" for name in others), "GPU GiB"]
     print(f"\n| {' | '.join(heads)} |\n" + "|---:" * len(heads) + "|", flush=True)
-    one_at_a_time, gains = gpu_memory() > 0, []
+    one_at_a_time, gains = gpu_memory() is not None, []
     with contextlib.ExitStack() as stack:
         runs = {}
         for number in range(args.rounds):
@@ -214,6 +224,8 @@ def main(argv=None):
     args = parse_args(argv)
     machine, threads = platform.processor() or platform.machine(), os.environ.get("OMP_NUM_THREADS")
     print(f"{machine}, {os.cpu_count()} cores, {threads or 'all'} threads, {args.teacher}")
+    for name, path in references(args).items():
+        print(f"{name}: {path}")
     with tempfile.TemporaryDirectory() as folder:
         make_data(args, "encode_data.py", "--output", Path(folder, "encoded"))
         if args.trajectories:

@@ -1,14 +1,15 @@
 """One optimizer step of a full-size UNet with random weights through the trainer itself.
 
     python scripts/measure/full_size.py sdxl        # or ssd1b, sd15; 6 GB of disk for sdxl
+    python scripts/measure/full_size.py sdxl --mixed_precision fp16 -- --quantize_base nf4
 
 On a CPU or a GPU. A CPU without bf16 instructions (AVX-512 BF16, AMX) multiplies bf16 tens of times
 slower than float32, and the step lasts half an hour: there, `--mixed_precision no` shows the same
 layers in minutes, with twice the memory for the base.
 
-Latents of 32 x 32, batch 1, gradient checkpointing, a small VAE and small text encoders. Prints
-peak memory, seconds and the LoRA layers written, and fails unless they are the targets of the UNet,
-with their shapes.
+Latents of 32 x 32, batch 1, gradient checkpointing, a small VAE and small text encoders; the
+trainer's flags after `--` come on top. Prints peak memory (the GPU's, else the process's), seconds
+and the LoRA layers written, and fails unless they are the targets of the UNet, with their shapes.
 """
 
 import argparse
@@ -102,8 +103,8 @@ def expected_layers(layers, trainer, unet, rank):
     return shapes
 
 
-def train(folder, family, precision):
-    """One step on an image of noise; the seconds it took."""
+def train(folder, family, precision, flags):
+    """One step on an image of noise, with further flags; the seconds it took."""
     (folder / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "images" / "a.png")
@@ -114,6 +115,7 @@ def train(folder, family, precision):
     command += ["--train_data_dir", folder / "images", "--output_dir", folder / "out"]
     command += "--resolution 256 --train_batch_size 1 --max_train_steps 1".split()
     command += f"--gradient_checkpointing --mixed_precision {precision} --report_to none".split()
+    command += flags
     start = time.perf_counter()
     subprocess.run([str(word) for word in command], check=True)
     return time.perf_counter() - start
@@ -124,9 +126,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add, base = parser.add_argument, "precision of the base"
     add("model", choices=UNETS, help="the UNet to train")
-    add("--mixed_precision", choices=["bf16", "no"], default="bf16", help=base)
+    add("--mixed_precision", choices=["bf16", "fp16", "no"], default="bf16", help=base)
     where = "where the random teacher is written (default: a temporary folder)"
     add("--work_dir", type=Path, metavar="FOLDER", help=where)
+    add("flags", nargs="*", metavar="-- FLAG", help="of the trainer, on top")
     args = parser.parse_args(argv)
     family = "sd15" if args.model == "sd15" else "sdxl"
     trainer = importlib.import_module(f"train_lcm_lora_{family}")
@@ -134,7 +137,7 @@ def main(argv=None):
         folder = Path(folder)
         print(f"writing a random {args.model}", flush=True)
         layers = write_teacher(args.model, folder)
-        seconds = train(folder, family, args.mixed_precision)
+        seconds = train(folder, family, args.mixed_precision, args.flags)
         with safe_open(folder / "out" / trainer.LORA_FILE, "pt") as file:
             keys = [key for key in file.keys() if "alpha" not in key]  # noqa: SIM118
             written = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
@@ -147,8 +150,11 @@ def main(argv=None):
     import resource  # which Windows has not
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux
+    if torch.cuda.is_available():
+        peak = row["memory_gib"]
+    settings = ", ".join([f"mixed precision {args.mixed_precision}", *args.flags])
     print(
-        f"{args.model}, mixed precision {args.mixed_precision}: {len(written) // 2} LoRA layers "
+        f"{args.model}, {settings}: {len(written) // 2} LoRA layers "
         f"written, all as expected; loss {row['loss']:.3f}, {1 / row['images_per_s']:.0f} s for "
         f"the step, {seconds:.0f} s in all, peak memory {peak:.1f} GiB"
     )

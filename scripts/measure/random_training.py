@@ -1,4 +1,4 @@
-"""The trainers' own training step on random weights and data, for benchmark.py and memory.py."""
+"""The trainers' own training step on random weights and data, for the programs beside it."""
 
 import importlib
 import os
@@ -46,9 +46,15 @@ ENCODERS = {
     "sdxl": [(768, 12), (1280, 32)],
     "ssd1b": [(768, 12), (1280, 32)],
 }
-# What can be switched on, and the trainer's flags for it; encoded data need none.
-OPTIONS = {
+PATHS = ["--num_ddim_timesteps", "10"]  # data with trajectories have so many steps
+# What can be switched on, and the trainer's flags for it. The first are kinds of data: encoded ones,
+# with the teacher's trajectories (no pass of the teacher), with these as the target (nor of it).
+DATA = {
     "encoded": [],
+    "trajectories": PATHS,
+    "trajectory_target": [*PATHS, "--target", "trajectory"],
+}
+OPTIONS = DATA | {
     "gradient_checkpointing": ["--gradient_checkpointing"],
     "torch_compile": ["--torch_compile"],
     "nf4": ["--quantize_base", "nf4"],
@@ -150,7 +156,10 @@ class Training:
         self.accelerator = trainer.make_accelerator(args)
         device, dtype = self.accelerator.device, trainer.DTYPES[precision]
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-        self.encoded = "encoded" in options
+        kinds = {*DATA} & {*options}
+        if len(kinds) > 1:
+            fail(f"--options {'+'.join(sorted(kinds))}: give one kind of data, {' or '.join(DATA)}")
+        self.encoded, self.trajectories = bool(kinds), bool(kinds - {"encoded"})
         self.pipe = pipe = random_pipe(model, dtype, device, self.encoded)
         self.teacher = unet = pipe.unet
         args.resolution = resolution or unet.config.sample_size * pipe.vae_scale_factor
@@ -185,7 +194,12 @@ class Training:
             sizes = 6 * config.addition_time_embed_dim
             shapes["text_embeds"] = (config.projection_class_embeddings_input_dim - sizes,)
         c = {name: torch.randn(size, *shape).to(dtype) for name, shape in shapes.items()}
-        batch["moments"] = torch.randn(size, 2 * config.in_channels, side, side).to(dtype)
+        channels = config.in_channels
+        if self.trajectories:
+            points = (self.args.num_ddim_timesteps + 1) * channels
+            batch["path"] = torch.randn(size, points, side, side)
+        else:
+            batch["moments"] = torch.randn(size, 2 * channels, side, side).to(dtype)
         return batch | c, {name: value[:1].to(device) for name, value in c.items()}
 
     def take_step(self, number=0):
