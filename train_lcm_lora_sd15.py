@@ -978,7 +978,9 @@ def quantize_linears(unet):
 def output_in_float32(unet):
     """Compute the UNet's last layers in float32: what they round, x0 has sigma / alpha times."""
     for layer in filter(None, (unet.conv_norm_out, unet.conv_out)):
-        layer.float().register_forward_pre_hook(lambda _, given: given[0].float())
+        layer.float().register_forward_pre_hook(
+            lambda layer, given: given[0].to(layer.weight.dtype)
+        )
 
 
 def share_weights(unet):
@@ -2258,7 +2260,8 @@ def validate(run, args):
     sampler, vae, images = copy.copy(run.pipe), run.pipe.vae, []
     for name, _ in networks(run.pipe):
         setattr(sampler, name, None)
-    sampler.unet, dtype = run.target, run.pipe.unet.dtype
+    sampler.unet = run.target
+    dtype = run.pipe.unet.dtype
     grid = {"original_inference_steps": args.num_ddim_timesteps, "clip_sample": False}
     kind, _, scale, _ = sampling(args, phases_at(run.step - 1, args))
     sampler.scheduler = getattr(diffusers, kind).from_config(run.pipe.scheduler.config, **grid)

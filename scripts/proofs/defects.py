@@ -128,8 +128,8 @@ DEFECTS = (
     (17, "student's activations held during the teacher's passes", SD15,
      "tests/test_maths.py::test_passes_of_a_step",
      {"    f_student = predict(run.student, z_nk, t_nk, c)\n": "",
-      "z_nk = schedule.add_noise(z, noise, t_nk)\n":
-      "z_nk = schedule.add_noise(z, noise, t_nk)\n"
+      "z_nk = rounded(schedule.add_noise(z, noise, t_nk), run.target)\n":
+      "z_nk = rounded(schedule.add_noise(z, noise, t_nk), run.target)\n"
       "    f_student = predict(run.student, z_nk, t_nk, c)\n"}),
     (17, "teacher's passes apart", SD15,
      "tests/test_maths.py::test_passes_of_a_step",
