@@ -130,7 +130,8 @@ DEFECTS = (
      {"    f_student = predict(run.student, z_nk, t_nk, c)\n": "",
       "z_nk = rounded(schedule.add_noise(z, noise, t_nk), run.target)\n":
       "z_nk = rounded(schedule.add_noise(z, noise, t_nk), run.target)\n"
-      "    f_student = predict(run.student, z_nk, t_nk, c)\n"}),
+      "            with torch.enable_grad():\n"
+      "                f_student = predict(run.student, z_nk, t_nk, c)\n"}),
     (17, "teacher's passes apart", SD15,
      "tests/test_maths.py::test_passes_of_a_step",
      {"out_c, out_null = out.chunk(2)":
