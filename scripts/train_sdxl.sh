@@ -18,8 +18,8 @@ GC=--gradient_checkpointing
 if [ "$family" = ssd1b ]; then
   card 8 "1 $GC --use_8bit_adam" 12 "4 $GC" 16 "6 $GC" 24 "12 $GC" 48 "6"
 else
-  card 8 "1 $GC --use_8bit_adam --quantize_base nf4" 12 "2 $GC --use_8bit_adam" 16 "4 $GC" \
-    24 "12 $GC" 80 "6"
+  card 8 "1 $GC --use_8bit_adam --quantize_base nf4" 12 "2 $GC" 16 "4 $GC" 24 "12 $GC" \
+    48 "4" 80 "6"
 fi
 
 run python "$trainers/train_lcm_lora_sdxl.py" --pretrained_teacher_model "$model" \
