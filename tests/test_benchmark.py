@@ -194,7 +194,7 @@ def test_the_table_of_cards_is_what_memory_prints():
         (
             benchmark,
             ["--options", "magic"],
-            "--options magic: give some of encoded, gradient_checkpointing",
+            "--options magic: give some of encoded, trajectories",
         ),
         (benchmark, ["--options", "nf4+int8"], "--options int8: give some of encoded"),
         (benchmark, ["--rounds", "0"], "must be 1 or more"),
