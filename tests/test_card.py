@@ -96,6 +96,7 @@ class Pipe:
     """Stands for a teacher's pipeline whose UNet is on a device that holds no numbers."""
 
     components, scheduler = {}, SimpleNamespace(config=LCMScheduler().config)
+    unet = SimpleNamespace(dtype=torch.float32)
 
     def __call__(self, **_):
         return SimpleNamespace(images=torch.empty(1, 4, 2, 2, device="meta"))
