@@ -47,8 +47,8 @@ ENCODERS = {
     "ssd1b": [(768, 12), (1280, 32)],
 }
 PATHS = ["--num_ddim_timesteps", "10"]  # data with trajectories have so many steps
-# What can be switched on, and the trainer's flags for it. The first are kinds of data: encoded, with
-# the teacher's trajectories (no pass of the teacher), with these as the target (nor one of it).
+# What can be switched on, and the trainer's flags for it. First kinds of data: encoded, with the
+# teacher's trajectories (no pass of the teacher), with these as the target (nor one of it).
 DATA = {
     "encoded": [],
     "trajectories": PATHS,
