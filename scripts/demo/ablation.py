@@ -9,7 +9,7 @@ on data that are encoded once. Then they, or all in --output where none is named
 evaluate.py's ruler against the teacher's converged images, at the same prompts and noise, and each
 is compared with `default` of the same seeds. Figures of several seeds are their mean; brackets are
 95% intervals over prompts. --output gets, for each family, README.md with the tables, figures.csv
-and plot.svg. The same command goes on where it was stopped; other rows may be trained beside it
+and plot.png. The same command goes on where it was stopped; other rows may be trained beside it
 into the same folder.
 """
 
@@ -230,7 +230,7 @@ def summarise(found, ours, solver):
 
 
 def report(args, argv, found, lines):
-    """README.md with a table of the figures and two of differences; figures.csv; plot.svg."""
+    """README.md with a table of the figures and two of differences; figures.csv; plot.png."""
     cells = {
         (what, steps, figure): dict(zip(("value", "low", "high"), values))
         for what, _, steps, figure, *values in lines
@@ -286,7 +286,7 @@ KID x 1000: mean of the seeds [least, most]:
 
 
 def plot(args, cells, found):
-    """plot.svg: KID x 1000 in 2, 4 and 8 steps by setting, a panel for each question."""
+    """plot.png: KID x 1000 in 2, 4 and 8 steps by setting, a panel for each question."""
     shown = {
         question: there
         for question, settings in QUESTIONS.items()
@@ -306,15 +306,15 @@ def plot(args, cells, found):
             errors = [[1000 * (kid["value"] - kid["low"]) for kid in kids],
                       [1000 * (kid["high"] - kid["value"]) for kid in kids]]  # fmt: skip
             panel.errorbar(places, values, errors, marker="o", capsize=3, label=f"{steps} steps")
-        labels = [f"{s} (default)" if not QUESTIONS[question][s] else s for s in settings]
+        labels = [s if QUESTIONS[question][s] else f"{s}*" for s in settings]
         panel.set_xticks(range(len(settings)), labels, fontsize=8)
         panel.set_yscale("log")
         panel.set_title(question)
         panel.grid(axis="y", alpha=0.4)
     if shown:
         panels[0, 0].legend()
-        panels[0, 0].set_ylabel("KID x 1000")
-    figure.savefig(args.folder / "plot.svg", metadata={"Date": None})
+        panels[0, 0].set_ylabel("KID x 1000 (*: the default)")
+    figure.savefig(args.folder / "plot.png", dpi=80)
     pyplot.close(figure)
 
 
