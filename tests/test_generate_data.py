@@ -191,10 +191,10 @@ def by_hand(trainer, base, args, row, z, omega, times):
     the_run = trainer.Run()
     the_run.pipe, the_run.teacher = pipe, pipe.unet.eval()
     schedule = trainer.NoiseSchedule(pipe.scheduler.config, "cpu")
-    the_run.c_null = trainer.conditions(pipe, {"caption": [""]}, "cpu", 1)
+    the_run.c_null = trainer.conditions(pipe, {"caption": [""]}, torch.device("cpu"), 1)
     batch = {"caption": row["captions"]}
     batch |= {"time_ids": row["time_ids"][None]} if "time_ids" in row else {}
-    c, path = trainer.conditions(pipe, batch, "cpu", 1), [z]
+    c, path = trainer.conditions(pipe, batch, torch.device("cpu"), 1), [z]
     for t, t_to in zip(times[:-1], times[1:], strict=True):
         with torch.no_grad():
             t, t_to = torch.tensor([t]), torch.tensor([t_to])

@@ -215,8 +215,8 @@ def test_guided_output_is_the_pipelines(make_teacher, layout, settings, negative
     batch = {"caption": texts}
     if layout == "sdxl":
         batch["time_ids"] = torch.tensor([[32, 32, 0, 0, 32, 32]] * 2)
-    c = trainer.conditions(pipe, batch, "cpu", 1)
-    c_null = trainer.conditions(pipe, {"caption": [negative]}, "cpu", 1)
+    c = trainer.conditions(pipe, batch, torch.device("cpu"), 1)
+    c_null = trainer.conditions(pipe, {"caption": [negative]}, torch.device("cpu"), 1)
     run = SimpleNamespace(teacher=pipe.unet, c_null=c_null)
     args = SimpleNamespace(w_min=6.5, w_max=6.5, guidance_rescale=rescale)
     omega = torch.full((2, 1, 1, 1), 6.5)
@@ -236,8 +236,8 @@ def test_without_guidance_one_pass_of_the_teacher(make_teacher, layout):
     batch = {"caption": ["a house", "fish", "rain"]}
     if layout == "sdxl":
         batch["time_ids"] = torch.tensor([[32, 32, 0, 0, 32, 32]] * 3)
-    c = trainer.conditions(pipe, batch, "cpu", 1)
-    c_null = trainer.conditions(pipe, {"caption": ["ugly"]}, "cpu", 1)
+    c = trainer.conditions(pipe, batch, torch.device("cpu"), 1)
+    c_null = trainer.conditions(pipe, {"caption": ["ugly"]}, torch.device("cpu"), 1)
     run = SimpleNamespace(teacher=pipe.unet, c_null=c_null)
     z, t = torch.randn(3, 4, 8, 8), torch.tensor([19, 499, 999])
     with torch.no_grad():

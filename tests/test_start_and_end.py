@@ -442,7 +442,7 @@ def test_not_a_number_is_null_in_the_log(sd15, tmp_path):
     run = SimpleNamespace(accelerator=accelerator, step=1, global_batch=2)
     log = sd15.Log.__new__(sd15.Log)
     vars(log).update(run=run, bad=0, skipped=0, overflows=0, memory=0.0, file=file, bar=quiet)
-    vars(log).update(clock=0.0, clock_step=0)
+    vars(log).update(clock=0.0, clock_step=0, waited=0.0)
     log.add({"loss": 1.0, "grad_norm": math.inf, "lr": 1.0}, True, True, ["a"])
     file.seek(0)
     assert json.loads(file.read())["grad_norm"] is None

@@ -117,7 +117,7 @@ def train(folder, family, precision, flags):
     command += f"--gradient_checkpointing --mixed_precision {precision} --report_to none".split()
     command += flags
     start = time.perf_counter()
-    subprocess.run([str(word) for word in command], check=True)
+    subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
     return time.perf_counter() - start
 
 
@@ -135,7 +135,7 @@ def main(argv=None):
     trainer = importlib.import_module(f"train_lcm_lora_{family}")
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         folder = Path(folder)
-        print(f"writing a random {args.model}", flush=True)
+        print(f"writing a random {args.model}", file=sys.stderr)
         layers = write_teacher(args.model, folder)
         seconds = train(folder, family, args.mixed_precision, args.flags)
         with safe_open(folder / "out" / trainer.LORA_FILE, "pt") as file:

@@ -81,12 +81,12 @@ section programs "Whole programs, SDXL's layout" python $measure/compare_speed.p
 {
   echo "# ${card/#cpu/A CPU, tiny shapes}"
   echo
-  echo "Written by \`bash scripts/measure/gpu.sh\`."
+  printf 'Written by `bash scripts/measure/gpu.sh`. '
   python -c '
 import sys
 sys.path.insert(0, "scripts")
 from studio import provenance
-print(provenance([]).split("\n\n")[1])'
+print(provenance([]).split("\n\n")[1].strip())'
   cat "${sections[@]}"
 } >"$page"
 echo "Written: $page"
