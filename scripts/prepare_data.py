@@ -464,4 +464,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names in other letters than it has
     sys.exit(main())

@@ -130,13 +130,16 @@ def test_memory_is_that_of_real_tensors(xl_teacher, options, precision):
 
 @pytest.mark.slow
 def test_memory_of_parts(xl_teacher):
-    """Adam keeps 8 bytes a weight; checkpointing and CUDA's rules change activations alone."""
+    """Adam keeps 8 bytes a weight; checkpointing changes activations alone.
+
+    CUDA's rule for autocast changes nothing: no part of a step is under it.
+    """
     cell = str(xl_teacher), 32, 4, "bf16", ("encoded",)
     plain, less = memory.step_memory(*cell), memory.step_memory(*cell[:4], ("encoded", GC))
     by_cpu = memory.step_memory(*cell, cuda_rules=False)
     assert plain["optimizer state"] == pytest.approx(2 * plain["LoRA"], rel=0.01)
     assert less["total"] < plain["total"] and less["base"] == plain["base"]
-    assert by_cpu["activations at the peak"] < plain["activations at the peak"]
+    assert by_cpu == plain
 
 
 def test_choice_for_a_card():

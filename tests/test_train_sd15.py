@@ -22,6 +22,7 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from conftest import (
     LORA,
+    QUICK,
     ROOT,
     SMOOTH,
     command_line,
@@ -1150,3 +1151,13 @@ def test_prompts_are_encoded_as_stable_diffusion_does(sd15, pipe):
     expected = pipe.text_encoder(torch.tensor(ids)).last_hidden_state
     assert ours.shape == (3, 16, 32) and torch.allclose(ours, expected, atol=1e-5)
     assert abs(ours[0] - ours[1]).max() > 0.1
+
+
+def test_names_that_the_terminal_cannot_show(teacher, images, tmp_path):
+    """Where only ASCII can be printed, a folder's name is printed in escapes: no run ends by it."""
+    flags = QUICK | {"pretrained_teacher_model": teacher, "train_data_dir": images}
+    flags |= {"max_train_steps": 1, "output_dir": tmp_path / "é"}
+    program = ROOT / "train_lcm_lora_sd15.py"
+    done = run(sys.executable, program, *command_line(flags), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "layers read back equal" in done.stdout and "\\xe9" in done.stdout

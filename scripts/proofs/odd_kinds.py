@@ -29,7 +29,7 @@ CAPTIONS = ["red apple", "a house", "two cats", "blue car", "old tree", "the moo
 LEFT, RIGHT = (200, 40, 90), (30, 160, 220)  # of the image whose colours are known
 QUICK = (
     "--resolution 32 --lora_rank 4 --learning_rate 0.05 --train_batch_size 2 --center_crop "
-    "--max_train_steps 2 --checkpointing_steps 2 --report_to none --output_dir out"
+    "--max_train_steps 2 --phases 1 --checkpointing_steps 2 --report_to none --output_dir out"
 ).split()
 
 
