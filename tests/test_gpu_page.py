@@ -182,7 +182,9 @@ def test_page_of_a_card(gpu):
 def test_gpu_sh_on_a_cpu(tmp_path):
     """With tiny shapes all of it ends well."""
     command = ["bash", "scripts/measure/gpu.sh", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = Path(tmp_path, "gpu-cpu.md").read_text()
     assert text.count("\n## ") == 5 and "TOO LARGE" not in text and "failed" not in text
