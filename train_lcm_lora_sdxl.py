@@ -2681,5 +2681,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names in other letters than it has
+    sys.stdout.reconfigure(errors="backslashreplace")  # of names that it cannot encode
     main()

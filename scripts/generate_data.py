@@ -404,6 +404,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names in other letters than it has
+    sys.stdout.reconfigure(errors="backslashreplace")  # of names that it cannot encode
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of a library; `locked` undoes it
     main()

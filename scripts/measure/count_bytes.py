@@ -65,13 +65,9 @@ def tensors(tree):
 
 def layout_copies(args):
     """Bytes that a convolution moves before it computes: what has not the layout of its weight."""
-    last, maps = (
-        torch.channels_last,
-        [t for t in args if isinstance(t, torch.Tensor) and t.ndim > 3],
-    )
-    if not any(t.is_contiguous(memory_format=last) for t in maps):
-        return []
-    return [2 * size_of(t) for t in maps if not t.is_contiguous(memory_format=last)]
+    maps = [t for t in args if isinstance(t, torch.Tensor) and t.ndim > 3]
+    others = [t for t in maps if not t.is_contiguous(memory_format=torch.channels_last)]
+    return [2 * size_of(t) for t in others] if len(others) < len(maps) else []
 
 
 class BytesMoved(TorchDispatchMode):

@@ -16,6 +16,8 @@ folder=$(cd "$folder" && pwd)
 card=$(python -c '
 import torch
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")')
+# Of each section: it may be older than the page
+commit=$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
 failed=0 sections=()
 
 # section NAME TITLE COMMAND ...: what the command prints is a section of the page
@@ -25,7 +27,7 @@ section() {
   sections+=("$file")
   if [ -f "$file" ] && [ ! -f "$file.failed" ]; then return; fi
   echo "--- $title" >&2
-  printf '\n## %s\n\n`%s`\n\n' "$title" "${*//$PWD\//}" >"$file"
+  printf '\n## %s\n\n`%s`, commit %s\n\n' "$title" "${*//$PWD\//}" "$commit" >"$file"
   touch "$file.failed" # until it has succeeded
   "$@" | tee -a "$file" || status=$?
   if [ $status -eq 0 ]; then
@@ -86,7 +88,7 @@ section programs "Whole programs, SDXL's layout" python $measure/compare_speed.p
 import sys
 sys.path.insert(0, "scripts")
 from studio import provenance
-print(provenance([]).split("\n\n")[1].strip())'
+print(provenance([]).split("\n\n")[1].partition(". ")[2].strip())'
   cat "${sections[@]}"
 } >"$page"
 echo "Written: $page"
